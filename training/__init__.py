@@ -1,0 +1,1 @@
+"""The model path: from a batch to a checkpoint."""
