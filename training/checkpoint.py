@@ -1,0 +1,202 @@
+"""The state of a run on disk: what it holds, written whole or not at all, and taken up again."""
+
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.distributed import World
+
+FORMAT = 1
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. Everything that changes from step to step beside the tensors of model and optimizer.
+
+    Attributes
+    ----------
+    epoch, batch, step : int
+        Epochs finished, batches of the current epoch taken per rank, optimizer steps taken.
+    best_acc1, best_epoch : float, int
+        Best top-1 on the validation split so far, in [0, 1], and its epoch; -1 before the first.
+    totals : list of float
+        Sums over all ranks of the current epoch's loss and counts, for an epoch that a save interrupts.
+    run_name : str
+        Stem of the run's log files.
+    wandb_id : str
+        Of the W&B run, "" without one.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    best_acc1: float = -1.0
+    best_epoch: int = -1
+    totals: list[float] = field(default_factory=list)
+    run_name: str = ""
+    wandb_id: str = ""
+
+
+def save_atomically(content: Any, path: Path) -> None:
+    """``torch.save`` under a temporary name, to the disk, then in one move to ``path``."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint to the CPU, without running any code it may hold.
+
+    Raises
+    ------
+    ValueError
+        No such file, not a checkpoint of a run, or a damaged one.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"training.resume={path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpicklers and archives raise many kinds
+        raise ValueError(f"training.resume={path} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT or "state" not in content:
+        raise ValueError(
+            f"training.resume={path} is not a checkpoint of a run (one such as checkpoints/last.ckpt); "
+            "weights alone are loaded with --model.weights"
+        )
+    return content
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside DistributedDataParallel, or the model itself."""
+    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+
+
+@dataclass
+class Checkpoints:
+    """Saves and restores one run in one folder; writes on rank 0, reads on every rank.
+
+    Parameters
+    ----------
+    folder : Path
+        Made on the first save.
+    arch : str
+        Begins the names of the best checkpoint and the exported weights.
+    world : World
+    parts : dict
+        What holds tensors: ``model``, ``optimizer``, ``scaler``, and ``ema`` or None.
+    facts : dict
+        Stored with every checkpoint: recipe, its files, seed, commit, versions, data digests, global batch size.
+    """
+
+    folder: Path
+    arch: str
+    world: World
+    parts: dict[str, Any]
+    facts: dict[str, Any]
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.ckpt"
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / f"{self.arch}-weights.pt"
+
+    def best(self, state: TrainState) -> Path:
+        name = f"{self.arch}-epoch={state.best_epoch:02d}-val_acc1={state.best_acc1:.4f}.ckpt"
+        return self.folder / name.replace("/", "_")
+
+    def content(self, state: TrainState) -> dict[str, Any]:
+        """All a run needs to go on, of types that ``torch.load(weights_only=True)`` admits."""
+        ema = self.parts["ema"]
+        return {
+            "format": FORMAT,
+            "state": asdict(state),
+            "model": unwrapped(self.parts["model"]).state_dict(),
+            "ema": ema.module.state_dict() if ema is not None else None,
+            "ema_updates": int(ema.n_averaged) if ema is not None else 0,
+            "optimizer": self.parts["optimizer"].state_dict(),
+            "scaler": self.parts["scaler"].state_dict(),
+            **self.facts,
+        }
+
+    def save(self, state: TrainState, *, is_best: bool = False) -> None:
+        """Write ``last.ckpt``; for the best epoch so far its own checkpoint and the exported weights too."""
+        if not self.world.is_main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = self.content(state)
+        save_atomically(content, self.last)
+        if is_best:
+            best = self.best(state)
+            save_atomically(content, best)
+            save_atomically(content["ema"] or content["model"], self.weights)
+            for older in self._bests():
+                if older != best:
+                    older.unlink()
+
+    def _bests(self) -> list[Path]:
+        """The checkpoints that this run has written as its best."""
+        pattern = re.compile(re.escape(self.arch.replace("/", "_")) + r"-epoch=\d+-val_acc1=\d\.\d{4}\.ckpt")
+        return [path for path in self.folder.iterdir() if pattern.fullmatch(path.name)]
+
+    def keep_earlier_run(self) -> list[Path]:
+        """Move the checkpoints of an earlier run in this folder out of the way of a new one.
+
+        Returns
+        -------
+        list of Path
+            Where they are now: a folder ``earlier-N`` beside them.
+        """
+        if not self.world.is_main or not self.folder.is_dir():
+            return []
+        found = [path for path in (self.last, self.weights, *self._bests()) if path.exists()]
+        if not found:
+            return []
+        number = 1
+        while (target := self.folder / f"earlier-{number}").exists():
+            number += 1
+        target.mkdir()
+        return [path.rename(target / path.name) for path in found]
+
+    def restore(self, content: dict[str, Any]) -> TrainState:
+        """Load what `read_checkpoint` read into the parts of the run.
+
+        Raises
+        ------
+        ValueError
+            Weights of another architecture or head, or a run stopped within an epoch under another global batch.
+        """
+        state = TrainState(**content["state"])
+        if state.batch and content["global_batch_size"] != self.facts["global_batch_size"]:
+            raise ValueError(
+                f"the checkpoint stands {state.batch} batches into epoch {state.epoch} at a global batch of "
+                f"{content['global_batch_size']}; this run has {self.facts['global_batch_size']}. Go on with the same "
+                "number of processes, batch size and accumulation until the epoch ends"
+            )
+        ema = self.parts["ema"]
+        try:
+            unwrapped(self.parts["model"]).load_state_dict(content["model"])
+            if ema is not None:
+                ema.module.load_state_dict(content["ema"] or content["model"])
+                ema.n_averaged.fill_(content["ema_updates"])
+        except RuntimeError as error:
+            raise ValueError(f"the checkpoint is of another model than the recipe's: {error}") from error
+        self.parts["optimizer"].load_state_dict(content["optimizer"])
+        self.parts["scaler"].load_state_dict(content["scaler"])
+        return state

@@ -1,0 +1,126 @@
+"""The processes of a run: torchrun's environment, the process group, and sums over all ranks."""
+
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among the processes of the run.
+
+    Attributes
+    ----------
+    rank, local_rank : int
+        Number of this process in the run and on its node.
+    world_size, local_world_size : int
+        Number of processes in the run and on this node.
+    device : torch.device
+        The GPU of this process, or the CPU where there is none.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def under_torchrun() -> bool:
+    """Whether a launcher has already started this process as one rank of a run."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def local_rank() -> int:
+    """Number of this process on its node, before or after `start`."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def num_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def planned_world_size(distributed: bool, world_size: int) -> int:
+    """Number of processes a run would have: torchrun's where it runs, else what the recipe asks for."""
+    if under_torchrun():
+        return int(os.environ["WORLD_SIZE"])
+    return world_size if distributed else 1
+
+
+def relaunch(world_size: int, address: str, port: str | int) -> None:
+    """Replace this process by torchrun with ``world_size`` processes of the same command on this node.
+
+    Raises
+    ------
+    ValueError
+        Where the node has GPUs, but fewer than processes asked for.
+    """
+    num_gpus = torch.cuda.device_count()
+    if 0 < num_gpus < world_size:
+        raise ValueError(
+            f"dist.world_size={world_size}, but {num_gpus} GPU(s) are visible: pass --dist.world_size={num_gpus}"
+            + (", or --training.distributed=0" if num_gpus == 1 else "")
+        )
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world_size}"]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cpus() // world_size)))
+    os.execv(
+        sys.executable,
+        [*launcher, f"--master_addr={address}", f"--master_port={port}", os.path.abspath(sys.argv[0]), *sys.argv[1:]],
+    )
+
+
+def start() -> World:
+    """Join the run that torchrun's environment describes; without one, be the only process.
+
+    Returns
+    -------
+    World
+        With NCCL on GPUs and Gloo on CPUs as the process group, where there is more than one process.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        if local_rank() >= torch.cuda.device_count():
+            raise ValueError(
+                f"this node was given process number {local_rank()}, but has {torch.cuda.device_count()} GPU(s): "
+                f"start torchrun with --nproc_per_node={torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(device)
+    if under_torchrun() and world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(
+        rank=int(os.environ.get("RANK", 0)),
+        local_rank=local_rank(),
+        world_size=world_size,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        device=device,
+    )
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor over all ranks; the tensor itself where there is one process."""
+    if dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def share_buffers(model: torch.nn.Module) -> None:
+    """Give every rank the buffers (batch-norm statistics) of rank 0, in place."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)

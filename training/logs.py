@@ -1,0 +1,183 @@
+"""What a run tells: console, log file, a JSONL record of every epoch, a curve, Weights & Biases."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from training.checkpoint import TrainState
+
+
+class RunLog:
+    """The one place that speaks for a run; silent on every rank but 0.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds ``<run>.log`` as the console shows it, ``<run>.jsonl``, ``<run>.png``; made by `open`.
+    is_main : bool
+        Whether this is rank 0.
+    """
+
+    def __init__(self, folder: Path, is_main: bool):
+        self.folder = folder
+        self.is_main = is_main
+        self._file: TextIO | None = None
+        self._run_name = ""
+        self._wandb: Any = None
+        self._unwritten: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Print a line on rank 0, and keep it for the log file."""
+        if not self.is_main:
+            return
+        print(text, flush=True)
+        if self._file is None:
+            self._unwritten.append(text)
+        else:
+            print(text, file=self._file, flush=True)
+
+    def open(self, state: TrainState, facts: dict[str, Any], wandb_settings: dict[str, Any]) -> None:
+        """Begin the run's files, or go on with those of a resumed run; names them in ``state``.
+
+        Records of epochs that the resumed run does again are dropped, so that each epoch stands once.
+        """
+        state.run_name = state.run_name or time.strftime("train_%Y-%m-%d_%H-%M-%S")
+        self._run_name = state.run_name
+        if not self.is_main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.folder / f"{state.run_name}.log", "a", encoding="utf-8")
+        for text in self._unwritten:
+            print(text, file=self._file, flush=True)
+        self._unwritten.clear()
+        records = [record for record in self.records() if record["epoch"] < state.epoch]
+        replace_text(self._records_path, "".join(json.dumps(record) + "\n" for record in records))
+        replace_text(self.folder / f"{state.run_name}.recipe.json", json.dumps(facts, indent=1) + "\n")
+        self._wandb = self._start_wandb(state, facts, **wandb_settings)
+
+    @property
+    def _records_path(self) -> Path:
+        return self.folder / f"{self._run_name}.jsonl"
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of the run's epochs so far."""
+        if not self._records_path.exists():
+            return []
+        return [json.loads(line) for line in self._records_path.read_text(encoding="utf-8").splitlines()]
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        """Send metrics of one step to W&B."""
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def epoch(self, values: dict[str, float], step: int) -> None:
+        """Record a finished epoch: a JSONL line, the curve drawn anew, W&B."""
+        if not self.is_main:
+            return
+        with open(self._records_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**values, "step": step, "time": time.time()}) + "\n")
+        draw_curve(self.records(), self.folder / f"{self._run_name}.png")
+        self.metrics(values, step)
+
+    def close(self, exit_code: int = 0) -> None:
+        """Finish the W&B run and the log file."""
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=exit_code)
+            self._wandb = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _start_wandb(
+        self, state: TrainState, facts: dict[str, Any], *, enable: bool, project: str, name: str | None
+    ) -> Any:
+        if not enable:
+            return None
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE")
+        if mode is None and not has_wandb_key():
+            mode = "offline"
+            self.say(
+                "W&B: no API key found, so this run is recorded offline. `bash launch/setup_wandb.sh` stores a key; "
+                "`wandb sync` uploads the run; --no_wandb records nothing."
+            )
+        settings: dict[str, Any] = {
+            "project": project,
+            "name": name or state.run_name,
+            "id": state.wandb_id or None,
+            "resume": "allow" if state.wandb_id else None,
+            "config": facts,
+            "dir": str(self.folder),
+            "settings": wandb.Settings(silent=True, console="off"),
+        }
+        try:
+            run = wandb.init(mode=mode, **settings)  # type: ignore[arg-type]
+        except wandb.errors.Error as error:
+            self.say(f"W&B: {error}. This run is recorded offline.")
+            run = wandb.init(mode="offline", **settings)
+        state.wandb_id = run.id
+        return run
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B could log in without asking: a key in the environment or kept by `wandb login`."""
+    import wandb
+
+    return bool(wandb.login(prompt=False, verify=False))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small text file so that it appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
+    """Draw loss and accuracies over epochs into a PNG.
+
+    Parameters
+    ----------
+    records : list of dict
+        As in the JSONL file: ``epoch`` and some of ``train/loss``, ``val/acc1``, ...
+    path : Path
+        Of the PNG, replaced whole.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    for axes, names in ((loss_axes, ["loss"]), (accuracy_axes, ["acc1", "acc5"])):
+        for split, style in (("train", "--"), ("val", "-")):
+            for color, name in enumerate(names):
+                points = [(r["epoch"] + 1, r[f"{split}/{name}"]) for r in records if f"{split}/{name}" in r]
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, color=f"C{color}", label=f"{split} {name}", marker=".")
+        axes.set_xlabel("epochs finished")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    loss_axes.set_ylabel("loss")
+    accuracy_axes.set_ylabel("accuracy")
+    best = max(records, key=lambda record: record.get("val/acc1", -1.0), default={})
+    if "val/acc1" in best:
+        accuracy_axes.set_title(f"best val top-1 {best['val/acc1']:.2%} after {best['epoch'] + 1} epochs")
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    os.replace(temporary, path)
+
+
+def format_duration(time_s: float) -> str:
+    """``2d 03:04:05`` for a number of seconds."""
+    if not math.isfinite(time_s):
+        return "?"
+    minutes, seconds = divmod(int(time_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return (f"{days}d " if days else "") + f"{hours:02d}:{minutes:02d}:{seconds:02d}"
