@@ -1,0 +1,108 @@
+"""Architectures, weights in and out, BlurPool."""
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from training.model import BlurPoolConv2d, build_model, find_library
+
+IMAGES = torch.linspace(-2, 2, 2 * 3 * 64 * 64).reshape(2, 3, 64, 64)
+
+
+def test_library_prefers_torchvision_and_falls_back_to_timm():
+    assert find_library("resnet50") == "torchvision"
+    assert find_library("resnet50", "timm") == "timm"
+    assert find_library("resnet50d") == "timm"
+
+
+@pytest.mark.parametrize("library", ["auto", "torchvision", "timm"])
+def test_unknown_architecture_names_the_nearest(library):
+    with pytest.raises(ValueError, match=r"resnet5O.*resnet50"):
+        find_library("resnet5O", library)
+
+
+def test_detection_models_are_not_classifiers():
+    with pytest.raises(ValueError):
+        find_library("fasterrcnn_resnet50_fpn")
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_state_dict_is_the_library_s_own(library):
+    model = build_model("resnet18", library=library, num_classes=10)
+    plain = (
+        torchvision.models.resnet18(num_classes=10)
+        if library == "torchvision"
+        else timm.create_model("resnet18", num_classes=10)
+    )
+    plain.load_state_dict(model.state_dict())
+    model.eval(), plain.eval()
+    assert torch.equal(model(IMAGES), plain(IMAGES))
+
+
+def test_drop_path_needs_timm():
+    with pytest.raises(ValueError, match="--model.library=timm"):
+        build_model("resnet18", drop_path=0.1)
+    model = build_model("resnet18", library="timm", drop_path=0.1)
+    assert any(getattr(module, "drop_prob", 0) for module in model.modules())
+
+
+def test_blurpool_goes_where_ffcv_imagenet_puts_it_and_keeps_names():
+    torch.manual_seed(0)
+    blurred = build_model("resnet50", num_classes=10, use_blurpool=True)
+    plain = build_model("resnet50", num_classes=10)
+    assert blurred.state_dict().keys() == plain.state_dict().keys()
+    replaced = [name for name, module in blurred.named_modules() if isinstance(module, BlurPoolConv2d)]
+    strided = [
+        name
+        for name, module in plain.named_modules()
+        if isinstance(module, torch.nn.Conv2d) and max(module.stride) > 1 and module.in_channels >= 16
+    ]
+    assert replaced == strided and len(replaced) == 6
+    conv = dict(blurred.named_modules())[replaced[0]]
+    x = torch.randn(1, conv.in_channels, 9, 9)
+    kernel = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
+    smooth = torch.nn.functional.conv2d(x, kernel.expand(conv.in_channels, 1, 3, 3), padding=1, groups=conv.in_channels)
+    expected = torch.nn.functional.conv2d(smooth, conv.weight, stride=conv.stride, padding=conv.padding)
+    torch.testing.assert_close(conv(x), expected)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_local_weights(tmp_path, suffix, prefix):
+    source = build_model("resnet18", num_classes=10)
+    state = {prefix + name: value for name, value in source.state_dict().items()}
+    path = tmp_path / f"weights{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    model = build_model("resnet18", num_classes=10, weights=path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values(), strict=True))
+    other_head = build_model("resnet18", num_classes=7, weights=path)
+    assert torch.equal(other_head.conv1.weight, source.conv1.weight) and other_head.fc.weight.shape[0] == 7
+
+
+def test_weights_of_ffcv_imagenet_with_blurpool(tmp_path):
+    source = build_model("resnet18", num_classes=10, use_blurpool=True)
+    state = {}
+    for name, value in source.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if isinstance(dict(source.named_modules()).get(layer), BlurPoolConv2d):
+            state[f"module.{layer}.conv.weight"] = value
+            state[f"module.{layer}.blur_filter"] = dict(source.named_buffers())[f"{layer}.blur_filter"]
+        else:
+            state[f"module.{name}"] = value
+    torch.save(state, tmp_path / "final_weights.pt")
+    model = build_model("resnet18", num_classes=10, use_blurpool=True, weights=tmp_path / "final_weights.pt")
+    source.eval(), model.eval()
+    assert torch.equal(model(IMAGES), source(IMAGES))
+
+
+def test_unusable_weights_say_why(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        build_model("resnet18", weights=tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(ValueError, match="not a file of weights"):
+        build_model("resnet18", weights=tmp_path / "text.pt")
+    torch.save(build_model("resnet34").state_dict(), tmp_path / "resnet34.pt")
+    with pytest.raises(ValueError, match=r"do not fit.*unexpected \(layer1.2.bn1.bias"):
+        build_model("resnet18", weights=tmp_path / "resnet34.pt")

@@ -1,0 +1,51 @@
+"""Parameter groups and the moving average."""
+
+import torch
+
+from training.model import build_model
+from training.optim import build_ema, build_optimizer, parameter_groups
+
+
+def test_one_dimensional_parameters_get_their_own_decay():
+    model = build_model("resnet50")
+    groups = {group["weight_decay"]: group["params"] for group in parameter_groups(model, 1e-4, 0.0)}
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert len(norms) == 53
+    assert len(groups[0.0]) == 2 * 53 + 1 and all(p.ndim == 1 for p in groups[0.0])
+    assert len(groups[1e-4]) == 54 and all(p.ndim > 1 for p in groups[1e-4])
+
+
+def test_without_a_decay_of_their_own_all_share_one_group():
+    model = build_model("resnet18")
+    (group,) = parameter_groups(model, 5e-5, None)
+    assert group["weight_decay"] == 5e-5 and len(group["params"]) == len(list(model.parameters()))
+
+
+def test_frozen_parameters_are_left_out():
+    model = build_model("resnet18")
+    model.conv1.weight.requires_grad = False
+    (group,) = parameter_groups(model, 0.1, 0.1)
+    assert len(group["params"]) == len(list(model.parameters())) - 1
+
+
+def test_sgd_as_asked():
+    optimizer = build_optimizer(build_model("resnet18"), lr=0.3, momentum=0.8, nesterov=True, weight_decay=0.1)
+    assert optimizer.defaults["momentum"] == 0.8 and optimizer.defaults["nesterov"]
+    assert all(group["lr"] == 0.3 for group in optimizer.param_groups)
+
+
+def test_ema_is_the_recursion_over_parameters_and_buffers():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    ema = build_ema(model, 0.9)
+    expected = None
+    for _ in range(4):
+        with torch.no_grad():
+            for tensor in [*model.parameters(), model[1].running_mean, model[1].running_var]:
+                tensor.add_(torch.randn_like(tensor))
+        ema.update_parameters(model)
+        now = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
+        expected = now if expected is None else {name: 0.9 * expected[name] + 0.1 * now[name] for name in now}
+    for name, value in expected.items():
+        torch.testing.assert_close(ema.module.state_dict()[name], value)
+    assert build_ema(model, 0) is None
