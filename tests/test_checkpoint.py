@@ -1,0 +1,148 @@
+"""Checkpoints: whole or absent, safe to load, refused when foreign."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+from training.checkpoint import Checkpoints, TrainState, read_checkpoint, save_atomically
+from training.distributed import World
+from training.model import build_model
+from training.optim import build_ema, build_optimizer
+
+WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
+FACTS = {"recipe": {"lr": {"base_lr": 0.5}}, "global_batch_size": 8}
+
+
+def make_checkpoints(folder, *, num_classes=4, world=WORLD, **facts):
+    model = build_model("resnet18", num_classes=num_classes)
+    optimizer = build_optimizer(model, lr=0.1, weight_decay=1e-4, bn_wd=0.0)
+    parts = {
+        "model": model,
+        "ema": build_ema(model, 0.9),
+        "optimizer": optimizer,
+        "scaler": torch.amp.GradScaler("cpu", enabled=False),
+    }
+    return Checkpoints(folder, "resnet18", world, parts, {**FACTS, **facts})
+
+
+def take_a_step(checkpoints):
+    model = checkpoints.parts["model"]
+    model(torch.randn(2, 3, 32, 32)).square().mean().backward()
+    checkpoints.parts["optimizer"].step()
+    checkpoints.parts["ema"].update_parameters(model)
+
+
+def test_everything_comes_back(tmp_path):
+    ours = make_checkpoints(tmp_path)
+    take_a_step(ours)
+    state = TrainState(epoch=3, step=17, best_acc1=0.25, best_epoch=2, run_name="train_x", wandb_id="abc")
+    ours.save(state, is_best=True)
+    theirs = make_checkpoints(tmp_path)
+    assert theirs.restore(read_checkpoint(ours.last)) == state
+    for part in ("model", "ema"):
+        for name, value in ours.parts[part].state_dict().items():
+            assert torch.equal(theirs.parts[part].state_dict()[name], value), name
+    mine, other = (c.parts["optimizer"].state_dict()["state"] for c in (ours, theirs))
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[key]["momentum_buffer"], other[key]["momentum_buffer"]) for key in mine)
+
+
+def test_names_and_only_the_best_is_kept(tmp_path):
+    checkpoints = make_checkpoints(tmp_path)
+    checkpoints.save(TrainState(epoch=1, best_acc1=0.5, best_epoch=0), is_best=True)
+    checkpoints.save(TrainState(epoch=2, best_acc1=0.76543, best_epoch=1), is_best=True)
+    checkpoints.save(TrainState(epoch=3, best_acc1=0.76543, best_epoch=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "last.ckpt",
+        "resnet18-epoch=01-val_acc1=0.7654.ckpt",
+        "resnet18-weights.pt",
+    ]
+    exported = torch.load(checkpoints.weights, weights_only=True)
+    assert exported.keys() == checkpoints.parts["model"].state_dict().keys()
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    make_checkpoints(tmp_path / "run", world=dataclasses.replace(WORLD, rank=1)).save(TrainState(), is_best=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_earlier_run_is_kept(tmp_path):
+    checkpoints = make_checkpoints(tmp_path)
+    assert checkpoints.keep_earlier_run() == []
+    for number in (1, 2):
+        checkpoints.save(TrainState(epoch=number, best_acc1=0.5, best_epoch=0), is_best=True)
+        moved = checkpoints.keep_earlier_run()
+        assert {path.parent for path in moved} == {tmp_path / f"earlier-{number}"} and len(moved) == 3
+        assert read_checkpoint(tmp_path / f"earlier-{number}" / "last.ckpt")["state"]["epoch"] == number
+    assert not checkpoints.last.exists()
+
+
+def test_foreign_and_damaged_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        read_checkpoint(tmp_path / "none.ckpt")
+    checkpoints = make_checkpoints(tmp_path)
+    checkpoints.save(TrainState(epoch=1))
+    whole = checkpoints.last.read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        read_checkpoint(tmp_path / "cut.ckpt")
+    torch.save(checkpoints.parts["model"].state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="--model.weights"):
+        read_checkpoint(tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="another model"):
+        make_checkpoints(tmp_path, num_classes=5).restore(read_checkpoint(checkpoints.last))
+
+
+def test_within_an_epoch_the_global_batch_must_stay(tmp_path):
+    checkpoints = make_checkpoints(tmp_path)
+    checkpoints.save(TrainState(epoch=1, batch=6))
+    content = read_checkpoint(checkpoints.last)
+    make_checkpoints(tmp_path).restore(content)
+    with pytest.raises(ValueError, match="6 batches into epoch 1 at a global batch of 8; this run has 16"):
+        make_checkpoints(tmp_path, global_batch_size=16).restore(content)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"format": 1, "state": {}, "model": Bomb()}, tmp_path / "hostile.ckpt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_checkpoint(tmp_path / "hostile.ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_killed_while_saving_leaves_a_whole_file(tmp_path):
+    program = textwrap.dedent("""
+        import sys, pathlib, torch
+        from training.checkpoint import save_atomically
+        for number in range(10**6):
+            content = {"format": 1, "state": {}, "tensor": torch.full((500_000,), float(number))}
+            save_atomically(content, pathlib.Path(sys.argv[1]))
+            print(number, flush=True)
+    """)
+    path = tmp_path / "last.ckpt"
+    process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    tensor = read_checkpoint(path)["tensor"]
+    assert torch.equal(tensor, tensor[:1].expand_as(tensor))
+
+
+def test_a_failed_save_leaves_the_file_before(tmp_path):
+    path = tmp_path / "last.ckpt"
+    save_atomically({"number": 1}, path)
+    with pytest.raises(Exception, match="pickle"):
+        save_atomically({"number": lambda: 2}, path)
+    assert torch.load(path) == {"number": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]

@@ -1,0 +1,195 @@
+"""The loop on tensors: gradients, accumulation, metrics, faults."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from training.checkpoint import TrainState
+from training.distributed import World
+from training.logs import RunLog
+from training.loop import FiniteCheck, Meter, RunError, Trainer, evaluate, metrics, soft_target_loss, train_epoch
+from training.optim import build_optimizer
+
+WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
+
+
+class Batches:
+    """A loader over tensors, with the interface of the real one."""
+
+    def __init__(self, images, targets, batch_size):
+        self.batches = list(zip(images.split(batch_size), targets.split(batch_size), strict=True))
+
+    def epoch(self, epoch, skip=0):
+        return iter(self.batches[skip:])
+
+    def take_wait_s(self):
+        return 0.0
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 6))
+
+
+def make_trainer(model, **options):
+    return Trainer(
+        model=model,
+        ema=None,
+        optimizer=build_optimizer(model, lr=0.1, momentum=0.9),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        world=WORLD,
+        lr=lambda step: 0.1 / (step + 1),
+        precision="32",
+        **options,
+    )
+
+
+def run_epoch(trainer, batches, state, tmp_path, steps, **options):
+    options = {"save": lambda: None, "log_every": 0, "epochs": 1, **options}
+    return train_epoch(trainer, batches, state, RunLog(tmp_path, True), steps_per_epoch=steps, **options)
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(24, 3, 8, 8, generator=generator)
+    labels = torch.randint(6, (24,), generator=generator)
+    return images, F.one_hot(labels, 6).float(), labels
+
+
+def test_soft_target_loss_is_torch_s_cross_entropy(data):
+    _, targets, labels = data
+    logits = torch.randn(24, 6)
+    torch.testing.assert_close(soft_target_loss(logits, targets), F.cross_entropy(logits, labels))
+    smooth = targets * 0.9 + 0.1 / 6
+    torch.testing.assert_close(soft_target_loss(logits, smooth), F.cross_entropy(logits, labels, label_smoothing=0.1))
+
+
+def test_an_epoch_is_plain_sgd(data, tmp_path):
+    images, targets, labels = data
+    model, twin = small_model(), small_model()
+    state = TrainState()
+    values = run_epoch(make_trainer(model), Batches(images, targets, 8), state, tmp_path, steps=3)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    losses, hits = [], 0
+    for step, (x, y) in enumerate(zip(images.split(8), labels.split(8), strict=True)):
+        optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+        optimizer.zero_grad()
+        logits = twin(x)
+        loss = F.cross_entropy(logits, y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        hits += (logits.argmax(1) == y).sum().item()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert values["train/loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert values["train/acc1"] == pytest.approx(hits / 24)
+    assert values["lr"] == pytest.approx(0.1 / 3)
+    assert (state.step, state.batch) == (3, 3)
+
+
+def test_accumulation_equals_the_larger_batch(data, tmp_path):
+    images, targets, _ = data
+    whole, parts = small_model(), small_model()
+    run_epoch(make_trainer(whole), Batches(images, targets, 12), TrainState(), tmp_path, steps=2)
+    state = TrainState()
+    run_epoch(make_trainer(parts, accumulation=3), Batches(images, targets, 4), state, tmp_path, steps=2)
+    for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert (state.step, state.batch) == (2, 6)
+
+
+def test_clipping_bounds_the_step(data, tmp_path):
+    images, targets, _ = data
+    model = small_model()
+    before = [parameter.clone() for parameter in model.parameters()]
+    run_epoch(make_trainer(model, grad_clip=1e-3), Batches(images * 50, targets, 24), TrainState(), tmp_path, steps=1)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before, strict=True)]).norm()
+    assert moved.item() == pytest.approx(0.1 * 1e-3, rel=1e-2)
+
+
+def test_an_interrupted_epoch_goes_on_to_the_bit(data, tmp_path):
+    images, targets, _ = data
+    batches = Batches(images, targets, 4)
+    whole = small_model()
+    expected = run_epoch(make_trainer(whole), batches, TrainState(), tmp_path, steps=6)
+    model, state, saved = small_model(), TrainState(), {}
+    trainer = make_trainer(model)
+
+    def save():
+        saved["state"] = TrainState(**vars(state))
+        saved["model"] = {name: value.clone() for name, value in model.state_dict().items()}
+        saved["optimizer"] = trainer.optimizer.state_dict()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_epoch(trainer, batches, state, tmp_path, steps=6, save=save, save_every_steps=4)
+    assert saved["state"].batch == 4
+    resumed = small_model()
+    resumed.load_state_dict(saved["model"])
+    trainer = make_trainer(resumed)
+    trainer.optimizer.load_state_dict(saved["optimizer"])
+    values = run_epoch(trainer, batches, saved["state"], tmp_path, steps=6)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+    assert {k: values[k] for k in ("train/loss", "train/acc1", "lr")} == {
+        k: expected[k] for k in ("train/loss", "train/acc1", "lr")
+    }
+
+
+def test_a_loss_that_is_not_finite_stops_within_a_few_steps(data, tmp_path):
+    images, targets, _ = data
+    images = images.clone()
+    images[8:] = float("nan")
+    state = TrainState()
+    with pytest.raises(RunError, match=r"step 5 .*--lr 0.01.*grad_clip"):
+        run_epoch(make_trainer(small_model()), Batches(images, targets, 4), state, tmp_path, steps=6)
+
+
+def test_only_losses_in_a_row_stop_a_run():
+    check = FiniteCheck(torch.device("cpu"))
+    bad, good = torch.tensor(float("inf")), torch.tensor(1.0)
+    assert not any(check.fails(loss) for loss in (bad, bad, good, bad, good, bad, bad))
+    assert check.fails(bad)
+
+
+def test_progress_is_said_and_steps_end_with_the_plan(data, tmp_path, capsys):
+    images, targets, _ = data
+    state = TrainState()
+    run_epoch(make_trainer(small_model()), Batches(images, targets, 4), state, tmp_path, steps=5, log_every=2, epochs=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert state.step == 5
+    assert [line.split()[3] for line in lines] == ["2/5", "4/5"]
+    assert all("images/s" in line and "data wait" in line and "to go" in line for line in lines)
+
+
+def test_evaluation_counts_each_sample(data):
+    images, _, labels = data
+    model = small_model()
+    loader = list(zip(images.split(7), labels.split(7), strict=True))
+    values = evaluate(model, loader, WORLD, num_samples=24, precision="32")
+    with torch.no_grad():
+        logits = model.eval()(images)
+    assert values["val/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert values["val/acc1"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    top5 = logits.topk(5).indices
+    assert values["val/acc5"] == pytest.approx((top5 == labels[:, None]).any(1).float().mean().item())
+    with pytest.raises(RunError, match="counted 24 samples of a split of 25"):
+        evaluate(model, loader, WORLD, num_samples=25, precision="32")
+
+
+def test_flipped_evaluation_averages_both_views(data):
+    images, _, labels = data
+    model = small_model()
+    values = evaluate(model, [(images, labels)], WORLD, num_samples=24, precision="32", flip=True)
+    with torch.no_grad():
+        logits = (model.eval()(images) + model(images.flip(3))) / 2
+    assert values["val/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_fewer_than_five_classes():
+    meter = Meter(torch.device("cpu"))
+    logits, labels = torch.eye(3), torch.arange(3)
+    meter.add(F.cross_entropy(logits, labels), logits, labels)
+    assert metrics(meter.totals(), "val")["val/acc5"] == 1.0
