@@ -1,0 +1,167 @@
+#!/usr/bin/env bash
+# Make .venv, with everything the project needs: `make setup`, or bash launch/setup.sh
+#
+# System packages that are missing are installed with apt as root or through sudo. Where that cannot be, the script
+# names them for apt, dnf, brew and conda and stops. It does nothing where .venv already fits pyproject.toml,
+# constraints.txt and this script.
+#
+#   PYTHON=python3.12   the interpreter to build on, 3.10 to 3.13; else the first of python3, python3.13 ... python3.10
+#   pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf, ...) hold as always.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+stamp=.venv/setup.stamp
+
+# A need, then what gives it: apt, dnf, brew, conda. VERSION is the interpreter's, '-' means nothing to install.
+packages='
+python         python3,python3-dev,python3-venv  python3,python3-devel  python@3.12  python=3.12
+venv           pythonVERSION-venv                python3-pip            -            -
+python-headers pythonVERSION-dev                 python3-devel          -            -
+compiler       g++                               gcc-c++                -            cxx-compiler
+pkg-config     pkg-config                        pkgconf-pkg-config     pkgconf      pkg-config
+opencv         libopencv-dev                     opencv-devel           opencv       libopencv
+turbojpeg      libturbojpeg0-dev                 turbojpeg-devel        jpeg-turbo   libjpeg-turbo
+libGL          libgl1                            libglvnd-glx           -            libgl
+glib           libglib2.0-0                      glib2                  -            glib
+xcb            libxcb1                           libxcb                 -            libxcb
+'
+
+main() {
+    local python needs
+    python=$(find_python)
+    if [ -n "$python" ] && fits "$python"; then
+        return
+    fi
+    needs=$(missing "$python")
+    if [ -n "$needs" ]; then
+        install_system "$python" $needs
+        python=$(find_python)
+        needs=$(missing "$python")
+        [ -z "$needs" ] || give_up "still missing after the installation" "$python" $needs
+    fi
+    build_venv "$python"
+    fingerprint "$python" >"$stamp"
+    printf 'setup: .venv is ready.\n'
+}
+
+# The interpreter to build on, or nothing where apt's python3 may be the remedy.
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; then
+            printf '%s' "$candidate"
+            return
+        fi
+    done
+    [ -z "${PYTHON:-}" ] || stop "PYTHON=$PYTHON is no Python from 3.10 to 3.13."
+    [ ! -x /usr/bin/python3 ] ||
+        stop "no Python from 3.10 to 3.13 on the PATH: install one and name it, as in make setup PYTHON=python3.12"
+}
+
+# What .venv was made from. It is made anew or brought up to date when this changes.
+fingerprint() {
+    cat pyproject.toml constraints.txt launch/setup.sh | cksum
+    interpreter "$1"
+    pwd
+}
+
+interpreter() {
+    "$1" -c 'import sys; print(sys.base_prefix, sys.version.split()[0])'
+}
+
+fits() {
+    [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint "$1")" ]
+}
+
+# The needs that this machine does not meet, each a word of the table above.
+missing() {
+    local python=$1
+    if [ -z "$python" ]; then
+        printf 'python libGL glib xcb '
+    else
+        "$python" -c 'import ensurepip, venv' 2>/dev/null || printf 'venv '
+        "$python" -c 'import pathlib, sysconfig; (pathlib.Path(sysconfig.get_path("include")) / "Python.h").open()' \
+            2>/dev/null || printf 'python-headers '
+        loads "$python" libGL.so.1 || printf 'libGL '
+        loads "$python" libgthread-2.0.so.0 || printf 'glib '
+        loads "$python" libxcb.so.1 || printf 'xcb '
+    fi
+    command -v "${CXX:-c++}" >/dev/null || printf 'compiler '
+    if command -v pkg-config >/dev/null; then
+        pkg-config --exists opencv4 || pkg-config --exists opencv || printf 'opencv '
+        pkg-config --exists libturbojpeg || printf 'turbojpeg '
+    else
+        printf 'pkg-config opencv turbojpeg '
+    fi
+}
+
+# Whether the interpreter can load a shared library that the opencv-python wheel expects of a Linux desktop.
+loads() {
+    [ "$(uname)" != Linux ] || "$1" -c "import ctypes; ctypes.CDLL('$2')" 2>/dev/null
+}
+
+# The packages of one manager (2 apt, 3 dnf, 4 brew, 5 conda) that meet the needs given.
+named() {
+    local column=$1 python=$2 version
+    shift 2
+    version=$([ -z "$python" ] || "$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    printf '%s\n' "$packages" | awk -v column="$column" -v version="$version" -v needs=" $* " '
+        index(needs, " " $1 " ") && $column != "-" { gsub(",", " ", $column); gsub("VERSION", version, $column); print $column }
+    ' | tr '\n' ' '
+}
+
+install_system() {
+    local python=$1 sudo=
+    shift
+    command -v apt-get >/dev/null || give_up "missing, and there is no apt here" "$python" "$@"
+    if [ "$(id -u)" -ne 0 ]; then
+        command -v sudo >/dev/null || give_up "missing, and this is neither root nor a machine with sudo" "$python" "$@"
+        sudo -n true 2>/dev/null || [ -t 0 ] || give_up "missing, and sudo wants a password" "$python" "$@"
+        sudo=sudo
+    fi
+    printf 'setup: installing %s with apt\n' "$(named 2 "$python" "$@")"
+    $sudo apt-get update -qq || give_up "missing, and apt could not read its package lists" "$python" "$@"
+    # shellcheck disable=SC2046 # one word a package
+    $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        $(named 2 "$python" "$@") </dev/null || give_up "missing, and apt could not install it" "$python" "$@"
+}
+
+# Say what to install by hand, and stop: the reason, the interpreter, the needs.
+give_up() {
+    local reason=$1 python=$2
+    shift 2
+    {
+        printf 'setup: %s: %s\n\n' "$reason" "$*"
+        printf 'Install it with one of\n'
+        printf '  apt    sudo apt-get install %s\n' "$(named 2 "$python" "$@")"
+        printf '  dnf    sudo dnf install %s\n' "$(named 3 "$python" "$@")"
+        printf '  brew   brew install %s\n' "$(named 4 "$python" "$@")"
+        printf '  conda  conda install -c conda-forge %s\n' "$(named 5 "$python" "$@")"
+        printf 'and run make setup again.\n'
+    } >&2
+    exit 1
+}
+
+stop() {
+    printf 'setup: %s\n' "$*" >&2
+    exit 1
+}
+
+build_venv() {
+    local python=$1
+    if [ ! -x .venv/bin/python ] || [ "$(interpreter .venv/bin/python)" != "$(interpreter "$python")" ]; then
+        printf 'setup: making .venv with %s\n' "$("$python" --version)"
+        "$python" -m venv --clear .venv
+    fi
+    printf 'setup: installing the Python packages (several GB the first time, most of it PyTorch)\n'
+    [ -t 1 ] || export PIP_QUIET=1
+    .venv/bin/python -m pip install --constraint constraints.txt pip setuptools
+    # Link ffcv against the few libraries it calls rather than all of OpenCV: it loads faster and breaks less often.
+    [ "$(uname)" != Linux ] || export LDFLAGS="-Wl,--as-needed ${LDFLAGS:-}"
+    .venv/bin/python -m pip install --constraint constraints.txt --build-constraint constraints.txt \
+        --editable '.[dev]'
+    .venv/bin/python -c 'import cv2, ffcv, timm, torch, torchvision' ||
+        stop "the packages are installed, but do not import: see the error above."
+}
+
+main

@@ -1,0 +1,20 @@
+"""What every test relies on: no network, no window, and GPU tests only where there is a GPU."""
+
+import os
+
+import pytest
+import torch
+
+# Read by W&B, Hugging Face and Matplotlib when a test, or a script that a test starts, first uses them.
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "agg"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
