@@ -487,7 +487,7 @@ _section(
     mix_prob=Param(Number(min=0, max=1), "probability that a batch is mixed at all", default=1.0),
     switch_prob=Param(Number(min=0, max=1), "probability of CutMix where both are on", default=0.5),
     mix_per=Param(
-        Choice("batch", "pair", "elem"), "one draw of lambda and box for each batch, pair or image", default="batch"
+        Choice("batch", "element"), "one draw of lambda and box for each batch or each image", default="batch"
     ),
 )
 _section(
