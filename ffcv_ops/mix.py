@@ -9,6 +9,7 @@ values then fits a float32's 24 bits, so that no device rounds it and all make t
 upward.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,6 +135,14 @@ def cut_boxes(lam: np.ndarray, centre: np.ndarray, size: tuple[int, int]) -> tup
     return box, np.rint((1.0 - area / (size[0] * size[1])) * 2.0**24) / 2.0**24
 
 
+def _channel_axis(shape: Sequence[int]) -> int:
+    return -1 if shape[-1] == 3 else -3
+
+
+def _height_and_width(shape: Sequence[int]) -> tuple[int, int]:
+    return (shape[0], shape[1]) if _channel_axis(shape) == -1 else (shape[1], shape[2])
+
+
 @nb.njit(cache=True, nogil=True)
 def _weights_into(y, box, inside, weights):
     weights[:] = 1.0
@@ -193,8 +202,7 @@ def mix_tensor(images: torch.Tensor, plan: Plan) -> None:
         8-bit values come out as `mix_pairs` makes them: the exact mixture, halves rounded up.
     plan : Plan
     """
-    channels_last = images.shape[-1] == 3
-    height, width = images.shape[1:3] if channels_last else images.shape[2:]
+    height, width = _height_and_width(images.shape[1:])
     box = torch.from_numpy(plan.box).to(images.device, non_blocking=True)
     inner = torch.from_numpy(plan.own_weight).to(images.device, non_blocking=True).view(-1, 1, 1)
     y = torch.arange(height, device=images.device)
@@ -202,7 +210,7 @@ def mix_tensor(images: torch.Tensor, plan: Plan) -> None:
     in_rows = (y >= box[:, :1]) & (y < box[:, 1:2])
     in_columns = (x >= box[:, 2:3]) & (x < box[:, 3:])
     weight = torch.where(in_rows[:, :, None] & in_columns[:, None, :], inner, 1.0)
-    weight = weight.unsqueeze(-1 if channels_last else 1)
+    weight = weight.unsqueeze(_channel_axis(images.shape) % 4)
     mixed = images * weight + images.flip(0) * (1.0 - weight)
     images.copy_(mixed if images.is_floating_point() else mixed.add_(0.5))
 
@@ -331,8 +339,7 @@ class MixImages(BatchOperation):
         self.mix = mix
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
-        shape = previous_state.shape
-        self.mix.size = (shape[0], shape[1]) if shape[-1] == 3 else (shape[1], shape[2])
+        self.mix.size = _height_and_width(previous_state.shape)
         return replace(previous_state, jit_mode=False), None
 
     def generate_code(self) -> Any:
@@ -342,9 +349,9 @@ class MixImages(BatchOperation):
             plan = mix.plan(batch)
             if plan is None:
                 return images
-            size = tuple(images.shape[1:3] if images.shape[-1] == 3 else images.shape[2:])
+            size = _height_and_width(images.shape[1:])
             if size != mix.size:
-                raise ValueError(f"the images are {size} px, but the epoch began with {mix.size}: targets would not match")
+                raise ValueError(f"images are {size} px, but the epoch began with {mix.size}: targets would not match")
             if isinstance(images, torch.Tensor):
                 mix_tensor(images, plan)
             else:
