@@ -1,0 +1,297 @@
+"""The training script as its user runs it: whole runs, killed runs, several processes, mistakes."""
+
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torchvision
+from sklearn.datasets import load_digits
+from wandb.proto import wandb_internal_pb2
+
+import train_imagenet
+
+ROOT = Path(__file__).parent.parent
+NUM_TRAIN, NUM_VAL = 130, 37  # neither divides into batches of 16 on two ranks
+RECIPE = """
+model: {arch: resnet18, num_classes: 10}
+resolution: {min_res: 24, max_res: 32, start_ramp: 0, end_ramp: 1}
+data: {train_dataset: %(data)s/train.beton, val_dataset: %(data)s/val.beton, num_workers: 2}
+augmentation: {crop_scale: [0.5, 1], flip: 0, mixup_alpha: 0.2, cutmix_alpha: 1.0}
+lr: {lr_schedule_type: cosine, base_lr: 0.4, warmup_epochs: 1}
+training: {batch_size: 16, epochs: 3, bn_wd: 0, use_blurpool: 1, ema_decay: 0.9, precision: "32"}
+validation: {resolution: 32, crop_ratio: 1, batch_size: 16}
+logging: {log_every: 2}
+"""
+
+
+def run_script(*arguments, folder, launcher=(sys.executable,), **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
+    environment.pop("WANDB_API_KEY", None)
+    command = [*launcher, str(ROOT / "train_imagenet.py"), *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
+    )
+
+
+def finish(process, status=0):
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == status, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Handwritten digits as JPEGs, written by the script that users run."""
+    folder = tmp_path_factory.mktemp("digits")
+    digits = load_digits()
+    splits = {"train": slice(0, NUM_TRAIN), "val": slice(NUM_TRAIN, NUM_TRAIN + NUM_VAL)}
+    for split, chosen in splits.items():
+        for number, (pixels, label) in enumerate(zip(digits.images[chosen], digits.target[chosen], strict=True)):
+            path = folder / split / str(label) / f"{number:04d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            gray = cv2.resize((pixels * 15.9).astype(np.uint8), (32, 32), interpolation=cv2.INTER_CUBIC)
+            assert cv2.imwrite(str(path), cv2.cvtColor(gray, cv2.COLOR_GRAY2BGR))
+        written = subprocess.run(
+            [sys.executable, ROOT / "write_beton.py", "--split", split, "--source", folder / split]
+            + ["--target", folder / f"{split}.beton", "--num_workers", "1"],
+            capture_output=True,
+            text=True,
+        )
+        assert written.returncode == 0, written.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(data):
+    path = data / "recipe.yaml"
+    path.write_text(RECIPE % {"data": data})
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole_run(recipe, tmp_path_factory):
+    """An undisturbed run of three epochs, recorded by W&B offline; its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    output = finish(run_script("--config-file", recipe, "--wandb_project", "digits", folder=folder))
+    return folder, output
+
+
+def read_wandb(folder):
+    """The protobuf records of an offline W&B run: a log of 32 KiB blocks behind a header of 7 bytes."""
+    (path,) = folder.glob("logs/wandb/offline-run-*/run-*.wandb")
+    data, records, payload, at = path.read_bytes(), [], b"", 7
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        payload += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # a whole record, or the last part of one
+            records.append(wandb_internal_pb2.Record.FromString(payload))
+            payload = b""
+    return records
+
+
+def test_a_run_leaves_its_log_record_curve_and_checkpoints(whole_run):
+    folder, output = whole_run
+    (log,), (jsonl,), (png,) = (list(folder.glob(f"logs/train_*{suffix}")) for suffix in (".log", ".jsonl", ".png"))
+    assert log.read_text() == output
+    records = [json.loads(line) for line in jsonl.read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [0, 1, 2]
+    assert [record["resolution"] for record in records] == [24, 32, 32]
+    for record in records:
+        for name in ("train/loss", "train/acc1", "train/acc5", "val/loss", "val/acc1", "val/acc5", "lr"):
+            assert np.isfinite(record[name]), name
+    assert cv2.imread(str(png)).std() > 0
+    best = max(records, key=lambda record: record["val/acc1"])
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names == {
+        "last.ckpt",
+        "resnet18-weights.pt",
+        f"resnet18-epoch={best['epoch']:02d}-val_acc1={best['val/acc1']:.4f}.ckpt",
+    }
+    assert "0.4 x 16 / 256 = 0.025" in output
+
+
+def test_a_checkpoint_tells_what_made_it(whole_run, data):
+    content = torch.load(whole_run[0] / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["recipe"]["lr"]["base_lr"] == 0.4
+    assert RECIPE % {"data": data} in content["recipe_files"].values()
+    assert content["data"]["train"]["num_samples"] == NUM_TRAIN and content["data"]["train"]["digest"]
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["state"]["epoch"] == 3
+
+
+def test_exported_weights_are_the_architecture_s_own(whole_run):
+    state = torch.load(whole_run[0] / "checkpoints" / "resnet18-weights.pt", weights_only=True)
+    torchvision.models.resnet18(num_classes=10).load_state_dict(state)
+
+
+def test_wandb_offline_history_holds_the_metrics(whole_run):
+    folder, output = whole_run
+    assert "recorded offline" in output
+    records = read_wandb(folder)
+    (run,) = {record.run.project for record in records if record.HasField("run")}
+    assert run == "digits"
+    config = {u.key: json.loads(u.value_json) for r in records if r.HasField("run") for u in r.run.config.update}
+    assert config["recipe"]["training"]["epochs"] == 3
+    rows = [
+        {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.HasField("history")
+    ]
+    epochs = [row for row in rows if "val/acc1" in row]
+    assert [row["epoch"] for row in epochs] == [0, 1, 2]
+    names = {"train/loss", "train/acc1", "train/acc5", "val/loss", "val/acc1", "val/acc5", "lr", "images_per_s"}
+    assert all(names <= row.keys() for row in epochs)
+
+
+def test_killed_and_resumed_equals_undisturbed(recipe, whole_run, tmp_path):
+    process = run_script("--config-file", recipe, "--no_wandb", "--training.save_every_steps=3", folder=tmp_path)
+    for line in process.stdout:
+        if line.startswith("epoch 1  step 2/8"):  # past the save at step 9, the first of epoch 1
+            process.send_signal(signal.SIGKILL)
+            break
+    finish(process, -signal.SIGKILL)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    state = torch.load(last, weights_only=True)["state"]
+    assert state["epoch"] == 1 and 0 < state["batch"] < 8
+    output = finish(run_script("--config-file", recipe, "--no_wandb", "--resume", last, folder=tmp_path))
+    assert f"resuming at epoch 1, batch {state['batch']} (step {8 + state['batch']})" in output
+    ours, theirs = (torch.load(p / "checkpoints" / "last.ckpt", weights_only=True) for p in (tmp_path, whole_run[0]))
+    for part in ("model", "ema"):
+        for name, value in theirs[part].items():
+            assert torch.equal(ours[part][name], value), name
+    (jsonl,) = tmp_path.glob("logs/train_*.jsonl")
+    (whole,) = whole_run[0].glob("logs/train_*.jsonl")
+    for ours, theirs in zip(
+        *([json.loads(x) for x in p.read_text().splitlines()] for p in (jsonl, whole)), strict=True
+    ):
+        for name in ("epoch", "train/loss", "train/acc1", "val/loss", "val/acc1", "lr"):
+            assert ours[name] == theirs[name], name
+
+
+def test_two_processes_agree_and_count_each_validation_sample_once(recipe, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent("""
+        import sys
+        import torch
+        import torch.distributed as dist
+        import train_imagenet
+        from training.checkpoint import unwrapped
+        from training.recipe import read_recipe
+
+        recipe = read_recipe(sys.argv[1:])
+        run = train_imagenet.Run(recipe, train_imagenet.join(recipe))
+        run.train()
+        state = unwrapped(run.trainer.model).state_dict()
+        for name, value in state.items():
+            others = [torch.empty_like(value) for _ in range(2)]
+            dist.all_gather(others, value)
+            assert torch.equal(*others) or "running" in name, name
+        print("ranks agree", flush=True)
+        dist.destroy_process_group()
+    """)
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29541"]
+    arguments = ["--config-file", recipe, "--no_wandb", "--epochs", "2", "--dist.world_size=4"]
+    process = subprocess.Popen(
+        [*launcher, str(program), *map(str, arguments), "--training.distributed=1"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    output = finish(process)
+    assert output.count("ranks agree") == 2
+    assert output.count("done: best") == 1, "only rank 0 speaks"
+    assert "torchrun wins" in output
+    assert "0.4 x 32 / 256 = 0.05" in output
+    (jsonl,) = tmp_path.glob("logs/train_*.jsonl")
+    record = json.loads(jsonl.read_text().splitlines()[-1])
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    output = finish(run_script("--config-file", recipe, "--eval_only", "--resume", last, folder=tmp_path))
+    match = re.search(r"37 images, loss ([\d.]+), top-1 ([\d.]+)%", output)
+    assert float(match[1]) == pytest.approx(record["val/loss"], abs=2e-4)
+    assert float(match[2]) == pytest.approx(100 * record["val/acc1"], abs=1e-3)
+
+
+def test_a_recipe_that_asks_for_processes_gets_them(recipe, tmp_path):
+    options = ["--training.distributed=1", "--dist.world_size=2", "--dist.port=29543", "--no_wandb", "--epochs", "1"]
+    output = finish(run_script("--config-file", recipe, *options, folder=tmp_path))
+    assert "0.4 x 32 / 256 = 0.05" in output and output.count("done: best") == 1
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Call the script in this process in an empty folder: exit status, stdout, stderr, and what it created."""
+
+    def call(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["train_imagenet.py", *map(str, arguments)])
+        before = set(tmp_path.rglob("*"))
+        status = 0
+        try:
+            train_imagenet.main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr(), set(tmp_path.rglob("*")) - before
+
+    return call
+
+
+def test_mistakes_are_refused_before_anything_is_created(call, recipe, data, tmp_path):
+    foreign = tmp_path / "foreign.beton"
+    foreign.write_bytes(b"no beton at all" * 100)
+    cases = {
+        ("--data.train_dataset=none.beton",): "none.beton",
+        (f"--data.train_dataset={foreign}",): "foreign.beton",
+        ("--model.num_classes=1000",): "--model.num_classes=10",
+        ("--model.arch=resnet1",): "resnet18",
+        ("--training.batchsize=3",): "training.batch_size",
+        ("--epochs", "many"): "epochs",
+        ("--batch_size", "131"): "131",
+        ("--resume", "none.ckpt"): "none.ckpt",
+        ("--model.weights=none.pt",): "none.pt",
+    }
+    for arguments, expected in cases.items():
+        status, out, err, created = call("--config-file", recipe, *arguments)
+        assert (status, created) == (2, set()), (arguments, err)
+        assert expected in err and "Traceback" not in err, (arguments, err)
+
+
+def test_classes_numbered_differently_are_refused(call, recipe, data, tmp_path):
+    manifest = json.loads((data / "val.beton.json").read_text())
+    manifest["classes"][3:5] = manifest["classes"][4:2:-1]
+    for name in ("val.beton", "val.beton.json"):
+        (tmp_path / name).write_bytes((data / name).read_bytes())
+    (tmp_path / "val.beton.json").write_text(json.dumps(manifest))
+    status, _, err, created = call("--config-file", recipe, f"--data.val_dataset={tmp_path / 'val.beton'}")
+    assert (status, created) == (2, set()) and "class 3 is 3 in" in err and "and 4 in" in err
+
+
+def test_dry_run_needs_no_data_and_creates_nothing(call):
+    status, out, _, created = call("--config-file", ROOT / "rn50_configs" / "single_gpu_100ep.yaml", "--dry_run")
+    assert (status, created) == (0, set())
+    assert "0.5 x 128 / 256 = 0.25" in out and f"{1_281_167 // 128:,}" in out and "1,281,167" in out
+
+
+def test_a_loss_that_explodes_ends_the_run_with_its_remedies(call, recipe):
+    status, out, _, created = call("--config-file", recipe, "--no_wandb", "--lr", "1e30", "--epochs", "2")
+    assert status == 1
+    assert "the loss is not finite" in out and "--training.grad_clip=1" in out
+    assert any(path.suffix == ".log" and "not finite" in path.read_text() for path in created)
