@@ -76,10 +76,13 @@ def workspace_bytes(max_height: int, max_width: int, size: int) -> int:
     int
         Bytes of the ``uint8`` array that the kernels take as ``workspace``, for either interpolation.
     """
-    taps = _taps_entries(max_height, size, BICUBIC) + _taps_entries(max_width, size, BICUBIC)
-    stripes = 3 * STRIPE * _padded(max_width + 2)
-    planes = 3 * (max_height + 3) * _padded(size)
-    return 2 * 4 * taps + STRIPE * (max_width + 2 + size) + 4 * _padded(size) + stripes + planes + 16 * STRIPE
+    height, width = max_height + 2, max_width + 2  # what a fractional box touches
+    taps = 4 * (_taps_entries(height, size, BICUBIC) + _taps_entries(width, size, BICUBIC))
+    stripe = STRIPE * (width + size) + 4 * max(width, size, STRIPE)
+    between = max(height * size, width * size)
+    planes = 3 * (height * width + size * size)
+    num_pieces = 16
+    return 2 * taps + stripe + between + planes + num_pieces * STRIPE
 
 
 @nb.njit(**_KERNEL)
@@ -137,21 +140,12 @@ def _lay_taps_into(start, extent, mirrored, interpolation, taps):
 @nb.njit(**_KERNEL)
 def _cut_taps(workspace, at, start, extent, size, mirrored, interpolation):
     num_entries = _taps_entries(extent, size, interpolation)
-    piece, end = _cut(workspace, at, 4 * num_entries)
+    piece, at = _cut(workspace, at, 4 * num_entries)
     entries = piece.view(np.int32)
     weights = entries[2 * size :].reshape((size, num_entries // size - 2))
     taps = Taps(entries[:size], entries[size : 2 * size], weights)
     _lay_taps_into(start, extent, mirrored, interpolation, taps)
-    return taps, end
-
-
-@nb.njit(**_KERNEL)
-def _cut_scratch(workspace, at, width, out_width):
-    """What the pass along x works in: a transposed stripe, the same weighed, and sums."""
-    columns, at = _cut(workspace, at, STRIPE * width)
-    weighed, at = _cut(workspace, at, STRIPE * out_width)
-    sums, at = _cut(workspace, at, 4 * max(STRIPE, out_width))
-    return (columns, weighed, sums.view(np.int32)), at
+    return taps, at
 
 
 def _transpose_tile_into(source, at, stride, out, out_at, out_stride):
@@ -258,64 +252,74 @@ def _weigh_rows_into(source, at, stride, count, weights, sums, out, out_at, leng
 
 
 @nb.njit(**_KERNEL)
-def _weigh_row_into(rows, stride, taps, position, sums, out):
-    """The pass along y for one output row."""
-    at = taps.first[position] * stride
-    _weigh_rows_into(rows, at, stride, taps.count[position], taps.weights[position], sums, out, 0, out.size)
+def _weigh_along_y_into(source, at, stride, width, taps, sums, out):
+    for row in range(taps.first.size):
+        first = at + taps.first[row] * stride
+        _weigh_rows_into(source, first, stride, taps.count[row], taps.weights[row], sums, out, row * width, width)
 
 
 @nb.njit(**_KERNEL)
-def _weigh_columns_into(source, at, stride, height, width, taps, scratch, out, out_at, out_stride):
-    """The pass along x over (height, width) bytes, height at most STRIPE, into as many columns as there are taps."""
+def _weigh_along_x_into(source, at, stride, height, width, taps, columns, weighed, sums, out):
     size = taps.first.size
-    columns, weighed, sums = scratch
-    _transpose_into(source, at, stride, height, width, columns, 0, STRIPE)
-    for x in range(size):
-        first = taps.first[x] * STRIPE
-        _weigh_rows_into(columns, first, STRIPE, taps.count[x], taps.weights[x], sums, weighed, x * STRIPE, STRIPE)
-    _transpose_into(weighed, 0, STRIPE, size, height, out, out_at, out_stride)
+    stripe_height = min(height, STRIPE)
+    for stripe in range(0, height, STRIPE):
+        row = min(stripe, height - stripe_height)  # the last stripe overlaps the one before it, to be a whole one too
+        _transpose_into(source, at + row * stride, stride, stripe_height, width, columns, 0, STRIPE)
+        for x in range(size):
+            first = taps.first[x] * STRIPE
+            _weigh_rows_into(columns, first, STRIPE, taps.count[x], taps.weights[x], sums, weighed, x * STRIPE, STRIPE)
+        _transpose_into(weighed, 0, STRIPE, size, stripe_height, out, row * size, size)
 
 
 @nb.njit(**_KERNEL)
-def _weigh_plane_columns_into(plane, box, taps, scratch, out, out_stride):
-    """The pass along x over the rows that a box touches."""
+def _resample_into(source, at, stride, box, shape, flip, interpolation, workspace, out):
+    """Resample a box whose first touched byte is source[at]; out is flat."""
     y, x, height, width = box
-    top, left = _first_touched(y), _first_touched(x)
+    out_height, out_width = shape
     num_rows, num_columns = _num_touched(y, height), _num_touched(x, width)
-    source, stride = plane.reshape(-1), plane.shape[1]
-    for stripe in range(0, num_rows, STRIPE):
-        # The last stripe overlaps the one before it, so that a region of enough rows has whole stripes alone.
-        row = max(min(stripe, num_rows - STRIPE), 0)
-        at = (top + row) * stride + left
-        _weigh_columns_into(
-            source, at, stride, min(STRIPE, num_rows), num_columns, taps, scratch, out, row * out_stride, out_stride
-        )
+    x_taps, free = _cut_taps(workspace, 0, x, width, out_width, flip, interpolation)
+    y_taps, free = _cut_taps(workspace, free, y, height, out_height, False, interpolation)
+    columns, free = _cut(workspace, free, STRIPE * num_columns)
+    weighed, free = _cut(workspace, free, STRIPE * out_width)
+    sums, free = _cut(workspace, free, 4 * max(STRIPE, num_columns, out_width))
+    sums = sums.view(np.int32)
+    if num_rows > out_height and num_rows - out_height > 2 * (num_columns - out_width):
+        between, free = _cut(workspace, free, out_height * num_columns)
+        _weigh_along_y_into(source, at, stride, num_columns, y_taps, sums, between)
+        _weigh_along_x_into(between, 0, num_columns, out_height, num_columns, x_taps, columns, weighed, sums, out)
+    else:
+        between, free = _cut(workspace, free, num_rows * out_width)
+        _weigh_along_x_into(source, at, stride, num_rows, num_columns, x_taps, columns, weighed, sums, between)
+        _weigh_along_y_into(between, 0, out_width, out_width, y_taps, sums, out)
 
 
 @nb.njit(**_KERNEL)
-def _split_channels_into(image, top, left, height, width, out):
-    """Part interleaved RGB into three planes of rows _padded(width) apart."""
-    stride = _padded(width)
+def _resample_plane_into(plane, box, shape, flip, interpolation, workspace, out):
+    stride = plane.shape[1]
+    at = _first_touched(box[0]) * stride + _first_touched(box[1])
+    _resample_into(plane.reshape(-1), at, stride, box, shape, flip, interpolation, workspace, out)
+
+
+@nb.njit(**_KERNEL)
+def _split_channels_into(image, top, left, height, width, red, green, blue):
     for row in range(height):
-        red, green, blue = (
-            out[row * stride : row * stride + width],
-            out[(STRIPE + row) * stride : (STRIPE + row) * stride + width],
-            out[(2 * STRIPE + row) * stride : (2 * STRIPE + row) * stride + width],
-        )
         pixels = image[top + row, left : left + width].reshape(-1)
+        reds = red[row * width : (row + 1) * width]
+        greens = green[row * width : (row + 1) * width]
+        blues = blue[row * width : (row + 1) * width]
         for x in range(width):
-            red[x] = pixels[3 * x]
-            green[x] = pixels[3 * x + 1]
-            blue[x] = pixels[3 * x + 2]
+            reds[x] = pixels[3 * x]
+            greens[x] = pixels[3 * x + 1]
+            blues[x] = pixels[3 * x + 2]
 
 
 @nb.njit(**_KERNEL)
-def _write_rgb_into(red, green, blue, out):
+def _join_channels_into(red, green, blue, out):
     pixels = out.reshape(-1)
-    for x in range(out.shape[0]):
-        pixels[3 * x] = red[x]
-        pixels[3 * x + 1] = green[x]
-        pixels[3 * x + 2] = blue[x]
+    for i in range(red.size):
+        pixels[3 * i] = red[i]
+        pixels[3 * i + 1] = green[i]
+        pixels[3 * i + 2] = blue[i]
 
 
 @nb.njit(**_KERNEL)
@@ -324,14 +328,14 @@ def _clip(value):
 
 
 @nb.njit(**_KERNEL)
-def _write_ycc_into(y, cb, cr, out):
-    """JPEG's full-range BT.601 in the fixed point of libjpeg's jdcolor.c."""
+def _convert_colour_into(y, cb, cr, out):
+    """JPEG's full-range BT.601, in the fixed point of libjpeg's jdcolor.c."""
     pixels = out.reshape(-1)
-    for x in range(out.shape[0]):
-        luma, blue, red = np.int32(y[x]), np.int32(cb[x]) - 128, np.int32(cr[x]) - 128
-        pixels[3 * x] = _clip(luma + (np.int32(91881 * red + 32768) >> 16))
-        pixels[3 * x + 1] = _clip(luma + (np.int32(32768 - 22554 * blue - 46802 * red) >> 16))
-        pixels[3 * x + 2] = _clip(luma + (np.int32(116130 * blue + 32768) >> 16))
+    for i in range(y.size):
+        luma, blue, red = np.int32(y[i]), np.int32(cb[i]) - 128, np.int32(cr[i]) - 128
+        pixels[3 * i] = _clip(luma + (np.int32(91881 * red + 32768) >> 16))
+        pixels[3 * i + 1] = _clip(luma + (np.int32(32768 - 22554 * blue - 46802 * red) >> 16))
+        pixels[3 * i + 2] = _clip(luma + (np.int32(116130 * blue + 32768) >> 16))
 
 
 @nb.njit(**_KERNEL)
@@ -350,22 +354,8 @@ def resample_region_into(plane, box, interpolation, workspace, out):
         Scratch of one thread; see :func:`workspace_bytes`.
     out : ndarray of uint8, shape (out_height, out_width), C-contiguous
         Where the result is written.
-
-    Notes
-    -----
-    Equals Pillow 13's ``Image.crop(hull).resize((out_width, out_height), resample, box)`` to the bit, ``hull`` being the
-    pixels that the box touches.
     """
-    y, x, height, width = box
-    out_height, out_width = out.shape
-    x_taps, at = _cut_taps(workspace, 0, x, width, out_width, False, interpolation)
-    y_taps, at = _cut_taps(workspace, at, y, height, out_height, False, interpolation)
-    scratch, at = _cut_scratch(workspace, at, _num_touched(x, width), out_width)
-    rows, at = _cut(workspace, at, _num_touched(y, height) * out_width)
-    _weigh_plane_columns_into(plane, box, x_taps, scratch, rows, out_width)
-    target = out.reshape(-1)
-    for row in range(out_height):
-        _weigh_row_into(rows, out_width, y_taps, row, scratch[2], target[row * out_width : (row + 1) * out_width])
+    _resample_plane_into(plane, box, out.shape, False, interpolation, workspace, out.reshape(-1))
 
 
 @nb.njit(**_KERNEL)
@@ -379,8 +369,8 @@ def resample_planes_into(y, cb, cr, y_box, c_box, flip, interpolation, workspace
     y, cb, cr : ndarray of uint8, shape (height, width), C-contiguous
         Luma and chroma planes, chroma of any subsampling and both alike; of size 0 for a grayscale image.
     y_box, c_box : tuple of float
-        The region ``(y, x, height, width)`` in pixels of the luma and of the chroma planes, of positive extent. ``c_box``
-        is not looked at for a grayscale image.
+        The region ``(y, x, height, width)`` in pixels of the luma and of the chroma planes, within them, of positive
+        extent. ``c_box`` is not looked at for a grayscale image.
     flip : bool
         Whether to mirror the output horizontally.
     interpolation : int
@@ -390,32 +380,18 @@ def resample_planes_into(y, cb, cr, y_box, c_box, flip, interpolation, workspace
     out : ndarray of uint8, shape (out_height, out_width, 3), C-contiguous
         Where the RGB image is written.
     """
-    out_height, out_width, _ = out.shape
-    x_taps, at = _cut_taps(workspace, 0, y_box[1], y_box[3], out_width, flip, interpolation)
-    y_taps, at = _cut_taps(workspace, at, y_box[0], y_box[2], out_height, False, interpolation)
-    scratch, at = _cut_scratch(workspace, at, _num_touched(y_box[1], y_box[3]), out_width)
-    sums = scratch[2]
-    y_row, at = _cut(workspace, at, out_width)
-    y_rows, at = _cut(workspace, at, _num_touched(y_box[0], y_box[2]) * out_width)
-    _weigh_plane_columns_into(y, y_box, x_taps, scratch, y_rows, out_width)
+    shape = out.shape[:2]
+    y_plane, free = _cut(workspace, 0, shape[0] * shape[1])
+    cb_plane, free = _cut(workspace, free, shape[0] * shape[1])
+    cr_plane, free = _cut(workspace, free, shape[0] * shape[1])
+    scratch = workspace[free:]
+    _resample_plane_into(y, y_box, shape, flip, interpolation, scratch, y_plane)
     if cb.size == 0:
-        for row in range(out_height):
-            _weigh_row_into(y_rows, out_width, y_taps, row, sums, y_row)
-            _write_rgb_into(y_row, y_row, y_row, out[row])
+        _join_channels_into(y_plane, y_plane, y_plane, out)
         return
-    x_taps, at = _cut_taps(workspace, at, c_box[1], c_box[3], out_width, flip, interpolation)
-    c_taps, at = _cut_taps(workspace, at, c_box[0], c_box[2], out_height, False, interpolation)
-    cb_row, at = _cut(workspace, at, out_width)
-    cr_row, at = _cut(workspace, at, out_width)
-    cb_rows, at = _cut(workspace, at, _num_touched(c_box[0], c_box[2]) * out_width)
-    cr_rows, at = _cut(workspace, at, _num_touched(c_box[0], c_box[2]) * out_width)
-    _weigh_plane_columns_into(cb, c_box, x_taps, scratch, cb_rows, out_width)
-    _weigh_plane_columns_into(cr, c_box, x_taps, scratch, cr_rows, out_width)
-    for row in range(out_height):
-        _weigh_row_into(y_rows, out_width, y_taps, row, sums, y_row)
-        _weigh_row_into(cb_rows, out_width, c_taps, row, sums, cb_row)
-        _weigh_row_into(cr_rows, out_width, c_taps, row, sums, cr_row)
-        _write_ycc_into(y_row, cb_row, cr_row, out[row])
+    _resample_plane_into(cb, c_box, shape, flip, interpolation, scratch, cb_plane)
+    _resample_plane_into(cr, c_box, shape, flip, interpolation, scratch, cr_plane)
+    _convert_colour_into(y_plane, cb_plane, cr_plane, out)
 
 
 @nb.njit(**_KERNEL)
@@ -438,29 +414,17 @@ def resample_rgb_into(image, box, flip, interpolation, workspace, out):
         Where the result is written.
     """
     y, x, height, width = box
-    out_height, out_width, _ = out.shape
-    top, left = _first_touched(y), _first_touched(x)
     num_rows, num_columns = _num_touched(y, height), _num_touched(x, width)
-    stride = _padded(num_columns)
-    x_taps, at = _cut_taps(workspace, 0, x, width, out_width, flip, interpolation)
-    y_taps, at = _cut_taps(workspace, at, y, height, out_height, False, interpolation)
-    scratch, at = _cut_scratch(workspace, at, num_columns, out_width)
-    split, at = _cut(workspace, at, 3 * STRIPE * stride)
-    rgb_row, at = _cut(workspace, at, 3 * out_width)
-    plane_size = num_rows * out_width
-    rows, at = _cut(workspace, at, 3 * plane_size)
-    for stripe in range(0, num_rows, STRIPE):
-        row = max(min(stripe, num_rows - STRIPE), 0)
-        stripe_height = min(STRIPE, num_rows)
-        _split_channels_into(image, top + row, left, stripe_height, num_columns, split)
-        for channel in range(3):
-            _weigh_columns_into(
-                split, channel * STRIPE * stride, stride, stripe_height, num_columns, x_taps, scratch,
-                rows, channel * plane_size + row * out_width, out_width,
-            )  # fmt: skip
-    red, green, blue = rgb_row[:out_width], rgb_row[out_width : 2 * out_width], rgb_row[2 * out_width :]
-    for row in range(out_height):
-        _weigh_row_into(rows[:plane_size], out_width, y_taps, row, scratch[2], red)
-        _weigh_row_into(rows[plane_size : 2 * plane_size], out_width, y_taps, row, scratch[2], green)
-        _weigh_row_into(rows[2 * plane_size :], out_width, y_taps, row, scratch[2], blue)
-        _write_rgb_into(red, green, blue, out[row])
+    shape = out.shape[:2]
+    region, free = _cut(workspace, 0, 3 * num_rows * num_columns)
+    resampled, free = _cut(workspace, free, 3 * shape[0] * shape[1])
+    scratch = workspace[free:]
+    size, out_size = num_rows * num_columns, shape[0] * shape[1]
+    _split_channels_into(
+        image, _first_touched(y), _first_touched(x), num_rows, num_columns,
+        region[:size], region[size : 2 * size], region[2 * size :],
+    )  # fmt: skip
+    for channel in range(3):
+        target = resampled[channel * out_size : (channel + 1) * out_size]
+        _resample_into(region, channel * size, num_columns, box, shape, flip, interpolation, scratch, target)
+    _join_channels_into(resampled[:out_size], resampled[out_size : 2 * out_size], resampled[2 * out_size :], out)
