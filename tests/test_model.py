@@ -76,7 +76,9 @@ def test_local_weights(tmp_path, suffix, prefix):
     path = tmp_path / f"weights{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     model = build_model("resnet18", num_classes=10, weights=path)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values(), strict=True)
+    )
     other_head = build_model("resnet18", num_classes=7, weights=path)
     assert torch.equal(other_head.conv1.weight, source.conv1.weight) and other_head.fc.weight.shape[0] == 7
 
