@@ -6,12 +6,23 @@ reader that knows both decodes a crop for what the crop covers; all others skip 
 ``docs/BETON_FORMAT.md`` has the bytes.
 """
 
+import ctypes
+import ctypes.util
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
 import numpy as np
 
 INDEX_MARKER = 0xEA
 INDEX_NAME = b"ffcvrow\0"
 MCU_PX = 16
 _SEGMENT_MCUS = 2
+_SEGMENT_BYTES = 128
+_TJPF_RGB = 0
 
 
 def encode(image: np.ndarray, quality: int = 90) -> np.ndarray:
@@ -34,30 +45,45 @@ def encode(image: np.ndarray, quality: int = 90) -> np.ndarray:
     ValueError
         If the image is not uint8 (H, W, 3) or cannot be encoded.
     """
-    import cv2
+    import cv2  # here, so that who only decodes does not need it
 
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"a JPEG is made of uint8 pixels (H, W, 3), got {image.dtype} {image.shape}")
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     mcus_per_row = -(-image.shape[1] // MCU_PX)
+    interval = restart_interval(mcus_per_row, _SEGMENT_MCUS)
+    jpeg = _compress(bgr, quality, interval)
+    # A segment costs about three bytes more than its data. Where there is little data, as in the sky, longer segments
+    # keep the file as small as one without.
+    num_segments = mcus_per_row // interval * -(-image.shape[0] // MCU_PX)
+    coarser = restart_interval(mcus_per_row, interval * _SEGMENT_BYTES * num_segments / jpeg.size)
+    if coarser > interval:
+        jpeg = _compress(bgr, quality, coarser)
+    return _with_index(jpeg, mcus_per_row)
+
+
+def restart_interval(mcus_per_row: int, wanted: float) -> int:
+    """MCUs between restart markers: the divisor of `mcus_per_row` whose ratio to `wanted` is nearest 1."""
+    divisors = [k for k in range(1, mcus_per_row + 1) if mcus_per_row % k == 0]
+    return min(divisors, key=lambda k: max(k / wanted, wanted / k))
+
+
+def _compress(bgr: np.ndarray, quality: int, interval: int) -> np.ndarray:
+    import cv2
+
     options = [
         *(cv2.IMWRITE_JPEG_QUALITY, int(quality)),
         *(cv2.IMWRITE_JPEG_OPTIMIZE, 1),
         *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420),
-        *(cv2.IMWRITE_JPEG_RST_INTERVAL, restart_interval(mcus_per_row)),
+        *(cv2.IMWRITE_JPEG_RST_INTERVAL, interval),
     ]
     try:
-        encoded, jpeg = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
+        encoded, jpeg = cv2.imencode(".jpg", bgr, options)
     except cv2.error as error:
-        raise ValueError(f"OpenCV cannot encode {image.shape} at quality {quality}: {error}") from error
+        raise ValueError(f"OpenCV cannot encode {bgr.shape} at quality {quality}: {error}") from error
     if not encoded:
-        raise ValueError(f"OpenCV cannot encode {image.shape} at quality {quality}")
-    return _with_index(jpeg.reshape(-1), mcus_per_row)
-
-
-def restart_interval(mcus_per_row: int) -> int:
-    """The number of MCUs between restart markers: the divisor of `mcus_per_row` nearest, as a ratio, to 32 px."""
-    divisors = [k for k in range(1, mcus_per_row + 1) if mcus_per_row % k == 0]
-    return min(divisors, key=lambda k: max(k / _SEGMENT_MCUS, _SEGMENT_MCUS / k))
+        raise ValueError(f"OpenCV cannot encode {bgr.shape} at quality {quality}")
+    return jpeg.reshape(-1)
 
 
 def _with_index(jpeg: np.ndarray, mcus_per_row: int) -> np.ndarray:
@@ -84,3 +110,121 @@ def _scan_start(jpeg: np.ndarray) -> tuple[int, int]:
         position += 2 + length
         if marker == 0xDA:
             return position, interval
+
+
+def decode(jpeg: np.ndarray) -> np.ndarray:
+    """Decode a whole JPEG, whoever wrote it.
+
+    Parameters
+    ----------
+    jpeg : ndarray of uint8, shape (size_bytes,)
+
+    Returns
+    -------
+    ndarray of uint8, shape (H, W, 3)
+        RGB, as TurboJPEG decodes it with the accurate DCT.
+
+    Raises
+    ------
+    ValueError
+        With TurboJPEG's message, if it reports an error or a warning.
+    """
+    library = turbojpeg()
+    jpeg = np.ascontiguousarray(jpeg, dtype=np.uint8)
+    handle = open_decompressor()
+    try:
+        height, width, subsampling, colourspace = (ctypes.c_int() for _ in range(4))
+        found = map(ctypes.byref, (width, height, subsampling, colourspace))
+        if library.tjDecompressHeader3(handle, jpeg.ctypes.data, jpeg.size, *found):
+            raise ValueError(_last_error(handle))
+        image = np.empty((height.value, width.value, 3), np.uint8)
+        size = width.value, 0, height.value
+        if library.tjDecompress2(handle, jpeg.ctypes.data, jpeg.size, image.ctypes.data, *size, _TJPF_RGB, 0):
+            raise ValueError(_last_error(handle))
+        return image
+    finally:
+        close_decompressor(handle)
+
+
+def open_decompressor() -> int:
+    """A TurboJPEG handle for decompression, for one thread at a time, to be closed with `close_decompressor`."""
+    handle = turbojpeg().tjInitDecompress()
+    if not handle:
+        raise MemoryError(f"TurboJPEG gives no decompressor: {_last_error(None)}")
+    return handle
+
+
+def close_decompressor(handle: int) -> None:
+    """Free a handle of `open_decompressor`."""
+    turbojpeg().tjDestroy(handle)
+
+
+def _last_error(handle: int | None) -> str:
+    return f"TurboJPEG: {turbojpeg().tjGetErrorStr2(handle).decode(errors='replace')}"
+
+
+def function_addresses() -> dict[str, int]:
+    """The addresses of the TurboJPEG functions that compiled kernels call, by name."""
+    names = ("tjDecompressHeader3", "tjDecompressToYUVPlanes", "tjDecompress2")
+    return {name: ctypes.cast(getattr(turbojpeg(), name), ctypes.c_void_p).value or 0 for name in names}
+
+
+@lru_cache(maxsize=1)
+def turbojpeg() -> ctypes.CDLL:
+    """TurboJPEG's library, 2.1 or later, loaded once.
+
+    Returns
+    -------
+    ctypes.CDLL
+        From the path in the environment variable ``TURBOJPEG`` where it is set; else the copy packed with ffcv, a conda
+        environment's, the system's.
+
+    Raises
+    ------
+    ImportError
+        If there is none, with the places tried and what to do.
+    """
+    tried = []
+    for path in _library_paths():
+        try:
+            library = ctypes.CDLL(path)
+            _declare(library)
+            return library
+        except (OSError, AttributeError) as error:
+            tried.append(f"  {path}: {error}")
+    raise ImportError(
+        "TurboJPEG 2.1 or later was not found. Install it (Debian, Ubuntu: apt install libturbojpeg0; conda: conda "
+        "install libjpeg-turbo) or set TURBOJPEG to the library's path. Tried:\n" + "\n".join(tried)
+    )
+
+
+def _library_paths() -> Iterator[str]:
+    if os.environ.get("TURBOJPEG"):
+        yield os.environ["TURBOJPEG"]
+        return
+    ffcv = importlib.util.find_spec("ffcv")
+    if ffcv is not None and ffcv.origin:
+        yield from map(str, sorted(Path(ffcv.origin).parents[1].glob("ffcv.libs/libturbojpeg-*.so*")))
+    name = "libturbojpeg.dylib" if sys.platform == "darwin" else "libturbojpeg.so.0"
+    for prefix in filter(None, (os.environ.get("CONDA_PREFIX"), sys.prefix)):
+        if (Path(prefix) / "lib" / name).exists():
+            yield str(Path(prefix) / "lib" / name)
+    yield name
+    found = ctypes.util.find_library("turbojpeg")
+    if found:
+        yield found
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_ulong
+    signatures = {
+        "tjInitDecompress": (pointer, []),
+        "tjDestroy": (integer, [pointer]),
+        "tjGetErrorStr2": (ctypes.c_char_p, [pointer]),
+        "tjDecompressHeader3": (integer, [pointer, pointer, size, pointer, pointer, pointer, pointer]),
+        "tjDecompress2": (integer, [pointer, pointer, size, pointer, integer, integer, integer, integer, integer]),
+        "tjDecompressToYUVPlanes": (integer, [pointer, pointer, size, pointer, integer, pointer, integer, integer]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
