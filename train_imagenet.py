@@ -31,6 +31,7 @@ from training.checkpoint import Checkpoints, TrainState, read_checkpoint
 from training.distributed import World
 from training.logs import RunLog
 from training.loop import DTYPES, RunError, Trainer, evaluate, train_epoch
+from training.loss import build_loss
 from training.model import IMAGENET_MEAN, IMAGENET_STD, build_model, find_library
 from training.optim import build_ema, build_optimizer
 from training.recipe import Plan, Settings, plan, read_recipe, summary
@@ -154,6 +155,7 @@ class Run:
             ),
             scaler=torch.amp.GradScaler(world.device.type, enabled=self.precision == "16-mixed"),
             world=world,
+            loss=build_loss("cross_entropy"),
             lr=self.schedule.lr,
             precision=self.precision,
             accumulation=training.accumulation,

@@ -8,7 +8,8 @@ from torch import nn
 from training.checkpoint import TrainState
 from training.distributed import World
 from training.logs import RunLog
-from training.loop import FiniteCheck, Meter, RunError, Trainer, evaluate, metrics, soft_target_loss, train_epoch
+from training.loop import FiniteCheck, Meter, RunError, Trainer, evaluate, metrics, train_epoch
+from training.loss import soft_target_cross_entropy
 from training.optim import build_optimizer
 
 WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
@@ -39,6 +40,7 @@ def make_trainer(model, **options):
         optimizer=build_optimizer(model, lr=0.1, momentum=0.9),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         world=WORLD,
+        loss=soft_target_cross_entropy,
         lr=lambda step: 0.1 / (step + 1),
         precision="32",
         **options,
@@ -56,14 +58,6 @@ def data():
     images = torch.randn(24, 3, 8, 8, generator=generator)
     labels = torch.randint(6, (24,), generator=generator)
     return images, F.one_hot(labels, 6).float(), labels
-
-
-def test_soft_target_loss_is_torch_s_cross_entropy(data):
-    _, targets, labels = data
-    logits = torch.randn(24, 6)
-    torch.testing.assert_close(soft_target_loss(logits, targets), F.cross_entropy(logits, labels))
-    smooth = targets * 0.9 + 0.1 / 6
-    torch.testing.assert_close(soft_target_loss(logits, smooth), F.cross_entropy(logits, labels, label_smoothing=0.1))
 
 
 def test_an_epoch_is_plain_sgd(data, tmp_path):
@@ -108,6 +102,17 @@ def test_clipping_bounds_the_step(data, tmp_path):
     run_epoch(make_trainer(model, grad_clip=1e-3), Batches(images * 50, targets, 24), TrainState(), tmp_path, steps=1)
     moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before, strict=True)]).norm()
     assert moved.item() == pytest.approx(0.1 * 1e-3, rel=1e-2)
+
+
+def test_adaptive_clipping_bounds_each_unit_by_its_weights(data, tmp_path):
+    images, targets, _ = data
+    model = small_model()
+    before = [parameter.clone() for parameter in model.parameters()]
+    run_epoch(make_trainer(model, agc=0.01), Batches(images * 50, targets, 24), TrainState(), tmp_path, steps=1)
+    weight, was = model[0].weight, before[0]
+    moved = (weight - was).flatten(1).norm(dim=1)
+    bound = 0.1 * 0.01 * was.flatten(1).norm(dim=1)
+    assert (moved <= bound * 1.001).all() and moved.max() > 0.5 * bound.max()
 
 
 def test_an_interrupted_epoch_goes_on_to_the_bit(data, tmp_path):

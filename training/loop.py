@@ -10,11 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.utils.agc import adaptive_clip_grad
 from torch import nn
 
 from training.checkpoint import TrainState, unwrapped
 from training.distributed import World, share_buffers, sum_over_ranks
 from training.logs import RunLog, format_duration
+from training.loss import Loss
 
 # A run is stopped when this many losses in a row are not finite: under 16-bit precision a single one can pass.
 NON_FINITE_STEPS = 3
@@ -28,11 +30,6 @@ class RunError(RuntimeError):
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The autocast context of a precision; off for ``"32"``."""
     return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "32")
-
-
-def soft_target_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy (scalar) of logits (N, K) against dense targets (N, K), which hold any label smoothing already."""
-    return torch.sum(-targets * F.log_softmax(logits.float(), dim=1), dim=1).mean()
 
 
 def count_hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -111,13 +108,16 @@ class Trainer:
         On its device, wrapped for distribution where there are several ranks.
     ema : AveragedModel or None
         Updated every ``ema_every`` steps.
+    loss : callable
+        Scalar loss of logits (N, K) and dense targets (N, K).
     lr : callable
         Learning rate of an optimizer step, counted from 0 over the run.
     precision : {"16-mixed", "bf16-mixed", "32"}
     accumulation : int
         Batches per optimizer step.
-    grad_clip : float
-        Largest norm of the gradient; 0 does not clip.
+    grad_clip, agc : float
+        Largest norm of the whole gradient; largest ratio of each unit's gradient norm to its weights' norm (adaptive
+        gradient clipping, arXiv 2102.06171). 0 does not clip.
     channels_last : bool
         Memory format of the images.
     seed : int
@@ -129,10 +129,12 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     world: World
+    loss: Loss
     lr: Callable[[int], float]
     precision: str
     accumulation: int = 1
     grad_clip: float = 0.0
+    agc: float = 0.0
     ema_every: int = 1
     channels_last: bool = True
     seed: int = 0
@@ -156,7 +158,7 @@ class Trainer:
         with wait:
             with autocast(self.world.device, self.precision):
                 logits = self.model(images)
-            loss = soft_target_loss(logits, targets)
+            loss = self.loss(logits, targets)
             self.scaler.scale(loss / self.accumulation).backward()
         return loss, logits
 
@@ -165,8 +167,11 @@ class Trainer:
         lr = self.lr(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self.grad_clip:
+        if self.grad_clip or self.agc:
             self.scaler.unscale_(self.optimizer)
+        if self.agc:
+            adaptive_clip_grad(self.model.parameters(), self.agc)
+        if self.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -1,6 +1,7 @@
 """What changes the weights: parameter groups, optimizers, the moving average."""
 
 import torch
+from timm.optim import Lamb
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
@@ -31,6 +32,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float, bn_wd: float |
 
 def build_optimizer(
     model: torch.nn.Module,
+    name: str = "sgd",
     *,
     lr: float,
     momentum: float = 0.9,
@@ -38,10 +40,31 @@ def build_optimizer(
     weight_decay: float = 0.0,
     bn_wd: float | None = None,
 ) -> torch.optim.Optimizer:
-    """SGD with momentum over `parameter_groups`, fused where the parameters lie on a GPU."""
+    """Build an optimizer over `parameter_groups`.
+
+    Parameters
+    ----------
+    name : {"sgd", "lamb", "adamw"}
+        SGD with momentum; timm's LAMB, which bounds the norm of the whole gradient by 1 (as "ResNet Strikes Back"
+        trained); AdamW. SGD and AdamW are fused where the parameters lie on a GPU.
+    momentum, nesterov
+        Of SGD alone.
+    """
     groups = parameter_groups(model, weight_decay, bn_wd)
     fused = all(parameter.is_cuda for parameter in model.parameters())
+    if name == "lamb":
+        return Lamb(groups, lr=lr)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, fused=fused)
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
+
+
+def rescaled_ema_decay(decay: float, *, every: int, global_batch_size: int, epochs: int) -> float:
+    """A decay stated for one epoch-long average, rescaled to a run's number of updates as torchvision's references do.
+
+    ``alpha' = min(1, (1 - decay) * global_batch_size * every / epochs)``, and the decay is ``1 - alpha'``.
+    """
+    return 1.0 - min(1.0, (1.0 - decay) * global_batch_size * every / epochs)
 
 
 def build_ema(model: torch.nn.Module, decay: float) -> AveragedModel | None:

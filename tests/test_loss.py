@@ -1,0 +1,38 @@
+"""Losses against torch's and timm's."""
+
+import pytest
+import timm.loss
+import torch
+import torch.nn.functional as F
+
+from training.loss import build_loss
+
+LOGITS = torch.linspace(-3, 4, 24).reshape(4, 6).roll(2, 1)
+LABELS = torch.tensor([0, 5, 5, 2])
+HARD = F.one_hot(LABELS, 6).float()
+SMOOTH = HARD * 0.9 + 0.1 / 6
+MIXED = 0.3 * SMOOTH + 0.7 * SMOOTH.flip(0)
+
+
+def test_cross_entropy_is_torch_s_on_labels_and_smoothed_labels():
+    loss = build_loss("cross_entropy")
+    torch.testing.assert_close(loss(LOGITS, HARD), F.cross_entropy(LOGITS, LABELS))
+    torch.testing.assert_close(loss(LOGITS, SMOOTH), F.cross_entropy(LOGITS, LABELS, label_smoothing=0.1))
+    mixed = 0.3 * F.cross_entropy(LOGITS, LABELS, label_smoothing=0.1)
+    mixed += 0.7 * F.cross_entropy(LOGITS, LABELS.flip(0), label_smoothing=0.1)
+    torch.testing.assert_close(loss(LOGITS, MIXED), mixed, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.2])
+@pytest.mark.parametrize("targets", [HARD, SMOOTH, MIXED])
+def test_bce_is_timm_s(threshold, targets):
+    theirs = timm.loss.BinaryCrossEntropy(smoothing=0.1, target_threshold=threshold)
+    torch.testing.assert_close(build_loss("bce", bce_threshold=threshold)(LOGITS, targets), theirs(LOGITS, targets))
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "bce"])
+def test_half_precision_logits_lose_nothing_more(name):
+    half = LOGITS.to(torch.bfloat16)
+    loss = build_loss(name)
+    torch.testing.assert_close(loss(half, SMOOTH), loss(half.float(), SMOOTH))
+    assert loss(half, SMOOTH).dtype == torch.float32
