@@ -37,7 +37,7 @@ main() {
         install_system "$python" $needs
         python=$(find_python)
         needs=$(missing "$python")
-        [ -z "$needs" ] || give_up "still missing after the installation" "$python" $needs
+        [ -z "$needs" ] || give_up "apt installed its packages, but not what is needed" "$python" $needs
     fi
     build_venv "$python"
     fingerprint "$python" >"$stamp"
@@ -107,37 +107,37 @@ named() {
     version=$([ -z "$python" ] || "$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     printf '%s\n' "$packages" | awk -v column="$column" -v version="$version" -v needs=" $* " '
         index(needs, " " $1 " ") && $column != "-" { gsub(",", " ", $column); gsub("VERSION", version, $column); print $column }
-    ' | tr '\n' ' '
+    ' | paste -sd ' ' -
 }
 
 install_system() {
     local python=$1 sudo=
     shift
-    command -v apt-get >/dev/null || give_up "missing, and there is no apt here" "$python" "$@"
+    command -v apt-get >/dev/null || give_up "there is no apt here" "$python" "$@"
     if [ "$(id -u)" -ne 0 ]; then
-        command -v sudo >/dev/null || give_up "missing, and this is neither root nor a machine with sudo" "$python" "$@"
-        sudo -n true 2>/dev/null || [ -t 0 ] || give_up "missing, and sudo wants a password" "$python" "$@"
+        command -v sudo >/dev/null || give_up "you are not root, and there is no sudo" "$python" "$@"
+        sudo -n true 2>/dev/null || [ -t 0 ] || give_up "sudo wants a password, and there is no terminal" "$python" "$@"
         sudo=sudo
     fi
     printf 'setup: installing %s with apt\n' "$(named 2 "$python" "$@")"
-    $sudo apt-get update -qq || give_up "missing, and apt could not read its package lists" "$python" "$@"
+    $sudo apt-get update -qq || give_up "apt could not read its package lists" "$python" "$@"
     # shellcheck disable=SC2046 # one word a package
     $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-        $(named 2 "$python" "$@") </dev/null || give_up "missing, and apt could not install it" "$python" "$@"
+        $(named 2 "$python" "$@") </dev/null >/dev/null || give_up "apt could not install it" "$python" "$@"
 }
 
-# Say what to install by hand, and stop: the reason, the interpreter, the needs.
+# Say what to install by hand, and stop: why it was not installed, the interpreter, the needs.
 give_up() {
     local reason=$1 python=$2
     shift 2
     {
-        printf 'setup: %s: %s\n\n' "$reason" "$*"
-        printf 'Install it with one of\n'
+        printf 'setup: missing: %s\n' "$*"
+        printf 'setup: not installed, because %s. Install it with one of\n' "$reason"
         printf '  apt    sudo apt-get install %s\n' "$(named 2 "$python" "$@")"
         printf '  dnf    sudo dnf install %s\n' "$(named 3 "$python" "$@")"
         printf '  brew   brew install %s\n' "$(named 4 "$python" "$@")"
         printf '  conda  conda install -c conda-forge %s\n' "$(named 5 "$python" "$@")"
-        printf 'and run make setup again.\n'
+        printf 'setup: and run make setup again.\n'
     } >&2
     exit 1
 }
