@@ -56,8 +56,8 @@ class _Crop(BatchOperation):
         self._size = int(size)
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
-        shape = (self.size, self.size, 3)
-        return replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("u1")), AllocationQuery(shape, np.dtype("u1"))
+        shape, dtype = (self.size, self.size, 3), np.dtype("u1")
+        return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
 
     def generate_code(self):
         return self._decode
@@ -301,8 +301,7 @@ class _Scratch:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._handles: list[int] = []
-        self._extent = (0, 0, 0, 0)
-        self._sizes = (0, 0, 0)
+        self._extent: tuple[int, ...] = (0, 0, 0, 0)
         self.arrays: tuple[np.ndarray, ...] = ()
 
     def __enter__(self) -> "_Scratch":

@@ -9,6 +9,7 @@ name TurboJPEG's functions by symbols, whose addresses are registered each time 
 """
 
 from collections import namedtuple
+from typing import Any
 
 import llvmlite.binding as llvm
 import numba as nb
@@ -18,21 +19,21 @@ from numba.extending import intrinsic
 
 from ffcv_ops import jpeg
 
-for _name, _address in jpeg.function_addresses().items():
-    llvm.add_symbol(f"ffcv_ops_{_name}", _address)
+for _name, _entry in jpeg.function_addresses().items():
+    llvm.add_symbol(f"ffcv_ops_{_name}", _entry)
 
-_i4, _i8 = nb.types.int32, nb.types.int64
-_decompress_header = nb.types.ExternalFunction(
-    "ffcv_ops_tjDecompressHeader3", _i4(_i8, _i8, _i8, _i8, _i8, _i8, _i8)
-)
-_decompress_to_planes = nb.types.ExternalFunction(
-    "ffcv_ops_tjDecompressToYUVPlanes", _i4(_i8, _i8, _i8, _i8, _i4, _i8, _i4, _i4)
-)
-_decompress_to_rgb = nb.types.ExternalFunction(
-    "ffcv_ops_tjDecompress2", _i4(_i8, _i8, _i8, _i8, _i4, _i4, _i4, _i4, _i4)
-)
-_memcpy = nb.types.ExternalFunction("memcpy", _i8(_i8, _i8, _i8))
-_memchr = nb.types.ExternalFunction("memchr", _i8(_i8, _i4, _i8))
+
+def _external(symbol: str, result: str, arguments: str) -> Any:
+    """A C function for kernels to call, its result and arguments given by their bytes: 8 for pointers, 4 for int."""
+    types: dict[str, Any] = {"4": nb.types.int32, "8": nb.types.int64}
+    return nb.types.ExternalFunction(symbol, types[result](*(types[argument] for argument in arguments)))
+
+
+_decompress_header = _external("ffcv_ops_tjDecompressHeader3", "4", "8888888")
+_decompress_to_planes = _external("ffcv_ops_tjDecompressToYUVPlanes", "4", "88884844")
+_decompress_to_rgb = _external("ffcv_ops_tjDecompress2", "4", "888844444")
+_memcpy = _external("memcpy", "8", "888")
+_memchr = _external("memchr", "8", "848")
 
 OK = 0
 BAD_JPEG = 1
@@ -64,7 +65,7 @@ the size of its luma plane; by what chroma's height and width are smaller, or `G
 
 
 @intrinsic
-def _pointer(typing_context, address):
+def _pointer(typing_context, address) -> Any:
     def codegen(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
 
@@ -74,7 +75,7 @@ def _pointer(typing_context, address):
 @nb.njit(cache=True, nogil=True)
 def memory(address, size_bytes):
     """The bytes at an address as an array (size_bytes,) of uint8, which must not outlive them."""
-    return nb.carray(_pointer(np.int64(address)), (np.int64(size_bytes),), np.uint8)
+    return nb.carray(_pointer(np.int64(address)), (np.int64(size_bytes),), np.uint8)  # type: ignore[call-arg]
 
 
 @nb.njit(cache=True, nogil=True)
