@@ -1,0 +1,204 @@
+"""A file in the making: pages on disk, and a journal of them from which a killed run resumes."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+_COMMIT_EVERY_S = 2.0
+_PAGES_IN_FLIGHT = 2
+
+
+class PartialFile:
+    """``<target>.partial`` and ``<target>.partial.journal``.
+
+    The journal's first line identifies the job; each further line describes one page: its number, its SHA-256 and what
+    the caller recorded about it. A line counts only if its CRC holds, and is written only after its page is safely on
+    disk, so that whatever the journal tells can be built upon after ``kill -9`` or a power cut.
+
+    Parameters
+    ----------
+    target : Path
+        The file that is to appear.
+    identity : dict
+        What the content depends on, as JSON. A journal with another identity is not continued.
+    data_start, page_size : int
+        Offset of the first page, size of a page, in bytes.
+
+    Attributes
+    ----------
+    resumed : list of dict
+        The pages found: ``page``, ``sha256`` and what the caller recorded.
+    page_hashes : list of str
+        SHA-256 of every page on disk, in order; complete after `flush`.
+    changed : list of str
+        The keys of `identity` in which an existing journal differed; it was abandoned if there are any.
+    """
+
+    def __init__(self, target: Path, identity: dict[str, Any], data_start: int, page_size: int):
+        self.target = target
+        self.path, self.journal_path = partial_paths(target)
+        self.data_start, self.page_size = data_start, page_size
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._journal = -1
+        self._disk = ThreadPoolExecutor(1)
+        self._writes: deque[Future[None]] = deque()
+        self._uncommitted: list[bytes] = []
+        self._committed_s = time.monotonic()
+        try:
+            _lock(self._file, self.path)
+            self.resumed, self.changed = self._resume(identity)
+            self.page_hashes: list[str] = [page["sha256"] for page in self.resumed]
+            self._num_pages = len(self.resumed)
+        except BaseException:
+            self.close()
+            raise
+
+    def _resume(self, identity: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+        found, pages, journal_bytes = read_journal(self.journal_path)
+        changed = [] if found is None else [key for key in identity if found.get(key) != identity[key]]
+        on_disk = (os.fstat(self._file).st_size - self.data_start) // self.page_size
+        usable = found is not None and not changed and on_disk >= len(pages)
+        self._journal = os.open(self.journal_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        if not usable:
+            pages, journal_bytes = [], 0
+        os.ftruncate(self._journal, journal_bytes)
+        os.ftruncate(self._file, self.data_start + len(pages) * self.page_size if pages else 0)
+        if not usable:
+            _write_all(self._journal, _line(identity))
+            os.fsync(self._journal)
+            _sync_folder(self.path)
+        return pages, changed
+
+    def append_page(self, content: bytearray, record: dict[str, Any]) -> None:
+        """Write the next page in the background; `content`, filled up with zeros, is given away."""
+        self._writes.append(self._disk.submit(self._write_page, self._num_pages, content, record))
+        self._num_pages += 1
+        while len(self._writes) > _PAGES_IN_FLIGHT:
+            self._writes.popleft().result()
+
+    def _write_page(self, number: int, content: bytearray, record: dict[str, Any]) -> None:
+        if number > len(self.page_hashes):
+            return  # an earlier page could not be written, and whoever waits for that one learns why
+        content.extend(bytes(self.page_size - len(content)))
+        sha256 = hashlib.sha256(content).hexdigest()
+        _write_all(self._file, content, self.data_start + number * self.page_size)
+        self.page_hashes.append(sha256)
+        self._uncommitted.append(_line({"page": number, "sha256": sha256, **record}))
+        if time.monotonic() - self._committed_s > _COMMIT_EVERY_S:
+            self._commit()
+
+    def _commit(self) -> None:
+        os.fdatasync(self._file)
+        _write_all(self._journal, b"".join(self._uncommitted))
+        os.fdatasync(self._journal)
+        self._uncommitted.clear()
+        self._committed_s = time.monotonic()
+
+    def flush(self) -> None:
+        """Return when all pages are on disk and in the journal; raises what went wrong with any of them."""
+        while self._writes:
+            self._writes.popleft().result()
+        self._disk.submit(self._commit).result()
+
+    def finish(self, head: bytes, tail: bytes, header: bytes) -> None:
+        """Write what goes before and behind the pages, the header last, and give the file its name."""
+        _write_all(self._file, tail, self.data_start + self._num_pages * self.page_size)
+        _write_all(self._file, head, len(header))
+        os.fsync(self._file)
+        _write_all(self._file, header, 0)
+        os.fsync(self._file)
+        os.replace(self.path, self.target)
+        _sync_folder(self.target)
+
+    def close(self) -> None:
+        """Finish the writes under way, as far as they can be, and let go of the files."""
+        if self._journal >= 0 and self.path.exists():
+            with contextlib.suppress(OSError):
+                self._disk.submit(self._commit).result()
+        self._disk.shutdown()
+        for descriptor in (self._file, self._journal):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+def partial_paths(target: Path) -> tuple[Path, Path]:
+    """Return the names of the file in the making and of its journal."""
+    return Path(f"{target}.partial"), Path(f"{target}.partial.journal")
+
+
+def remove_partial(target: Path) -> None:
+    """Delete the file in the making and its journal, as far as they exist."""
+    for path in partial_paths(target):
+        path.unlink(missing_ok=True)
+
+
+def read_journal(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]], int]:
+    """Return the identity (None without one), the pages, and the length in bytes of the journal's valid part."""
+    lines: list[dict[str, Any]] = []
+    valid_bytes = 0
+    for line in _raw_lines(path):
+        crc, _, content = line.rstrip(b"\n").partition(b" ")
+        if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(content):
+            break
+        entry = json.loads(content)
+        if lines and entry["page"] != len(lines) - 1:
+            break
+        lines.append(entry)
+        valid_bytes += len(line)
+    return (lines[0], lines[1:], valid_bytes) if lines else (None, [], 0)
+
+
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        yield from file
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    content = json.dumps(entry, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(content), content)
+
+
+def _write_all(descriptor: int, content: bytes | bytearray, offset: int | None = None) -> None:
+    rest = memoryview(content)
+    while rest:
+        written = os.write(descriptor, rest) if offset is None else os.pwrite(descriptor, rest, offset)
+        rest = rest[written:]
+        offset = None if offset is None else offset + written
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Make a small file appear whole or not at all."""
+    temporary = Path(f"{path}.partial")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path.absolute().parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EWOULDBLOCK:
+            raise ValueError(f"{path}: another process is writing this file; wait for it, or end it") from None
+        # A file system without locks, such as Lustre mounted without them, goes without.
