@@ -9,20 +9,21 @@ run() {
     "$@"
 }
 
-run python launch/make_digits.py demo
-run python write_beton.py --split train --source demo/train --target demo/train.beton --overwrite
-run python write_beton.py --split val --source demo/val --target demo/val.beton --overwrite
+run python launch/make_digits.py demo/digits
+for split in train val; do
+    run python write_beton.py --split $split --source demo/digits/$split --target demo/digits/$split.beton --overwrite
+done
 run python train_imagenet.py --config-file rn50_configs/demo.yaml
 
-cat <<'EOT'
+cat <<'END'
 
-Made in demo/: the digits as image folders (train/, val/), as .beton files with their manifests, and the run:
-its log, record and curve (logs/), its checkpoints and exported weights (checkpoints/).
+Made  demo/digits/  the digits as image folders, and as .beton files with their manifests
+      demo/run/     the run: log, record and curve in logs/, checkpoints and exported weights in checkpoints/
 
 Next, on ImageNet:
   source .venv/bin/activate
   python write_beton.py --split train --source /data/imagenet/train --target /data/imagenet/train.beton
-  python write_beton.py --split val   --source /data/imagenet/val   --target /data/imagenet/val.beton
+  python write_beton.py --split val --source /data/imagenet/val --target /data/imagenet/val.beton
   python train_imagenet.py --config-file rn50_configs/single_gpu_100ep.yaml \
       --data.train_dataset=/data/imagenet/train.beton --data.val_dataset=/data/imagenet/val.beton
-EOT
+END

@@ -1,0 +1,81 @@
+"""The rooms of the project and the arrows between them."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("ffcv_ops", "training")
+SCRIPTS = {path.stem for folder in (ROOT, ROOT / "launch", ROOT / "benchmarks") for path in folder.glob("*.py")}
+SOURCES = sorted(
+    path
+    for folder in (*PACKAGES, "benchmarks", "launch", "tests", ".")
+    for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py")
+)
+# Where a module's name is not that of what installs it.
+DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level modules that a file imports, wherever in it."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            assert "*" not in (alias.name for alias in node.names), f"{path}:{node.lineno} imports a star"
+            modules.add(str(node.module).split(".")[0])
+    return modules
+
+
+def importers(module: str, *folders: str) -> set[str]:
+    """The files, of those outside the tests or in ``folders``, that import a module."""
+    return {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        if (path.relative_to(ROOT).parts[0] in folders if folders else ROOT / "tests" not in path.parents)
+        and module in imported(path)
+    }
+
+
+def test_the_packages_know_neither_each_other_nor_a_script() -> None:
+    assert not importers("training", "ffcv_ops")
+    assert not importers("ffcv_ops", "training")
+    assert {"train_imagenet"} <= SCRIPTS
+    for script in SCRIPTS:
+        assert not importers(script, *PACKAGES)
+
+
+@pytest.mark.parametrize(
+    ("module", "homes"),
+    [("ctypes", {"ffcv_ops/jpeg.py"}), ("wandb", {"training/logs.py"})],
+)
+def test_a_module_has_one_home(module: str, homes: set[str]) -> None:
+    assert importers(module) == homes
+
+
+def test_fastargs_stays_at_the_door() -> None:
+    assert importers("fastargs") <= {"training/recipe.py", "write_beton.py", "train_imagenet.py"}
+
+
+def declared() -> set[str]:
+    """The distributions that pyproject.toml asks for, to run and to develop."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lists = re.findall(r"^(?:dependencies|dev) = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)
+    return {name.lower() for names in lists for name in re.findall(r'"([\w.-]+)>=', names)}
+
+
+def test_what_is_imported_is_declared() -> None:
+    for path in SOURCES:
+        own = {*PACKAGES, *SCRIPTS, "tests", *(test.stem for test in path.parent.glob("*.py"))}
+        for module in imported(path) - own - set(sys.stdlib_module_names):
+            assert DISTRIBUTIONS.get(module, module) in declared(), f"{path} imports {module}, which nothing installs"
+
+
+def test_each_dependency_has_a_tested_version() -> None:
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert declared() <= {line.split("==")[0].lower() for line in text.splitlines() if "==" in line}

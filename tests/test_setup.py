@@ -1,0 +1,106 @@
+"""The set-up script says what it needs, and leaves alone what is done; the demo's data is the same every time."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+BASIC_TOOLS = ("awk", "bash", "cat", "cksum", "dirname", "env", "id", "paste", "uname")
+NOBODY = 65534
+
+
+@pytest.fixture
+def clone() -> Iterator[Path]:
+    """What the script reads, without .venv, where every user may look."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        clone = Path(folder) / "clone"
+        for name in ("pyproject.toml", "constraints.txt", "launch/setup.sh"):
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, clone / name)
+        yield clone
+
+
+def set_up(
+    clone: Path, *tools: str, python: str = sys.executable, user: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the script with nothing on the PATH but its basic tools and those given."""
+    path = clone.parent / "bin"
+    path.mkdir()
+    for tool in (*BASIC_TOOLS, *tools):
+        target = shutil.which(tool)
+        if target is None:
+            pytest.skip(f"there is no {tool} here")
+        (path / tool).symlink_to(target)
+    return subprocess.run(
+        [path / "bash", clone / "launch" / "setup.sh"],
+        env={"PATH": str(path), "PYTHON": python},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        user=user,
+    )
+
+
+def test_without_apt_it_names_the_packages_of_every_manager(clone: Path) -> None:
+    done = set_up(clone)
+    assert done.returncode == 1
+    assert "there is no apt here" in done.stderr
+    lines = {line.split()[0]: line for line in done.stderr.splitlines() if line.startswith("  ")}
+    assert "apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev" in lines["apt"]
+    assert "dnf install gcc-c++ pkgconf-pkg-config opencv-devel turbojpeg-devel" in lines["dnf"]
+    assert "brew install pkgconf opencv jpeg-turbo" in lines["brew"]
+    assert "conda-forge cxx-compiler pkg-config libopencv libjpeg-turbo" in lines["conda"]
+    assert not (clone / ".venv").exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.skipif(not Path("/usr/bin/python3").exists(), reason="needs a Python that every user may run")
+def test_without_root_or_sudo_it_asks_only_for_what_is_missing(clone: Path) -> None:
+    done = set_up(clone, "apt-get", "c++", python="/usr/bin/python3", user=NOBODY)
+    assert done.returncode == 1
+    assert "you are not root, and there is no sudo" in done.stderr
+    assert "pkg-config libopencv-dev" in done.stderr
+    assert "g++" not in done.stderr
+
+
+def test_an_interpreter_that_does_not_fit_is_refused(clone: Path) -> None:
+    done = set_up(clone, python="/no/such/python")
+    assert done.returncode == 1
+    assert "PYTHON=/no/such/python is no Python from 3.10 to 3.13" in done.stderr
+
+
+@pytest.mark.skipif(not (ROOT / ".venv/setup.stamp").exists(), reason="this environment was not made by make setup")
+def test_what_is_done_is_left_alone() -> None:
+    stamp = ROOT / ".venv/setup.stamp"
+    before = stamp.stat().st_mtime_ns
+    base = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    done = subprocess.run(
+        ["bash", ROOT / "launch/setup.sh"], env={**os.environ, "PYTHON": str(base)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert stamp.stat().st_mtime_ns == before
+
+
+def digits(folder: Path) -> dict[str, bytes]:
+    subprocess.run([sys.executable, ROOT / "launch/make_digits.py", folder], check=True, capture_output=True)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.jpg"))}
+
+
+def test_the_digits_are_an_image_folder_and_always_the_same(tmp_path: Path) -> None:
+    files = digits(tmp_path / "first")
+    assert sum(name.startswith("train/") for name in files) == 1433
+    assert sum(name.startswith("val/") for name in files) == 364
+    for split in ("train", "val"):
+        assert sorted(path.name for path in (tmp_path / "first" / split).iterdir()) == [str(d) for d in range(10)]
+    with Image.open(tmp_path / "first" / next(iter(files))) as image:
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (32, 32))
+    assert len({name.rpartition("/")[2] for name in files}) == len(files)
+    assert digits(tmp_path / "second") == files
