@@ -331,8 +331,9 @@ def _read_file(parameters: Mapping[str, Param], path: Path) -> list[tuple[str, A
             raise Mistake(f"{path}: not a mapping of sections to settings, such as\ntraining:\n  epochs: 100")
         return list(_walk(parameters, path, loader, root, "", {}))
     except FileNotFoundError:
-        near = [str(file) for file in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
-        raise Mistake(f"--config-file {path}: no such file{did_you_mean(str(path), near, otherwise='')}") from None
+        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.y*ml")], n=1)
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        raise Mistake(f"--config-file {path}: no such file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise Mistake(f"--config-file {path}: cannot be read: {error}") from None
     except yaml.MarkedYAMLError as error:
@@ -372,10 +373,8 @@ def _walk(
             raise Mistake(f"{where}: unknown setting {key}{did_you_mean(key, names)}")
 
 
-def did_you_mean(
-    name: str, names: Iterable[str], prefix: str = "", otherwise: str = "; --help lists every setting"
-) -> str:
-    """``"; did you mean training.epochs?"`` for the names nearest to ``name``, else another piece of advice.
+def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """``"; did you mean training.epochs?"`` for the names nearest to ``name``, else a pointer to ``--help``.
 
     Names are near as a whole or in their last part, so that a key in the wrong section finds its place.
     """
@@ -387,7 +386,7 @@ def did_you_mean(
 
     scores = sorted(((likeness(other), other) for other in names), key=lambda score: (-score[0], score[1]))
     near = [f"{prefix}{other}" for score, other in scores[:3] if score >= max(0.6, scores[0][0] - 0.1)]
-    return f"; did you mean {' or '.join(near)}?" if near else otherwise
+    return f"; did you mean {' or '.join(near)}?" if near else "; --help lists every setting"
 
 
 def show(value: Any) -> str:

@@ -1,0 +1,580 @@
+"""The strict front door, the recipes, and the arithmetic.
+
+    PYTHONPATH=. python tests/test_recipe.py
+
+writes the table of settings in docs/RECIPES.md anew, which a test compares with the declared settings.
+"""
+
+import copy
+import json
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import fastargs
+import pytest
+import yaml
+from fastargs import validation
+
+from training.recipe import (
+    FLAGS,
+    RECIPE,
+    did_you_mean,
+    plan,
+    read_recipe,
+    read_settings,
+    show,
+    summary,
+)
+from training.schedule import build_schedule
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(ROOT.glob("rn*_configs/*.yaml"))
+IMAGENET = {"num_train": 1_281_167, "num_val": 50_000}
+BUDGETS = {16: (11, 13), 24: (17, 20), 32: (23, 27), 40: (29, 34), 56: (41, 48), 88: (65, 76)}  # epochs: ramp
+TABLE_MARKS = ("<!-- settings -->", "<!-- end of settings -->")
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a YAML file and gives its path."""
+
+    def write_file(text, name="recipe.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write_file
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Reads a command line that must be refused, and gives the message."""
+
+    def refuse(*argv, read=read_recipe):
+        with pytest.raises(SystemExit) as stop:
+            read(list(argv))
+        assert stop.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ") and err.count("error: ") == 1 and err.endswith("\n")
+        return err.removeprefix("error: ").strip()
+
+    return refuse
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Composition
+
+
+def test_defaults_are_ffcv_imagenets_where_it_has_the_key():
+    recipe = read_recipe([])
+    assert recipe.resolution.min_res == recipe.resolution.max_res == 160
+    assert (recipe.lr.lr_schedule_type, recipe.lr.lr_peak_epoch) == ("cyclic", 2)
+    assert (recipe.lr.step_ratio, recipe.lr.step_length) == (0.1, 30)
+    training = recipe.training
+    assert (training.batch_size, training.momentum, training.weight_decay, training.epochs) == (512, 0.9, 4e-5, 30)
+    assert (training.label_smoothing, training.distributed, training.use_blurpool) == (0.1, False, False)
+    assert (recipe.validation.batch_size, recipe.validation.resolution, recipe.validation.lr_tta) == (512, 224, True)
+    assert (recipe.dist.world_size, recipe.dist.address, recipe.dist.port) == (1, "localhost", 12355)
+    assert recipe.lr.lr is None and recipe.training.bn_wd is None
+    assert recipe.augmentation.crop_scale == (0.08, 1.0) and recipe.augmentation.crop_ratio == (0.75, 1.3333)
+    assert recipe.notices == [] and recipe.files == []
+    assert {recipe.source(key) for key in recipe.flat()} == {"default"}
+
+
+def test_later_files_and_then_the_command_line_win(write):
+    first = write("training:\n  epochs: 10\n  batch_size: 64\nlr:\n  base_lr: 0.1\n  min_lr: 0.01\n", "first.yaml")
+    second = write("training:\n  epochs: 20\nlr:\n  base_lr: 0.2\n", "second.yaml")
+    recipe = read_recipe(["--epochs=30", "--config-file", first, "-C", second, "--lr.base_lr", "0.3"])
+    assert (recipe.training.epochs, recipe.training.batch_size) == (30, 64)
+    assert (recipe.lr.base_lr, recipe.lr.min_lr) == (0.3, 0.01)
+    assert recipe.files == [Path(first), Path(second)]
+    assert recipe.source("training.epochs") == "command line"
+    assert recipe.source("training.batch_size") == first
+    assert recipe.source("training.momentum") == "default"
+    assert recipe.overrides() == [
+        f"lr.base_lr: 0.1 ({first}) -> 0.2 ({second}) -> 0.3 (command line)",
+        f"training.epochs: 10 ({first}) -> 20 ({second}) -> 30 (command line)",
+    ]
+    assert read_recipe([f"--config-file={second}", f"--config-file={first}"]).training.epochs == 10
+
+
+def test_order_on_the_command_line_counts():
+    assert read_recipe(["--epochs", "3", "--training.epochs=4"]).training.epochs == 4
+    assert read_recipe(["--training.epochs=4", "--epochs", "3"]).training.epochs == 3
+
+
+@pytest.mark.parametrize("none", ["None", "none", "null", "~"])
+def test_none_restores_the_default(write, none):
+    file = write(f"lr:\n  lr: 1.7\n  base_lr: 0.1\ntraining:\n  bn_wd: {none}\n")
+    recipe = read_recipe(["-C", file, f"--lr.lr={none}", f"--lr.base_lr={none}"])
+    assert recipe.lr.lr is None and recipe.lr.base_lr == 0.5 and recipe.training.bn_wd is None
+
+
+@pytest.mark.parametrize("flag", sorted(FLAGS))
+def test_short_flags_are_aliases(flag, tmp_path):
+    checkpoint = tmp_path / "last.ckpt"
+    checkpoint.touch()
+    target = FLAGS[flag]
+    if isinstance(target, tuple):
+        assert read_recipe([f"--{flag}"]).flat() == read_recipe([f"--{target[0]}={target[1]}"]).flat()
+        return
+    value = {"precision": "32", "resume": str(checkpoint), "lr": "1e-2"}.get(flag, "7")
+    spellings = ([f"--{flag}={value}"], [f"--{flag}", value], [f"--{target}={value}"], [f"--{target}", value])
+    flats = [read_recipe(spelling).flat() for spelling in spellings]
+    assert flats[0] == flats[1] == flats[2] == flats[3]
+    assert flats[0] != read_recipe([]).flat()
+
+
+def test_negative_values_follow_a_space():
+    assert read_recipe(["--data.num_workers", "-1", "--resolution.start_ramp", "-3"]).resolution.start_ramp == -3
+
+
+def test_environment_variables_are_not_read(monkeypatch):
+    for name in ("training.epochs", "TRAINING_EPOCHS", "epochs", "training.nonsense"):
+        monkeypatch.setenv(name, "3")
+    assert read_recipe([]).training.epochs == 30
+
+
+def test_json_dotted_keys_and_empty_sections(write):
+    file = write(json.dumps({"training": {"epochs": 3}, "lr.base_lr": 0.2}), "recipe.json")
+    recipe = read_recipe(["-C", file, "-C", write("lr:\n# base_lr: 0.1\n")])
+    assert (recipe.training.epochs, recipe.lr.base_lr) == (3, 0.2)
+
+
+def test_settings_are_plain_data(write):
+    recipe = read_recipe(["-C", write("augmentation:\n  crop_scale: [0.2, 1]\n")])
+    assert recipe.to_dict()["augmentation"]["crop_scale"] == [0.2, 1.0]
+    assert json.loads(json.dumps(recipe.to_dict())) == recipe.to_dict()
+    assert copy.deepcopy(recipe).flat() == pickle.loads(pickle.dumps(recipe)).flat() == recipe.flat()
+    with pytest.raises(AttributeError, match="no section trainning"):
+        _ = recipe.trainning
+
+
+def test_import_is_light():
+    code = "import sys, training.recipe; print([name for name in ('torch', 'numba', 'numpy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("training.weight_decay", "1e-4", 1e-4),
+        ("training.weight_decay", "5.0e-05", 5e-5),
+        ("training.weight_decay", "0", 0.0),
+        ("lr.lr", "1", 1.0),
+        ("training.nesterov", "False", False),
+        ("training.nesterov", "no", False),
+        ("training.nesterov", "0", False),
+        ("training.nesterov", "true", True),
+        ("training.nesterov", "on", True),
+        ("training.nesterov", "1", True),
+        ("training.precision", "32", "32"),
+        ("augmentation.crop_scale", "[0.25, 1]", (0.25, 1.0)),
+        ("augmentation.crop_scale", "0.25,1", (0.25, 1.0)),
+        ("wandb.name", "2024", "2024"),
+        ("wandb.name", "'False'", "False"),
+    ],
+)
+def test_values_from_a_file_and_from_the_command_line_are_the_same(write, key, text, value):
+    section, name = key.split(".")
+    from_file = read_recipe(["-C", write(f"{section}:\n  {name}: {text}\n")]).flat()[key]
+    from_command_line = read_recipe([f"--{key}={yaml.safe_load(text) if chr(39) in text else text}"]).flat()[key]
+    assert from_file == from_command_line == value
+    assert type(from_file) is type(from_command_line) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("training.nesterov", "maybe"),
+        ("training.nesterov", "2"),
+        ("training.nesterov", "''"),
+        ("training.epochs", "0"),
+        ("training.epochs", "-3"),
+        ("training.epochs", "1.5"),
+        ("training.epochs", "true"),
+        ("training.epochs", "ten"),
+        ("training.epochs", "[3]"),
+        ("training.epochs", "{a: 1}"),
+        ("training.batch_size", "0"),
+        ("training.weight_decay", "1e-4x"),
+        ("training.weight_decay", ".nan"),
+        ("training.weight_decay", ".inf"),
+        ("training.weight_decay", "yes"),
+        ("training.label_smoothing", "1"),
+        ("training.precision", "16"),
+        ("augmentation.flip", "1.5"),
+        ("augmentation.mixup_alpha", "-0.2"),
+        ("augmentation.cutmix_alpha", "-1"),
+        ("augmentation.crop_scale", "0.5"),
+        ("augmentation.crop_scale", "[0.5]"),
+        ("augmentation.crop_scale", "[0.5, 0.2]"),
+        ("augmentation.crop_scale", "[0, 1]"),
+        ("augmentation.crop_scale", "[0.1, 1, 2]"),
+        ("augmentation.crop_scale", "[0.1, 1.5]"),
+        ("augmentation.crop_scale", "[a, b]"),
+        ("wandb.name", "yes"),
+        ("wandb.name", "[a]"),
+        ("wandb.name", "''"),
+        ("data.num_workers", "-2"),
+        ("data.order", "sequential"),
+    ],
+)
+def test_bad_values_are_refused(write, refusal, key, text):
+    section, name = key.split(".")
+    file = write(f"{section}:\n\n  {name}: {text}\n")
+    message = refusal("-C", file)
+    assert message.startswith(f"{file}:3: {key} must be ")
+    assert "\n" not in message
+
+
+def test_fastargs_own_checkers_are_strict(refusal):
+    config = fastargs.Config()
+    fastargs.Section("cfg", "a section", config_descriptor=config).params(
+        count=fastargs.Param(int, "a count", required=True),
+        share=fastargs.Param(validation.And(float, validation.InRange(0, 1)), "a share", default=0.5),
+        mode=fastargs.Param(validation.OneOf(["jpg", "raw"]), "a mode", default="jpg"),
+        flag=fastargs.Param(bool, "a flag", default=False),
+        either=fastargs.Param(validation.Or(int, validation.OneOf(["all"])), "a number or all", default="all"),
+    )
+
+    def read(argv):
+        return read_settings(config, argv, flags={"fast": ("cfg.flag", "1"), "n": "cfg.count"}, description="Test.")
+
+    settings = read(["--n", "3", "--cfg.share=1", "--fast", "--cfg.either=7"])
+    assert settings.to_dict() == {"cfg": {"count": 3, "share": 1.0, "mode": "jpg", "flag": True, "either": 7}}
+    assert read(["--n=3", "--cfg.flag=False"]).cfg.flag is False
+    assert "cfg.count is not set: pass --cfg.count=VALUE" in refusal(read=read)
+    assert "cfg.count is not set" in refusal("--n=None", read=read)
+    assert "one of jpg, raw, not 'jpeg'; did you mean jpg?" in refusal("--n=3", "--cfg.mode=jpeg", read=read)
+    for bad in ("--cfg.share=1.5", "--cfg.flag=maybe", "--cfg.count=1.5", "--cfg.either=some"):
+        assert "must be" in refusal("--n=3", bad, read=read)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("training:\n  epoch: 3\n", ":2: unknown setting training.epoch; did you mean training.epochs"),
+        ("trainning:\n  epochs: 3\n", ":1: unknown setting trainning; did you mean training"),
+        ("epochs: 3\n", ":1: unknown setting epochs; did you mean training.epochs"),
+        ("lr:\n  epochs: 3\n", ":2: unknown setting lr.epochs; did you mean training.epochs"),
+        ("lr:\n  zzzzzz: 3\n", ":2: unknown setting lr.zzzzzz; --help lists every setting"),
+        ("lr:\n  lr: 1\n  lr: 2\n", ":3: lr.lr is set twice, first in line 2"),
+        ("lr:\n  lr: 1\ntraining:\n  epochs: 3\nlr:\n  base_lr: 2\n", ":5: lr is set twice, first in line 1"),
+        ("lr:\n  lr: 1\nlr.lr: 2\n", ":3: lr.lr is set twice, first in line 2"),
+        ("lr: 0.5\n", ":1: lr is a section and must hold settings, not '0.5'"),
+        ("lr: [1, 2]\n", ":1: lr is a section and must hold settings"),
+        ("lr:\n  lr:\n    lr: 1\n", ":2: lr.lr must be a number >= 0, not a mapping"),
+        ("- lr\n- training\n", ": not a mapping of sections to settings"),
+        ("just text\n", ": not a mapping of sections to settings"),
+        ("# nothing\n", ": not a mapping of sections to settings"),
+        ("", ": not a mapping of sections to settings"),
+        ("lr:\n  lr: [1\n", ":3: not valid YAML"),
+        ("lr:\n\tlr: 1\n", ":2: not valid YAML"),
+        ("lr: {}\n---\nlr: {}\n", ":2: not valid YAML"),
+        ("lr:\n  lr: !!python/object/apply:os.system [ls]\n", ":2: not valid YAML"),
+    ],
+)
+def test_mistakes_in_files_are_named(write, refusal, text, expected):
+    file = write(text)
+    assert refusal("-C", file).startswith(file + expected)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--epoch=3"], "command line: unknown setting --epoch; did you mean --epochs"),
+        (["--training.epoch", "3"], "unknown setting --training.epoch; did you mean --training.epochs?"),
+        (["--batch-size=3"], "unknown setting --batch-size; did you mean --batch_size"),
+        (["--lr.epochs=3"], "did you mean --epochs or --training.epochs?"),
+        (["--qqqq"], "unknown setting --qqqq; --help lists every setting"),
+        (["--lr"], "command line, --lr needs a value: --lr=VALUE"),
+        (["--lr", "--epochs=3"], "command line, --lr needs a value"),
+        (["--config-file"], "command line, --config-file needs a value"),
+        (["--lr=fast"], "command line, --lr: lr.lr must be a number >= 0, not 'fast'"),
+        (["--epochs="], "command line, --epochs: training.epochs must be an integer >= 1, not ''"),
+        (["--no_wandb=1"], "--no_wandb takes no value; to give one, use --wandb.enable=1"),
+        (["--no_wandb", "1"], "command line: '1' belongs to no setting"),
+        (["--precision=16mixed"], "one of 16-mixed, bf16-mixed, 32, not '16mixed'; did you mean 16-mixed?"),
+        (["-x"], "command line: '-x' belongs to no setting"),
+        (["--"], "command line: '--' belongs to no setting"),
+        ([str(RECIPES[0])], f"a configuration file is given as --config-file {RECIPES[0]}"),
+        (["--config-file=no/where.yaml"], "--config-file no/where.yaml: no such file"),
+        ([f"--config-file={ROOT}"], "cannot be read"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(refusal, argv, expected):
+    assert expected in refusal(*argv)
+
+
+def test_a_missing_file_suggests_its_neighbour(refusal):
+    message = refusal("--config-file", f"{ROOT}/rn50_configs/single_gpu_100.yaml")
+    assert message.endswith(f"no such file; did you mean {ROOT}/rn50_configs/single_gpu_100ep.yaml?")
+
+
+def test_files_that_are_no_text_are_refused(tmp_path, refusal):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xff\xd8\xff\xe0")
+    assert "cannot be read" in refusal("-C", str(path))
+    path.write_bytes(b"lr:\n  lr: \x00\n")
+    assert "not valid YAML" in refusal("-C", str(path))
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (
+            ["--resolution.min_res=192"],
+            "resolution.min_res=192 (command line) is larger than resolution.max_res=160 (default)",
+        ),
+        (
+            ["--lr.lr_schedule_type=cosine", "--lr.warmup_epochs=5", "--epochs=5"],
+            "lr.warmup_epochs=5 (command line) must be less than training.epochs=5 (command line)",
+        ),
+        (["--lr.warmup_epochs=5"], "has no place in lr.lr_schedule_type=cyclic (default)"),
+        (["--training.nesterov=1", "--training.momentum=0"], "needs a momentum"),
+        (["--resume=no/last.ckpt"], "training.resume=no/last.ckpt (command line): no such file"),
+        (["--model.weights=no/weights.pt"], "model.weights=no/weights.pt (command line): no such file"),
+        ([f"--model.weights={__file__}", "--model.pretrained=1"], "exclude each other"),
+    ],
+)
+def test_settings_at_odds_are_refused(refusal, argv, expected):
+    assert expected in refusal(*argv)
+
+
+def test_did_you_mean():
+    assert did_you_mean("a.colour", ["a.color", "b.colour", "c.size"]) == "; did you mean b.colour or a.color?"
+    assert did_you_mean("xyz", ["training.epochs"]) == "; --help lists every setting"
+    assert did_you_mean("xyz", []) == "; --help lists every setting"
+
+
+def test_a_script_ends_with_status_2_and_one_message():
+    code = "import sys; from training.recipe import read_recipe; read_recipe(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, "--epoch=1"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: command line: unknown setting --epoch; did you mean --epochs or --training.epochs?\n"
+
+
+def test_help_lists_everything(capsys):
+    with pytest.raises(SystemExit) as stop:
+        read_recipe(["--epochs=nonsense", "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for key in read_recipe([]).flat():
+        assert f"--{key}" in out
+    for flag in FLAGS:
+        assert re.search(rf"--{flag}\b", out)
+    assert all(param.desc.split()[0] in out for param in RECIPE.entries.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes
+
+
+def ffcv_imagenet_yaml(name, epochs):
+    """A recipe with the keys, values and notation of ffcv-imagenet's ``{name}_{epochs}_epochs.yaml``."""
+    rn18 = name == "rn18"
+    start_ramp, end_ramp = BUDGETS[epochs]
+    return "\n".join(
+        [
+            "data:",
+            *(["  gpu: 0"] if rn18 else []),
+            "  in_memory: 1\n  num_workers: 12",
+            f"dist:\n  world_size: {1 if rn18 else 8}",
+            "logging:\n  folder: /tmp/" + ("\n  log_level: 0" if rn18 else ""),
+            f"lr:\n  lr: {0.5 if rn18 else 1.7}" + ("\n  lr_peak_epoch: 2" if rn18 else ""),
+            "  lr_schedule_type: cyclic",
+            f"model:\n  arch: resnet{18 if rn18 else 50}",
+            f"resolution:\n  end_ramp: {end_ramp}\n  max_res: 192\n  min_res: 160\n  start_ramp: {start_ramp}",
+            f"training:\n  batch_size: {1024 if rn18 else 512}\n  bn_wd: 0\n  distributed: {0 if rn18 else 1}",
+            f"  epochs: {epochs}\n  label_smoothing: 0.1\n  momentum: 0.9\n  optimizer: sgd",
+            f"  weight_decay: {'5e-5' if rn18 else '0.0001'}\n  use_blurpool: 1",
+            "validation:\n  lr_tta: true\n  resolution: 256\n",
+        ]
+    )
+
+
+@pytest.mark.parametrize("epochs", BUDGETS)
+@pytest.mark.parametrize("name", ["rn18", "rn50"])
+def test_ffcv_imagenets_recipes_resolve_and_ours_agree(write, name, epochs):
+    world_size = 1 if name == "rn18" else 8
+    file = write(ffcv_imagenet_yaml(name, epochs))
+    overrides = ["--data.train_dataset=/d/train.ffcv", "--data.val_dataset=/d/val.ffcv", "--data.num_workers=12"]
+    theirs = read_recipe(["--config-file", file, *overrides, "--data.in_memory=1", "--logging.folder=/d/runs"])
+    assert theirs.data.train_dataset == "/d/train.ffcv" and theirs.logging.folder == "/d/runs"
+    assert theirs.training.bn_wd == 0 and theirs.validation.lr_tta is True
+    assert theirs.training.weight_decay == (5e-5 if name == "rn18" else 1e-4)
+    assert len(theirs.notices) == (name == "rn18")
+    assert name == "rn50" or "data.gpu=0" in theirs.notices[0]
+
+    ours = read_recipe(["--config-file", str(ROOT / f"{name}_configs/{name}_{epochs}ep.yaml")])
+    differing = {key for key, value in ours.flat().items() if value != theirs.flat()[key]}
+    assert differing <= {
+        "lr.lr", "lr.base_lr", "data.train_dataset", "data.val_dataset", "data.num_workers", "data.gpu",
+        "training.distributed", "dist.world_size", "logging.folder", "logging.log_level",
+    }  # fmt: skip
+    plans = [plan(recipe, world_size=world_size, **IMAGENET) for recipe in (ours, theirs)]
+    assert plans[0].lr == plans[1].lr == (0.5 if name == "rn18" else 1.7)
+    assert plans[0].total_steps == plans[1].total_steps
+    schedules = [build_schedule(recipe, planned) for recipe, planned in zip((ours, theirs), plans, strict=True)]
+    for step in range(0, plans[0].total_steps, 997):
+        assert schedules[0].lr(step) == schedules[1].lr(step)
+
+
+def test_there_are_fifteen_recipes():
+    assert len(RECIPES) == 15
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_documents_that_resolve(path, write):
+    header = path.read_text().split("\n\n")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    for heading in ("Source", "Expected", "Duration", "Command"):
+        assert f"# {heading} " in header
+    assert str(path.relative_to(ROOT)) in header
+    assert f"[{path.stem}]" in (ROOT / "docs/RECIPES.md").read_text()
+
+    recipe = read_recipe(["-C", str(path)])
+    assert recipe.notices == []
+    planned = plan(recipe, world_size=1, **IMAGENET)
+    resolved = summary(recipe, planned).split("# resolved recipe\n")[1]
+    assert read_recipe(["-C", write(resolved)]).flat() == recipe.flat()
+
+
+def test_the_asked_for_recipes_have_their_numbers():
+    for stem, epochs, batch_size, lr in (("single_gpu_100ep", 100, 128, 0.25), ("resnet_strikes_back", 600, 256, 0.5)):
+        recipe = read_recipe(["-C", str(ROOT / f"rn50_configs/{stem}.yaml")])
+        planned = plan(recipe, world_size=1, **IMAGENET)
+        assert (recipe.training.epochs, recipe.training.batch_size, planned.lr) == (epochs, batch_size, lr)
+        assert planned.lr_arithmetic == f"0.5 x {batch_size} / 256 = {lr}"
+        assert (recipe.training.momentum, recipe.training.weight_decay) == (0.9, 2e-5)
+        assert (recipe.lr.lr_schedule_type, recipe.lr.warmup_epochs) == ("cosine", 5)
+        augmentation = recipe.augmentation
+        assert (augmentation.mixup_alpha, augmentation.cutmix_alpha, augmentation.flip) == (0.2, 1.0, 0.5)
+        assert (augmentation.crop_scale, recipe.training.label_smoothing) == ((0.08, 1.0), 0.1)
+        assert build_schedule(recipe, planned).resolution(epochs - 1) == 224
+        assert recipe.training.precision == "16-mixed"
+
+
+def test_a_short_run_of_a_cyclic_recipe_is_noticed_not_refused(write):
+    recipe = read_recipe(["-C", write(ffcv_imagenet_yaml("rn50", 16)), "--epochs=1"])
+    assert "will not come down from its peak" in recipe.notices[0]
+
+
+def test_evaluating_untrained_weights_is_noticed(tmp_path):
+    weights = tmp_path / "weights.pt"
+    weights.touch()
+    assert "untrained weights" in read_recipe(["--eval_only"]).notices[0]
+    assert read_recipe(["--eval_only", f"--model.weights={weights}"]).notices == []
+
+
+def settings_table():
+    """Every setting of the recipe as a Markdown table."""
+    short = {target if isinstance(target, str) else target[0]: flag for flag, target in FLAGS.items()}
+    rows = ["| setting | default | values | meaning |", "|---|---|---|---|"]
+    for (key, default), param in zip(read_recipe([]).flat().items(), RECIPE.entries.values(), strict=True):
+        names = f"`{key}`" + (f", `--{short[key]}`" if key in short else "")
+        rows.append(f"| {names} | {show(default)} | {param.checker.help()} | {param.desc} |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_settings_in_the_documentation_is_current():
+    text = (ROOT / "docs/RECIPES.md").read_text()
+    table = text.split(TABLE_MARKS[0])[1].split(TABLE_MARKS[1])[0].strip()
+    assert table == settings_table(), f"run: PYTHONPATH=. python {Path(__file__).relative_to(ROOT)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+@pytest.mark.parametrize(
+    ("argv", "world_size", "lr", "arithmetic", "global_batch_size", "steps"),
+    [
+        (["--batch_size=128"], 1, 0.25, "0.5 x 128 / 256 = 0.25", 128, 10_009),
+        (["--batch_size=128"], 8, 2.0, "0.5 x 1024 / 256 = 2", 1024, 1251),
+        (["--batch_size=64", "--training.accumulation=4"], 2, 1.0, "0.5 x 512 / 256 = 1", 512, 2502),
+        (["--batch_size=256", "--lr.base_lr=0.1"], 1, 0.1, "0.1 x 256 / 256 = 0.1", 256, 5004),
+        (["--batch_size=96", "--lr.base_lr=1e-3"], 1, 0.000375, "0.001 x 96 / 256 = 0.000375", 96, 13_345),
+        (["--batch_size=512", "--lr=1.7"], 8, 1.7, "1.7 (lr.lr, command line)", 4096, 312),
+        (["--batch_size=512", "--lr=0"], 1, 0.0, "0 (lr.lr, command line)", 512, 2502),
+    ],
+)
+def test_linear_scaling_and_steps(argv, world_size, lr, arithmetic, global_batch_size, steps):
+    planned = plan(read_recipe([*argv, "--epochs=3"]), world_size=world_size, **IMAGENET)
+    assert planned.lr == pytest.approx(lr)
+    assert planned.lr_arithmetic == arithmetic
+    assert (planned.global_batch_size, planned.steps_per_epoch, planned.total_steps) == (
+        global_batch_size, steps, 3 * steps,
+    )  # fmt: skip
+    assert (planned.world_size, planned.num_train, planned.num_val) == (world_size, 1_281_167, 50_000)
+
+
+def test_accumulation_drops_what_is_left_of_an_epoch():
+    recipe = read_recipe(["--batch_size=10", "--training.accumulation=3"])
+    assert plan(recipe, world_size=1, num_train=89, num_val=1).steps_per_epoch == 2  # 8 batches, 2 left over
+
+
+def test_plans_that_cannot_be():
+    recipe = read_recipe(["--batch_size=64", "--training.accumulation=2"])
+    with pytest.raises(ValueError, match="200 images, fewer than the 256 .*64 per GPU.*pass --batch_size 50 or less"):
+        plan(recipe, world_size=2, num_train=200, num_val=10)
+    with pytest.raises(ValueError, match="use fewer processes or less accumulation"):
+        plan(recipe, world_size=2, num_train=3, num_val=10)
+    with pytest.raises(ValueError, match="val.beton has no images"):
+        plan(recipe, world_size=1, num_train=200, num_val=0)
+    with pytest.raises(ValueError, match="lr.min_lr=1 is above the peak learning rate, 0.1"):
+        plan(read_recipe(["--lr=0.1", "--lr.min_lr=1"]), world_size=1, **IMAGENET)
+    assert plan(read_recipe(["--eval_only"]), world_size=1, num_train=3, num_val=3).steps_per_epoch == 0
+
+
+def test_the_suggested_batch_size_fits():
+    for num_train, world_size, accumulation in ((200, 2, 2), (7, 1, 3), (1000, 8, 1)):
+        argv = [f"--training.accumulation={accumulation}"]
+        with pytest.raises(ValueError) as error:
+            plan(read_recipe([*argv, "--batch_size=999"]), world_size=world_size, num_train=num_train, num_val=1)
+        suggested = re.search(r"--batch_size (\d+)", str(error.value)).group(1)
+        recipe = read_recipe([*argv, f"--batch_size={suggested}"])
+        assert plan(recipe, world_size=world_size, num_train=num_train, num_val=1).steps_per_epoch == 1
+
+
+def test_summary_tells_what_matters(write):
+    file = write("training:\n  epochs: 100\n  bn_wd: 0\nlr:\n  lr_schedule_type: cosine\n  warmup_epochs: 5\n")
+    mixing = ["--augmentation.mixup_alpha=0.2", "--augmentation.cutmix_alpha=1"]
+    recipe = read_recipe(["-C", file, "--epochs=90", "--batch_size=128", "--precision=bf16-mixed", *mixing])
+    text = summary(recipe, plan(recipe, world_size=2, **IMAGENET))
+    for part in (
+        file,
+        f"training.epochs: 100 ({file}) -> 90 (command line)",
+        "resnet50, 1000 classes, from scratch",
+        "/fsx/ns1/train.beton, 1,281,167 images",
+        "/fsx/ns1/val.beton, 50,000 images",
+        "0.5 x 256 / 256 = 0.5",
+        "cosine after 5 warm-up epochs, to 0",
+        "128 per GPU x 2 processes x 1 batches a step = 256",
+        "90 epochs x 5,004 steps = 450,360 steps",
+        "bf16-mixed",
+        "Mixup 0.2, CutMix 1, probability 1 per batch, label smoothing 0.1",
+        "0 on one-dimensional parameters",
+    ):
+        assert part in text, part
+    assert max(map(len, summary(read_recipe([]), plan(read_recipe([]), world_size=1, **IMAGENET)).splitlines())) < 120
+
+
+if __name__ == "__main__":
+    document = ROOT / "docs/RECIPES.md"
+    before, after = re.split(f"{TABLE_MARKS[0]}.*{TABLE_MARKS[1]}", document.read_text(), flags=re.DOTALL)
+    document.write_text(f"{before}{TABLE_MARKS[0]}\n{settings_table()}\n{TABLE_MARKS[1]}{after}")
