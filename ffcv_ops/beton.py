@@ -373,7 +373,8 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
         return None
     except (ValueError, RecursionError, OSError):
         raise ValueError(f"{manifest}: not a readable manifest; restore it, or delete it to go without") from None
-    types = {"size_bytes": int, "num_samples": int, "classes": list, "class_counts": list, "tables": str, "digest": str}
+    types = {"size_bytes": int, "num_samples": int, "classes": list, "class_counts": list, "tables": str}
+    types |= {"digest": str, "pages": list}
     if not isinstance(content, dict) or content.get("format") != MANIFEST_VERSION:
         raise ValueError(f"{manifest}: not a manifest of format {MANIFEST_VERSION}; restore it, or delete it")
     for key, kind in types.items():

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -29,15 +30,15 @@ class Report:
         What else is wrong: pages with another SHA-256 than the manifest's, a digest that does not agree.
     digest : str
         Of the file as it is.
-    class_counts : list of int
-        Images a class.
+    class_counts : dict of int to int
+        Images of every class that has any.
     """
 
     beton: Beton
     bad: dict[int, str]
     problems: list[str]
     digest: str
-    class_counts: list[int]
+    class_counts: dict[int, int]
 
     @property
     def sound(self) -> bool:
@@ -65,8 +66,8 @@ def verify(
 ) -> Report:
     """Read a file from its first byte to its last and decode every image in it.
 
-    A JPEG counts as bad if TurboJPEG reports an error or a warning, such as a premature end, or if it is of another size
-    than its metadata says. Files of stock ffcv have no manifest to compare a digest with; all else is checked.
+    A JPEG counts as bad if TurboJPEG reports an error or a warning, such as a premature end, or if it is of another
+    size than its metadata says. Files of stock ffcv have no manifest to compare a digest with; all else is checked.
 
     Parameters
     ----------
@@ -131,7 +132,8 @@ def _check_pages(
 ) -> tuple[list[str], dict[int, str], int]:
     """Return the SHA-256 of some pages, the bad samples on them, and the number of samples looked at."""
     with open(path, "rb") as file:
-        content = os.pread(file.fileno(), stop - start, start)
+        file.seek(start)
+        content = file.read(stop - start)
     hashes = [sha256(content[at : at + page_size]).hexdigest() for at in range(0, stop - start, page_size)]
     pixels = np.frombuffer(content, np.uint8)
     bad = {}
@@ -161,20 +163,20 @@ def _report(found: Beton, bad: dict[int, str], pages: list[str]) -> Report:
         problems = [] if _only_zeros(file, found.data_start) else ["there is data between metadata and first page"]
     digest = beton.file_digest(beton.tables_digest(head, found.alloc_table), pages)
     if found.manifest is not None:
-        expected = found.manifest.get("pages", [])
-        for number, (page, should) in enumerate(zip(pages, expected, strict=False)):
+        for number, (page, should) in enumerate(zip(pages, found.manifest["pages"], strict=False)):
             if page != should:
                 problems.append(f"page {number} has changed: {_on_page(found, number)}")
         if digest != found.digest:
             problems.append(f"the digest is {digest}, the manifest's {found.digest}")
     labels = found.labels if "label" in found.field_names else np.zeros(0, np.int64)
-    num_classes = found.num_classes if len(labels) else 0
-    return Report(found, bad, problems, digest, np.bincount(labels, minlength=num_classes).tolist())
+    counts = dict(zip(*(column.tolist() for column in np.unique(labels, return_counts=True)), strict=True))
+    return Report(found, bad, problems, digest, counts)
 
 
-def _only_zeros(file, end: int) -> bool:
+def _only_zeros(file: BinaryIO, end: int) -> bool:
     while file.tell() < end:
-        if any(file.read(min(_READ_BYTES, end - file.tell()))):
+        content = file.read(min(_READ_BYTES, end - file.tell()))
+        if content.count(0) < len(content):
             return False
     return True
 

@@ -1,0 +1,214 @@
+"""Write one split of an image folder as a .beton file, or check such a file.
+
+    python write_beton.py --split train      # /fsx/ns1/train -> /fsx/ns1/train.beton
+    python write_beton.py --split val        # /fsx/ns1/val   -> /fsx/ns1/val.beton
+    python write_beton.py --split train --source DATA/train --target FAST_DISK/train.beton
+    python write_beton.py --verify /fsx/ns1/train.beton
+
+The folder has one subfolder of images a class. Beside the file appears its manifest, FILE.json: classes, counts,
+settings, digest. Killed at any moment, the same command goes on where it was and makes the same bytes; until the file
+is whole, its name ends in .partial. --verify reads a file whole, decodes every image and lists the bad ones.
+
+Exit status: 0 done, or the verified file is sound; 1 stopped under way, or the verified file is damaged; 2 something to
+put right first; 130 Ctrl-C.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fastargs import Config, Param, Section
+from tqdm import tqdm
+
+from ffcv_ops.beton import manifest_path
+from ffcv_ops.verify import verify
+from ffcv_ops.writer import MODES, BadImage, WriteError, WriteSettings, show_bytes, write
+from training.recipe import Choice, Integer, Number, Switch, Text, read_settings, refuse
+
+ROOT = Path("/fsx/ns1")
+PLAIN_PROGRESS_EVERY_S = 10.0
+
+CONFIG = Config()
+Section("write", "what is written, from what, how", config_descriptor=CONFIG).params(
+    split=Param(Choice("train", "val"), "which split; a val folder must have the classes of the train manifest"),
+    source=Param(Text(), f"folder with one subfolder of images a class; None: {ROOT}/SPLIT"),
+    target=Param(Text(), "file to write; None: the source folder's path with .beton behind it"),
+    train_manifest=Param(
+        Text(),
+        "with --split val: manifest whose classes the folder must have; None: train.beton.json beside the target",
+    ),
+    mode=Param(
+        Choice(*MODES),
+        "jpg: JPEG. raw: pixels. proportion: a share raw, the rest JPEG. smart: JPEG where the pixels take more bytes "
+        "than --smart_threshold, else raw",
+        default="jpg",
+    ),
+    max_side=Param(Integer(min=0), "shrink images whose longer side exceeds this (px); 0: keep sizes", default=500),
+    quality=Param(Integer(min=1), "JPEG quality, 1 to 100", default=90),
+    num_workers=Param(Integer(min=-1), "processes that encode or verify; -1: all CPUs allowed", default=-1),
+    raw_share=Param(Number(min=0, max=1), "with --mode proportion: share of the images kept raw", default=0.5),
+    smart_threshold=Param(Integer(min=0), "with --mode smart: bytes of pixels above which an image becomes JPEG"),
+    subset=Param(
+        Integer(min=-1), "write this many images, evenly spaced through the sorted folder; -1: all", default=-1
+    ),
+    seed=Param(
+        Integer(min=0), "seed of the order in which images are stored, and of the draws of proportion", default=0
+    ),
+    page_size=Param(
+        Integer(min=1),
+        "bytes a page, a power of two from 2097152; what quasi-random order reads at once",
+        default=1 << 23,
+    ),
+    on_error=Param(
+        Choice("stop", "skip"), "a bad image: stop and leave nothing, or leave it out and list it", default="stop"
+    ),
+    overwrite=Param(Switch(), "replace an existing target, once the new file is whole", default=0),
+    verify=Param(Text(), "check this .beton file instead of writing one"),
+)
+KEYS = (
+    *("split", "source", "target", "train_manifest", "mode", "max_side", "quality", "num_workers", "raw_share"),
+    *("smart_threshold", "subset", "seed", "page_size", "on_error", "verify"),
+)
+FLAGS: dict[str, str | tuple[str, str]] = {key: f"write.{key}" for key in KEYS} | {
+    "overwrite": ("write.overwrite", "1")
+}
+
+
+class Progress:
+    """Images done, images/s and the time left: a bar on a terminal, a line now and then where output is piped."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._start_s = self._last_s = time.monotonic()
+        self._first = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None:
+            self._start_s = self._last_s = time.monotonic()
+            self._first = done
+            self._bar = tqdm(total=total, initial=done, unit=" images", disable=not sys.stderr.isatty())
+        self._bar.update(done - self._bar.n)
+        now_s = time.monotonic()
+        if self._bar.disable and (now_s - self._last_s > PLAIN_PROGRESS_EVERY_S):
+            self._last_s = now_s
+            rate = max(done - self._first, 1) / (now_s - self._start_s)
+            print(f"{done} / {total} images, {rate:.0f} images/s, {(total - done) / rate:.0f} s left", flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def main(argv: list[str]) -> int:
+    chosen = read_settings(CONFIG, argv, flags=FLAGS, description=__doc__ or "").write
+    progress = Progress()
+    try:
+        return run_verify(chosen, progress) if chosen.verify else run_write(chosen, progress)
+    except (ValueError, BadImage) as error:
+        progress.close()
+        refuse(error)
+    except WriteError as error:
+        progress.close()
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        progress.close()
+        print("stopped by Ctrl-C; the same command goes on from what is on disk", file=sys.stderr)
+        return 130
+
+
+def run_write(chosen: Any, progress: Progress) -> int:
+    """Write one split and sum up what was made."""
+    source, target = paths(chosen)
+    settings = WriteSettings(**{field.name: getattr(chosen, field.name) for field in fields(WriteSettings)})
+    start_s = time.monotonic()
+    manifest = write(
+        source,
+        target,
+        settings,
+        num_workers=chosen.num_workers,
+        on_error=chosen.on_error,
+        overwrite=chosen.overwrite,
+        classes=train_classes(chosen, target, notice),
+        notice=notice,
+        progress=progress,
+    )
+    progress.close()
+    elapsed_s = time.monotonic() - start_s
+    for skipped in manifest["skipped"]:
+        notice(f"skipped {skipped['image']}: {skipped['reason']}")
+    counts = manifest["class_counts"]
+    notice(f"{target}: {manifest['num_samples']} images, {show_bytes(manifest['size_bytes'])}, {elapsed_s:.1f} s")
+    notice(f"{len(counts)} classes of {min(counts)} to {max(counts)} images; {len(manifest['skipped'])} images skipped")
+    notice(f"{manifest_path(target)}: digest {manifest['digest']}")
+    return 0
+
+
+def paths(chosen: Any) -> tuple[Path, Path]:
+    """Where to read from and write to, by the rules of ``--help``."""
+    if chosen.split is None and chosen.source is None:
+        raise ValueError("say what to write: --split train, --split val, or --source FOLDER")
+    source = Path(chosen.source) if chosen.source else ROOT / chosen.split
+    absolute = Path(os.path.abspath(source))
+    target = Path(chosen.target) if chosen.target else absolute.parent / f"{absolute.name}.beton"
+    inner = sorted(entry.name for entry in source.iterdir() if entry.is_dir()) if source.is_dir() else []
+    if inner and set(inner) <= {"train", "val", "test"}:
+        name = chosen.split if chosen.split in inner else inner[0]
+        raise ValueError(f"{source}: holds the splits, not the classes of one; use --source {source / name}")
+    return source, target
+
+
+def train_classes(chosen: Any, target: Path, notice: Callable[[str], None]) -> list[str] | None:
+    """The classes of the training split, which number those of all splits; None if there is nothing to agree with."""
+    if chosen.split != "val":
+        return None
+    path = Path(chosen.train_manifest) if chosen.train_manifest else manifest_path(target.with_name("train.beton"))
+    if not path.exists() and not chosen.train_manifest:
+        notice(f"{path}: not there, so the classes are not compared with the training split's")
+        return None
+    try:
+        return [str(name) for name in json.loads(path.read_bytes())["classes"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: not a readable manifest; name the training split's with --train_manifest") from None
+
+
+def run_verify(chosen: Any, progress: Progress) -> int:
+    """Check a file whole and say what is wrong with it."""
+    path = Path(chosen.verify)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    start_s = time.monotonic()
+    try:
+        report = verify(path, num_workers=chosen.num_workers, progress=progress)
+    except ValueError as error:
+        print(f"damaged: {error}", file=sys.stderr)
+        return 1
+    progress.close()
+    rate = report.beton.num_samples / (time.monotonic() - start_s)
+    counts = report.class_counts.values()
+    notice(f"{path}: {report.beton.num_samples} images, {show_bytes(report.beton.size_bytes)}, {rate:.0f} images/s")
+    if counts:
+        notice(f"{len(counts)} classes of {min(counts)} to {max(counts)} images")
+    notice(f"digest {report.digest}" + ("" if report.beton.manifest else "; there is no manifest to compare it with"))
+    for problem in report.problems:
+        print(f"damaged: {problem}", file=sys.stderr)
+    for sample, reason in sorted(report.bad.items()):
+        print(f"damaged: sample {sample}: {reason}", file=sys.stderr)
+    if not report.sound:
+        print(f"{path}: {len(report.bad)} bad samples, {len(report.problems)} other problems", file=sys.stderr)
+        return 1
+    notice("sound")
+    return 0
+
+
+def notice(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
