@@ -530,7 +530,9 @@ def test_accumulation_drops_what_is_left_of_an_epoch():
 
 def test_plans_that_cannot_be():
     recipe = read_recipe(["--batch_size=64", "--training.accumulation=2"])
-    with pytest.raises(ValueError, match="200 images, fewer than the 256 .*64 per GPU.*pass --batch_size 50 or less"):
+    with pytest.raises(
+        ValueError, match="200 images, fewer than the 256 .*64 .batch size.*pass --batch_size 50 or less"
+    ):
         plan(recipe, world_size=2, num_train=200, num_val=10)
     with pytest.raises(ValueError, match="use fewer processes or less accumulation"):
         plan(recipe, world_size=2, num_train=3, num_val=10)
@@ -564,7 +566,7 @@ def test_summary_tells_what_matters(write):
         "/fsx/ns1/val.beton, 50,000 images",
         "0.5 x 256 / 256 = 0.5",
         "cosine after 5 warm-up epochs, to 0",
-        "128 per GPU x 2 processes x 1 batches a step = 256",
+        "128 (batch size) x 2 (processes) x 1 (accumulation) = 256",
         "90 epochs x 5,004 steps = 450,360 steps",
         "bf16-mixed",
         "Mixup 0.2, CutMix 1, probability 1 per batch, label smoothing 0.1",

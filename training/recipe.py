@@ -736,7 +736,7 @@ def plan(recipe: Settings, *, world_size: int, num_train: int, num_val: int) -> 
 
 
 def _batch_arithmetic(batch_size: int, world_size: int, accumulation: int) -> str:
-    return f"{batch_size} per GPU x {world_size} processes x {accumulation} batches a step"
+    return f"{batch_size} (batch size) x {world_size} (processes) x {accumulation} (accumulation)"
 
 
 def summary(recipe: Settings, plan: Plan) -> str:
