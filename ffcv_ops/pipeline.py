@@ -1,10 +1,11 @@
-"""How operations of ours run: a batch's context, the workers, and where the samples' bytes lie.
+"""How operations of ours run: a batch's context, and the workers.
 
 FFCV compiles each operation with ``parallel=True``: the batch is cut into equal shares, every sample has its own
 scratch, and no exception leaves the kernel. Here a pool of Python threads calls one ``nogil`` kernel each; a worker
 takes the next sample from a shared counter, so that a slow sample delays nobody, scratch belongs to a worker, and
 exceptions propagate.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -13,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
 import numba as nb
 import numpy as np
@@ -30,6 +31,8 @@ if sys.version_info >= (3, 12) and importlib.util.find_spec("distutils") is None
         ) from None
 
 from ffcv.pipeline.operation import Operation
+
+from ffcv_ops.memory import Memory
 
 # A counter set to this value tells every worker that there is nothing left to take.
 _NOTHING_LEFT = np.int64(1) << 62
@@ -73,7 +76,7 @@ else:
         int64
             The counter's value before; at or above the number of samples when none is left.
         """
-        return _fetch_and_add_one(counter)
+        return _fetch_and_add_one(counter)  # type: ignore[call-arg]
 
 
 class SampleError(ValueError):
@@ -143,7 +146,7 @@ class WorkerPool:
         self._outcomes: SimpleQueue = SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._counter: np.ndarray | None = None
-        self._closed = False
+        self._stopped = False
 
     def _start(self) -> None:
         self._inboxes = [SimpleQueue() for _ in range(self.num_workers - 1)]
@@ -169,8 +172,7 @@ class WorkerPool:
         BaseException
             The first exception of any worker. The others are told that no sample is left and waited for.
         """
-        if self._closed:
-            raise RuntimeError("the workers were stopped: the loader or its epoch is closed")
+        self._refuse_if_stopped()
         if not self._threads and self.num_workers > 1:
             self._start()
         counter = np.zeros(1, dtype=np.int64)
@@ -187,6 +189,7 @@ class WorkerPool:
             outcome = self._wait_for_one(counter)
             first = first or outcome
         self._counter = None
+        self._refuse_if_stopped()
         if first is not None:
             try:
                 raise first
@@ -204,15 +207,20 @@ class WorkerPool:
                 counter[0] = _NOTHING_LEFT
                 interrupt = error
 
+    def _refuse_if_stopped(self) -> None:
+        if self._stopped:
+            raise RuntimeError("the workers were stopped: the loader or its epoch is closed")
+
     def stop(self) -> None:
-        """Make a run in progress in another thread end early, leaving its samples incomplete."""
+        """Make a run in progress in another thread end early, and raise there, as every later run does."""
+        self._stopped = True
         counter = self._counter
         if counter is not None:
             counter[0] = _NOTHING_LEFT
 
     def close(self) -> None:
         """End the threads and wait for them."""
-        self._closed = True
+        self._stopped = True
         _dismiss(self._inboxes)
         for thread in self._threads:
             thread.join()
@@ -223,66 +231,6 @@ class WorkerPool:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-class Memory(Protocol):
-    """Where the bytes of the samples are."""
-
-    def locate(self, data_ptrs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Map pointers in the file to absolute addresses and sizes."""
-
-
-def find_regions(ptrs: np.ndarray, data_ptrs: np.ndarray) -> np.ndarray:
-    """Find the rows of the allocation table that pointers belong to.
-
-    Parameters
-    ----------
-    ptrs : ndarray uint64 (R,)
-        The table's pointers, ascending.
-    data_ptrs : ndarray uint64 (N,)
-        Pointers of samples.
-
-    Returns
-    -------
-    ndarray int64 (N,)
-
-    Raises
-    ------
-    ValueError
-        When a pointer is not in the table.
-    """
-    rows = np.searchsorted(ptrs, data_ptrs)
-    known = rows < len(ptrs)
-    known[known] = ptrs[rows[known]] == data_ptrs[known]
-    if not known.all():
-        raise ValueError(
-            f"the allocation table has no region at byte {data_ptrs[~known][0]}: the file is damaged, write it anew"
-        )
-    return rows
-
-
-class MappedFile:
-    """A whole file mapped into memory: the operating system's cache holds its pages (``os_cache=True``).
-
-    Parameters
-    ----------
-    path : path-like
-        A .beton file.
-    alloc_table : structured ndarray
-        Its allocation table, fields ``ptr`` and ``size``.
-    """
-
-    def __init__(self, path, alloc_table: np.ndarray):
-        order = np.argsort(alloc_table["ptr"], kind="stable")
-        self.ptrs = np.ascontiguousarray(alloc_table["ptr"][order])
-        self.sizes = np.ascontiguousarray(alloc_table["size"][order])
-        self.data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
-
-    def locate(self, data_ptrs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Map pointers in the file, uint64 (N,), to absolute addresses and sizes in bytes, each uint64 (N,)."""
-        data_ptrs = np.asarray(data_ptrs, dtype=np.uint64)
-        rows = find_regions(self.ptrs, data_ptrs)
-        return data_ptrs + np.uint64(self.data.ctypes.data), self.sizes[rows]
 
 
 class Batch:
@@ -372,6 +320,8 @@ class BatchOperation(Operation):
     where ``destination`` is what was asked for in the AllocationQuery, cut to the batch (a tuple if a tuple was asked
     for, None if nothing was), and ``batch`` a `Batch`. Both return the array or tensor that the next operation gets. A
     decoder raises `SampleError` for bad samples.
+
+    In a pipeline that reads a field, the first operation, if it is one of ours, is the decoder.
     """
 
     def close(self) -> None:
