@@ -304,7 +304,7 @@ def non_finite_message(state: TrainState, lr: float, precision: str) -> str:
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     loader: Iterable,
