@@ -300,7 +300,7 @@ class _Scratch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._handles: list[int] = []
+        self._handles = np.empty(0, np.int64)
         self._extent: tuple[int, ...] = (0, 0, 0, 0)
         self.arrays: tuple[np.ndarray, ...] = ()
 
@@ -317,22 +317,22 @@ class _Scratch:
         extent = tuple(max(pair) for pair in zip(wanted, self._extent, strict=True))
         if extent == self._extent and num_workers <= len(self._handles):
             return
-        while len(self._handles) < num_workers:
-            self._handles.append(jpeg.open_decompressor())
+        opened = [jpeg.open_decompressor() for _ in range(num_workers - len(self._handles))]
+        self._handles = np.concatenate((self._handles, np.array(opened, np.int64)))
         height, width, file_bytes, side = self._extent = extent
         plane_bytes = 3 * (-(-height // 32) * 32) * (-(-width // 32) * 32)
         row_bytes = file_bytes, plane_bytes, resample.workspace_bytes(height + 32, width + 32, side)
         self.arrays = (
-            np.array(self._handles, np.int64),
+            self._handles,
             np.empty((len(self._handles), 8), np.int64),
             *(np.empty((len(self._handles), -(-num_bytes // 4096) * 4096), np.uint8) for num_bytes in row_bytes),
         )
 
     def close(self) -> None:
         with self._lock:
-            while self._handles:
-                jpeg.close_decompressor(self._handles.pop())
-            self._extent, self.arrays = (0, 0, 0, 0), ()
+            for handle in self._handles.tolist():
+                jpeg.close_decompressor(handle)
+            self._handles, self._extent, self.arrays = np.empty(0, np.int64), (0, 0, 0, 0), ()
 
 
 def _reason(status: int, address: int, size_bytes: int, height: int, width: int) -> str:
@@ -409,16 +409,18 @@ def _build_crop_samples(sources: int):
         sources  # noqa: B018
         addresses, sizes_bytes, modes, heights, widths, boxes, flips = samples
         handles, numbers, spliced, planes, workspaces = scratch
-        own = handles[worker], numbers[worker], spliced[worker], planes[worker], workspaces[worker]
         while True:
             i = take(counter)
             if i >= len(status):
                 break
+            own = handles[worker], numbers[worker], spliced[worker], planes[worker], workspaces[worker]
             data = region.memory(addresses[i], sizes_bytes[i])
             box = boxes[i, 0], boxes[i, 1], boxes[i, 2], boxes[i, 3]
             status[i] = _crop_sample_into(
                 data, modes[i], (heights[i], widths[i]), box, flips[i], interpolation, own, out[i]
             )
+            if status[i] == region.BAD_JPEG:
+                handles[worker] = region.renew_decompressor(handles[worker])
 
     return crop_samples
 

@@ -165,7 +165,7 @@ def _last_error(handle: int | None) -> str:
 
 def function_addresses() -> dict[str, int]:
     """The addresses of the TurboJPEG functions that compiled kernels call, by name."""
-    names = ("tjDecompressHeader3", "tjDecompressToYUVPlanes", "tjDecompress2")
+    names = ("tjInitDecompress", "tjDestroy", "tjDecompressHeader3", "tjDecompressToYUVPlanes", "tjDecompress2")
     return {name: ctypes.cast(getattr(turbojpeg(), name), ctypes.c_void_p).value or 0 for name in names}
 
 

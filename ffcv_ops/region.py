@@ -29,6 +29,8 @@ def _external(symbol: str, result: str, arguments: str) -> Any:
     return nb.types.ExternalFunction(symbol, types[result](*(types[argument] for argument in arguments)))
 
 
+_open_decompressor = _external("ffcv_ops_tjInitDecompress", "8", "")
+_close_decompressor = _external("ffcv_ops_tjDestroy", "4", "8")
 _decompress_header = _external("ffcv_ops_tjDecompressHeader3", "4", "8888888")
 _decompress_to_planes = _external("ffcv_ops_tjDecompressToYUVPlanes", "4", "88884844")
 _decompress_to_rgb = _external("ffcv_ops_tjDecompress2", "4", "888844444")
@@ -288,6 +290,13 @@ def _decode(handle, data, region, subsampling, eighths, numbers, planes):
         handle, _address(data), data.size, _address(numbers), width, _address(numbers[3:]), height, 0
     )
     return Planes(OK if status == 0 else BAD_JPEG, top, left, plane_height, plane_width, v, h)
+
+
+@nb.njit(cache=True, nogil=True)
+def renew_decompressor(handle):
+    """Exchange a decompressor that has failed for a fresh one: TurboJPEG may leave it amid the bad image's header."""
+    _close_decompressor(handle)
+    return _open_decompressor()
 
 
 @nb.njit(cache=True, nogil=True)
