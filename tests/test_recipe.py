@@ -227,6 +227,11 @@ def test_values_from_a_file_and_from_the_command_line_are_the_same(write, key, t
         ("wandb.name", "''"),
         ("data.num_workers", "-2"),
         ("data.order", "sequential"),
+        ("dist.port", "65536"),
+        ("training.seed", "9223372036854775808"),
+        ("training.epochs", "2026-99-99"),
+        ("lr.lr", "1" + 400 * "0"),
+        ("lr.lr", "1e400"),
     ],
 )
 def test_bad_values_are_refused(write, refusal, key, text):
@@ -275,7 +280,7 @@ def test_fastargs_own_checkers_are_strict(refusal):
         ("lr:\n  lr: 1\n  lr: 2\n", ":3: lr.lr is set twice, first in line 2"),
         ("lr:\n  lr: 1\ntraining:\n  epochs: 3\nlr:\n  base_lr: 2\n", ":5: lr is set twice, first in line 1"),
         ("lr:\n  lr: 1\nlr.lr: 2\n", ":3: lr.lr is set twice, first in line 2"),
-        ("lr: 0.5\n", ":1: lr is a section and must hold settings, not '0.5'"),
+        ("lr: 0.5\n", ":1: lr is a section and must hold settings, not a value"),
         ("lr: [1, 2]\n", ":1: lr is a section and must hold settings"),
         ("lr:\n  lr:\n    lr: 1\n", ":2: lr.lr must be a number >= 0, not a mapping"),
         ("- lr\n- training\n", ": not a mapping of sections to settings"),

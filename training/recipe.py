@@ -35,19 +35,23 @@ class Mistake(ValueError):
 
 @dataclass(frozen=True)
 class Integer(validation.Checker):
-    """An integer of at least ``min``; text such as ``"12"`` counts, ``True`` and 1.5 do not."""
+    """An integer within bounds; text such as ``"12"`` counts, ``True`` and 1.5 do not."""
 
     min: int | None = None
+    max: int | None = None
 
     def check(self, value: Any) -> int:
         if isinstance(value, bool) or not re.fullmatch(r"[+-]?\d+", str(value).strip()):
             raise ValueError
-        if self.min is not None and int(value) < self.min:
+        too_small = self.min is not None and int(value) < self.min
+        if too_small or (self.max is not None and int(value) > self.max):
             raise ValueError
         return int(value)
 
     def help(self) -> str:
-        return "an integer" + ("" if self.min is None else f" >= {self.min}")
+        bounds = ((">=", self.min), ("<=", self.max))
+        limits = " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
+        return f"an integer {limits}".strip()
 
 
 @dataclass(frozen=True)
@@ -280,7 +284,7 @@ def _parse(key: str, param: Param, raw: Any, where: str) -> Any:
     checker = _strict(param.checker)
     try:
         return checker.check(raw)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         message = f"{where}: {key} must be {checker.help()}, not {raw!r}"
     if isinstance(checker, Choice):
         message += did_you_mean(str(raw), [str(value) for value in checker.values])
@@ -362,12 +366,16 @@ def _walk(
         if key in parameters:
             if isinstance(value_node, yaml.MappingNode):
                 raise Mistake(f"{where}: {key} must be {_strict(parameters[key].checker).help()}, not a mapping")
-            yield key, loader.construct_object(value_node, deep=True), where
+            try:
+                raw = loader.construct_object(value_node, deep=True)
+            except ValueError:  # what looks like a date and is none: let the checker see the text
+                raw = value_node.value
+            yield key, raw, where
         elif any(known.startswith(f"{key}.") for known in parameters):
             if isinstance(value_node, yaml.MappingNode):
                 yield from _walk(parameters, path, loader, value_node, f"{key}.", lines)
             elif value_node.tag != "tag:yaml.org,2002:null":
-                raise Mistake(f"{where}: {key} is a section and must hold settings, not {value_node.value!r}")
+                raise Mistake(f"{where}: {key} is a section and must hold settings, not a value")
         else:
             names = [*parameters, *({known.split(".")[0] for known in parameters} if not prefix else ())]
             raise Mistake(f"{where}: unknown setting {key}{did_you_mean(key, names)}")
@@ -525,7 +533,7 @@ _section(
     ),
     ema_every=Param(Integer(min=1), "optimizer steps between updates of the moving average", default=1),
     channels_last=Param(Switch(), "memory format of images and weights", default=1),
-    seed=Param(Integer(min=0), "of initial weights, order, crops, mixing", default=0),
+    seed=Param(Integer(min=0, max=2**63 - 1), "of initial weights, order, crops, mixing", default=0),
     resume=Param(Text(), "checkpoint to go on from, such as checkpoints/last.ckpt"),
     save_every_steps=Param(Integer(min=0), "save within an epoch every so many steps; 0: at its end only", default=0),
 )
@@ -559,7 +567,7 @@ _section(
     "processes, where training.distributed is on and torchrun has not started them",
     world_size=Param(Integer(min=1), "number of processes, one a GPU", default=1),
     address=Param(Text(), "address of the first node", default="localhost"),
-    port=Param(Integer(min=1), "port there", default=12355),
+    port=Param(Integer(min=1, max=65535), "port there", default=12355),
 )
 
 FLAGS: dict[str, str | tuple[str, str]] = {
