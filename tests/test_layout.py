@@ -17,6 +17,8 @@ SOURCES = sorted(
 )
 # Where a module's name is not that of what installs it.
 DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+# What benchmarks measure where somebody has installed it.
+PEERS = {"nvidia"}
 
 
 def imported(path: Path) -> set[str]:
@@ -71,7 +73,9 @@ def declared() -> set[str]:
 
 def test_what_is_imported_is_declared() -> None:
     for path in SOURCES:
-        own = {*PACKAGES, *SCRIPTS, "tests", *(test.stem for test in path.parent.glob("*.py"))}
+        own = {*PACKAGES, *SCRIPTS, "tests", *(other.stem for other in path.parent.glob("*.py"))}
+        if ROOT / "benchmarks" in path.parents:
+            own |= PEERS
         for module in imported(path) - own - set(sys.stdlib_module_names):
             assert DISTRIBUTIONS.get(module, module) in declared(), f"{path} imports {module}, which nothing installs"
 
