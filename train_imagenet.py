@@ -34,7 +34,7 @@ from training.loop import DTYPES, RunError, Trainer, evaluate, train_epoch
 from training.loss import build_loss
 from training.model import IMAGENET_MEAN, IMAGENET_STD, build_model, find_library
 from training.optim import build_ema, build_optimizer
-from training.recipe import Plan, Settings, plan, read_recipe, summary
+from training.recipe import Plan, Settings, plan, read_recipe, refuse, summary
 from training.schedule import build_schedule
 
 IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL = 1_281_167, 50_000
@@ -62,13 +62,6 @@ def main() -> None:
         run.log.close(exit_code=1)
         raise SystemExit(1) from error
     distributed.stop()
-
-
-def refuse(error: ValueError) -> None:
-    """Say on stderr what the user can mend, once a node, and leave with exit status 2."""
-    if distributed.local_rank() == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
 
 
 def show_plan(recipe: Settings) -> None:

@@ -7,10 +7,12 @@ command line, and nothing else. Environment variables are never read.
 
 import difflib
 import math
+import os
 import re
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from fastargs import Config, Param, Section, validation
 COMMAND_LINE = "command line"
 DEFAULT = "default"
 LR_BATCH_SIZE = 256
+SECONDS_TO_SPEAK = 5
 
 
 class Mistake(ValueError):
@@ -251,8 +254,15 @@ def read_settings(
 
 
 def refuse(mistake: Exception | str) -> NoReturn:
-    """Say on stderr what the user can put right, and leave with exit status 2."""
-    print(f"error: {mistake}", file=sys.stderr, flush=True)
+    """Say on stderr what the user can put right, and leave with exit status 2.
+
+    Of several processes that a launcher started on one node, the first speaks. The others give it time to: a launcher
+    ends them all as soon as one has left.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        time.sleep(SECONDS_TO_SPEAK)
+    else:
+        print(f"error: {mistake}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
