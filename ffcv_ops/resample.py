@@ -27,18 +27,22 @@ INTERPOLATIONS = {"bilinear": BILINEAR, "bicubic": BICUBIC}
 
 PRECISION_BITS = 22
 TILE = 16
-STRIPE = 64
-"""Rows that are transposed and weighed together: four cache lines of accumulators, and a stripe fits the first-level cache."""
+ALIGNMENT = 64
+MAX_STRIPE = 160
+"""Rows transposed and weighed together: long enough to hide the cost of starting a loop, short enough to stay in cache."""
 
-Taps = namedtuple("Taps", "first count weights")
-"""For each output position: its first source position from the box's own, how many follow, and their weights."""
+Taps = namedtuple("Taps", "first count weights stride")
+"""For each output position: its first source position from the box's own, how many follow, and their weights, flat."""
+
+Scratch = namedtuple("Scratch", "columns weighed sums between")
+"""A transposed stripe, the same weighed, sums of a row, and the image between the two passes."""
 
 _KERNEL: dict[str, Any] = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}
 
 
 @nb.njit(**_KERNEL)
-def _padded(size):
-    return (size + STRIPE - 1) // STRIPE * STRIPE
+def _rounded_up(size, multiple):
+    return (size + multiple - 1) // multiple * multiple
 
 
 @nb.njit(**_KERNEL)
@@ -57,8 +61,14 @@ def _support(extent, size, interpolation):
 
 
 @nb.njit(**_KERNEL)
+def _weights_stride(extent, size, interpolation):
+    """Weights of one output position, padded, as they are read by fours."""
+    return _rounded_up(2 * int(math.ceil(_support(extent, size, interpolation))) + 1, 4)
+
+
+@nb.njit(**_KERNEL)
 def _taps_entries(extent, size, interpolation):
-    return size * (2 + 2 * int(math.ceil(_support(extent, size, interpolation))) + 1)
+    return size * (2 + _weights_stride(extent, size, interpolation))
 
 
 def workspace_bytes(max_height: int, max_width: int, size: int) -> int:
@@ -77,21 +87,20 @@ def workspace_bytes(max_height: int, max_width: int, size: int) -> int:
         Bytes of the ``uint8`` array that the kernels take as ``workspace``, for either interpolation.
     """
     height, width = max_height + 2, max_width + 2  # what a fractional box touches
+    longest = max(height, width, size)
     taps = 4 * (_taps_entries(height, size, BICUBIC) + _taps_entries(width, size, BICUBIC))
-    stripe = STRIPE * (width + size) + 4 * max(width, size, STRIPE)
-    between = max(height * size, width * size)
+    stripe = (MAX_STRIPE + TILE) * (width + size)
     planes = 3 * (height * width + size * size)
     num_pieces = 16
-    return 2 * taps + stripe + between + planes + num_pieces * STRIPE
+    return taps + 8 * (longest + MAX_STRIPE + TILE) + stripe + longest * size + planes + num_pieces * ALIGNMENT
 
 
 @nb.njit(**_KERNEL)
 def _cut(workspace, at, num_bytes):
     """The next piece of the workspace, and where the one after it begins."""
-    end = at + _padded(num_bytes)
-    if end > workspace.size:
+    if at + num_bytes > workspace.size:
         raise ValueError("the workspace is too small for this region: size it with workspace_bytes()")
-    return workspace[at : at + num_bytes], end
+    return workspace[at : at + num_bytes], at + _rounded_up(num_bytes, ALIGNMENT)
 
 
 @nb.njit(**_KERNEL)
@@ -121,15 +130,16 @@ def _lay_taps_into(start, extent, mirrored, interpolation, taps):
         total = 0.0
         for tap in range(low, high):
             total += _filter((tap - center + 0.5) * stretch, interpolation)
+        unit = (1 << PRECISION_BITS) / total
         target = size - 1 - position if mirrored else position
         first, count, last = low, 0, 1
         for tap in range(low, high):
-            weight = _filter((tap - center + 0.5) * stretch, interpolation) / total * (1 << PRECISION_BITS)
+            weight = _filter((tap - center + 0.5) * stretch, interpolation) * unit
             fixed = int(weight + math.copysign(0.5, weight))
             if fixed == 0 and count == 0:
                 first += 1
                 continue
-            taps.weights[target, count] = fixed
+            taps.weights[target * taps.stride + count] = fixed
             count += 1
             if fixed != 0:
                 last = count
@@ -139,11 +149,10 @@ def _lay_taps_into(start, extent, mirrored, interpolation, taps):
 
 @nb.njit(**_KERNEL)
 def _cut_taps(workspace, at, start, extent, size, mirrored, interpolation):
-    num_entries = _taps_entries(extent, size, interpolation)
-    piece, at = _cut(workspace, at, 4 * num_entries)
+    piece, at = _cut(workspace, at, 4 * _taps_entries(extent, size, interpolation))
     entries = piece.view(np.int32)
-    weights = entries[2 * size :].reshape((size, num_entries // size - 2))
-    taps = Taps(entries[:size], entries[size : 2 * size], weights)
+    stride = _weights_stride(extent, size, interpolation)
+    taps = Taps(entries[:size], entries[size : 2 * size], entries[2 * size :], stride)
     _lay_taps_into(start, extent, mirrored, interpolation, taps)
     return taps, at
 
@@ -205,99 +214,131 @@ def _transpose_into(source, at, stride, height, width, out, out_at, out_stride):
 
 
 @nb.njit(**_KERNEL)
+def _product(byte, weight):
+    # Numba's own ``*`` widens 32 bit operands to 64, which halves the lanes of a vector; the ufunc keeps their type.
+    return np.multiply(np.int32(byte), weight)
+
+
+@nb.njit(**_KERNEL)
 def _to_byte(total):
-    value = np.int32(total + (1 << (PRECISION_BITS - 1))) >> PRECISION_BITS
-    return np.uint8(min(max(value, 0), 255))
+    value = np.right_shift(np.int32(total), np.int32(PRECISION_BITS))
+    return np.uint8(min(max(value, np.int32(0)), np.int32(255)))
 
 
-@nb.njit(**_KERNEL)
-def _weigh_many_into(source, at, stride, count, weights, sums, out, out_at, length):
-    for i in range(length):
-        sums[i] = 0
-    for tap in range(count):
-        row = source[at + tap * stride : at + tap * stride + length]
-        weight = weights[tap]
-        for i in range(length):
-            sums[i] += row[i] * weight
-    target = out[out_at : out_at + length]
-    for i in range(length):
-        target[i] = _to_byte(sums[i])
+@nb.njit(forceinline=True, **_KERNEL)
+def _weigh_rows_into(source, at, stride, count, weights, tap, sums, out, out_at, length):
+    """Weigh count rows of bytes, stride apart, into one; four at a time, so that the sums of most stay in registers.
 
-
-@nb.njit(**_KERNEL)
-def _weigh_rows_into(source, at, stride, count, weights, sums, out, out_at, length):
-    """Weigh count rows of length bytes, stride apart, into one; up to four at once, so that the sums stay in registers."""
+    The first half of sums holds one half in fixed point, for rounding, the second what more than four rows have summed to.
+    Whole arrays and offsets are passed, as a view of a row would be counted in and out of use by atomic instructions, which
+    take longer than the row. Unsigned offsets spare the test for negative indices, which keeps loops from being vectorised.
+    """
+    a, stride, target, length = np.uint64(at), np.uint64(stride), np.uint64(out_at), np.uint64(length)
+    b, c, d = a + stride, a + stride + stride, a + stride + stride + stride
+    carried = np.uint64(0)
     if count > 4:
-        _weigh_many_into(source, at, stride, count, weights, sums, out, out_at, length)
-        return
-    target = out[out_at : out_at + length]
-    a = source[at : at + length]
+        carried = np.uint64(sums.size // 2)
+        for i in range(length):
+            sums[carried + i] = sums[i]
+    while count > 4:
+        w0, w1, w2, w3 = weights[tap], weights[tap + 1], weights[tap + 2], weights[tap + 3]
+        for i in range(length):
+            total = _product(source[a + i], w0) + _product(source[b + i], w1)
+            sums[carried + i] += total + _product(source[c + i], w2) + _product(source[d + i], w3)
+        a = d + stride
+        b, c, d = a + stride, a + stride + stride, a + stride + stride + stride
+        tap += 4
+        count -= 4
+    w0, w1, w2, w3 = weights[tap], weights[tap + 1], weights[tap + 2], weights[tap + 3]
     if count == 1:
         for i in range(length):
-            target[i] = a[i]
-        return
-    b = source[at + stride : at + stride + length]
-    if count == 2:
+            out[target + i] = _to_byte(sums[carried + i] + _product(source[a + i], w0))
+    elif count == 2:
         for i in range(length):
-            target[i] = _to_byte(a[i] * weights[0] + b[i] * weights[1])
-        return
-    c = source[at + 2 * stride : at + 2 * stride + length]
-    if count == 3:
+            out[target + i] = _to_byte(sums[carried + i] + _product(source[a + i], w0) + _product(source[b + i], w1))
+    elif count == 3:
         for i in range(length):
-            target[i] = _to_byte(a[i] * weights[0] + b[i] * weights[1] + c[i] * weights[2])
-        return
-    d = source[at + 3 * stride : at + 3 * stride + length]
-    for i in range(length):
-        target[i] = _to_byte(a[i] * weights[0] + b[i] * weights[1] + c[i] * weights[2] + d[i] * weights[3])
-
-
-@nb.njit(**_KERNEL)
-def _weigh_along_y_into(source, at, stride, width, taps, sums, out):
-    for row in range(taps.first.size):
-        first = at + taps.first[row] * stride
-        _weigh_rows_into(source, first, stride, taps.count[row], taps.weights[row], sums, out, row * width, width)
-
-
-@nb.njit(**_KERNEL)
-def _weigh_along_x_into(source, at, stride, height, width, taps, columns, weighed, sums, out):
-    size = taps.first.size
-    stripe_height = min(height, STRIPE)
-    for stripe in range(0, height, STRIPE):
-        row = min(stripe, height - stripe_height)  # the last stripe overlaps the one before it, to be a whole one too
-        _transpose_into(source, at + row * stride, stride, stripe_height, width, columns, 0, STRIPE)
-        for x in range(size):
-            first = taps.first[x] * STRIPE
-            _weigh_rows_into(columns, first, STRIPE, taps.count[x], taps.weights[x], sums, weighed, x * STRIPE, STRIPE)
-        _transpose_into(weighed, 0, STRIPE, size, stripe_height, out, row * size, size)
-
-
-@nb.njit(**_KERNEL)
-def _resample_into(source, at, stride, box, shape, flip, interpolation, workspace, out):
-    """Resample a box whose first touched byte is source[at]; out is flat."""
-    y, x, height, width = box
-    out_height, out_width = shape
-    num_rows, num_columns = _num_touched(y, height), _num_touched(x, width)
-    x_taps, free = _cut_taps(workspace, 0, x, width, out_width, flip, interpolation)
-    y_taps, free = _cut_taps(workspace, free, y, height, out_height, False, interpolation)
-    columns, free = _cut(workspace, free, STRIPE * num_columns)
-    weighed, free = _cut(workspace, free, STRIPE * out_width)
-    sums, free = _cut(workspace, free, 4 * max(STRIPE, num_columns, out_width))
-    sums = sums.view(np.int32)
-    if num_rows > out_height and num_rows - out_height > 2 * (num_columns - out_width):
-        between, free = _cut(workspace, free, out_height * num_columns)
-        _weigh_along_y_into(source, at, stride, num_columns, y_taps, sums, between)
-        _weigh_along_x_into(between, 0, num_columns, out_height, num_columns, x_taps, columns, weighed, sums, out)
+            total = sums[carried + i] + _product(source[a + i], w0) + _product(source[b + i], w1)
+            out[target + i] = _to_byte(total + _product(source[c + i], w2))
     else:
-        between, free = _cut(workspace, free, num_rows * out_width)
-        _weigh_along_x_into(source, at, stride, num_rows, num_columns, x_taps, columns, weighed, sums, between)
-        _weigh_along_y_into(between, 0, out_width, out_width, y_taps, sums, out)
+        for i in range(length):
+            total = sums[carried + i] + _product(source[a + i], w0) + _product(source[b + i], w1)
+            out[target + i] = _to_byte(total + _product(source[c + i], w2) + _product(source[d + i], w3))
 
 
 @nb.njit(**_KERNEL)
-def _resample_plane_into(plane, box, shape, flip, interpolation, workspace, out):
+def _weigh_along_y_into(source, at, stride, width, taps, scratch, out):
+    firsts, counts, weights, num_weights = taps
+    sums = scratch.sums
+    for row in range(firsts.size):
+        first = at + firsts[row] * stride
+        _weigh_rows_into(
+            source, first, stride, counts[row], weights, row * num_weights, sums, out, row * width, width
+        )
+
+
+@nb.njit(**_KERNEL)
+def _stripe_height(height):
+    num_stripes = (height + MAX_STRIPE - 1) // MAX_STRIPE
+    return _rounded_up((height + num_stripes - 1) // num_stripes, TILE)
+
+
+@nb.njit(**_KERNEL)
+def _weigh_along_x_into(source, at, stride, height, width, taps, scratch, out):
+    firsts, counts, weights, num_weights = taps
+    columns, weighed, sums, _ = scratch
+    size = firsts.size
+    lanes = _stripe_height(height)
+    num_rows = min(height, lanes)
+    for stripe in range(0, height, lanes):
+        row = min(stripe, height - num_rows)  # the last stripe overlaps the one before it, to be a whole one too
+        _transpose_into(source, at + row * stride, stride, num_rows, width, columns, 0, lanes)
+        for x in range(size):
+            first = firsts[x] * lanes
+            _weigh_rows_into(
+                columns, first, lanes, counts[x], weights, x * num_weights, sums, weighed, x * lanes, lanes
+            )
+        _transpose_into(weighed, 0, lanes, size, num_rows, out, row * size, size)
+
+
+@nb.njit(**_KERNEL)
+def _plan(box, shape, flip, interpolation, workspace):
+    """Taps and scratch for a box, cut from the workspace."""
+    y, x, height, width = box
+    num_rows, num_columns = _num_touched(y, height), _num_touched(x, width)
+    x_taps, free = _cut_taps(workspace, 0, x, width, shape[1], flip, interpolation)
+    y_taps, free = _cut_taps(workspace, free, y, height, shape[0], False, interpolation)
+    lanes = max(_stripe_height(num_rows), _stripe_height(shape[0]))
+    longest = max(MAX_STRIPE + TILE, num_columns, shape[1])
+    columns, free = _cut(workspace, free, lanes * num_columns)
+    weighed, free = _cut(workspace, free, lanes * shape[1])
+    sums, free = _cut(workspace, free, 8 * longest)
+    between, free = _cut(workspace, free, max(shape[0] * num_columns, num_rows * shape[1]))
+    scratch = Scratch(columns, weighed, sums.view(np.int32), between)
+    scratch.sums[:longest] = 1 << (PRECISION_BITS - 1)
+    return num_rows, num_columns, x_taps, y_taps, scratch
+
+
+@nb.njit(**_KERNEL)
+def _resample_into(source, at, stride, plan, out):
+    """Resample the box whose first byte is source[at]; out is flat."""
+    num_rows, num_columns, x_taps, y_taps, scratch = plan
+    out_height, out_width = y_taps.first.size, x_taps.first.size
+    between = scratch.between
+    # Pillow's choice since its version 13: rows first where that drops at least twice as many rows as it would drop columns.
+    if num_rows > out_height and num_rows - out_height > 2 * (num_columns - out_width):
+        _weigh_along_y_into(source, at, stride, num_columns, y_taps, scratch, between)
+        _weigh_along_x_into(between, 0, num_columns, out_height, num_columns, x_taps, scratch, out)
+    else:
+        _weigh_along_x_into(source, at, stride, num_rows, num_columns, x_taps, scratch, between)
+        _weigh_along_y_into(between, 0, out_width, out_width, y_taps, scratch, out)
+
+
+@nb.njit(**_KERNEL)
+def _resample_plane_into(plane, box, plan, out):
     stride = plane.shape[1]
     at = _first_touched(box[0]) * stride + _first_touched(box[1])
-    _resample_into(plane.reshape(-1), at, stride, box, shape, flip, interpolation, workspace, out)
+    _resample_into(plane.reshape(-1), at, stride, plan, out)
 
 
 @nb.njit(**_KERNEL)
@@ -323,19 +364,20 @@ def _join_channels_into(red, green, blue, out):
 
 
 @nb.njit(**_KERNEL)
-def _clip(value):
-    return np.uint8(min(max(value, 0), 255))
+def _channel(total):
+    return np.uint8(min(max(np.right_shift(np.int32(total), np.int32(16)), np.int32(0)), np.int32(255)))
 
 
 @nb.njit(**_KERNEL)
 def _convert_colour_into(y, cb, cr, out):
-    """JPEG's full-range BT.601, in the fixed point of libjpeg's jdcolor.c."""
+    """JPEG's full-range BT.601, in the 16 bit fixed point of libjpeg's jdcolor.c."""
     pixels = out.reshape(-1)
     for i in range(y.size):
-        luma, blue, red = np.int32(y[i]), np.int32(cb[i]) - 128, np.int32(cr[i]) - 128
-        pixels[3 * i] = _clip(luma + (np.int32(91881 * red + 32768) >> 16))
-        pixels[3 * i + 1] = _clip(luma + (np.int32(32768 - 22554 * blue - 46802 * red) >> 16))
-        pixels[3 * i + 2] = _clip(luma + (np.int32(116130 * blue + 32768) >> 16))
+        luma = _product(y[i], np.int32(65536)) + 32768
+        blue, red = np.subtract(np.int32(cb[i]), np.int32(128)), np.subtract(np.int32(cr[i]), np.int32(128))
+        pixels[3 * i] = _channel(luma + _product(red, np.int32(91881)))
+        pixels[3 * i + 1] = _channel(luma - _product(blue, np.int32(22554)) - _product(red, np.int32(46802)))
+        pixels[3 * i + 2] = _channel(luma + _product(blue, np.int32(116130)))
 
 
 @nb.njit(**_KERNEL)
@@ -355,7 +397,8 @@ def resample_region_into(plane, box, interpolation, workspace, out):
     out : ndarray of uint8, shape (out_height, out_width), C-contiguous
         Where the result is written.
     """
-    _resample_plane_into(plane, box, out.shape, False, interpolation, workspace, out.reshape(-1))
+    plan = _plan(box, out.shape, False, interpolation, workspace)
+    _resample_plane_into(plane, box, plan, out.reshape(-1))
 
 
 @nb.njit(**_KERNEL)
@@ -385,12 +428,13 @@ def resample_planes_into(y, cb, cr, y_box, c_box, flip, interpolation, workspace
     cb_plane, free = _cut(workspace, free, shape[0] * shape[1])
     cr_plane, free = _cut(workspace, free, shape[0] * shape[1])
     scratch = workspace[free:]
-    _resample_plane_into(y, y_box, shape, flip, interpolation, scratch, y_plane)
+    _resample_plane_into(y, y_box, _plan(y_box, shape, flip, interpolation, scratch), y_plane)
     if cb.size == 0:
         _join_channels_into(y_plane, y_plane, y_plane, out)
         return
-    _resample_plane_into(cb, c_box, shape, flip, interpolation, scratch, cb_plane)
-    _resample_plane_into(cr, c_box, shape, flip, interpolation, scratch, cr_plane)
+    plan = _plan(c_box, shape, flip, interpolation, scratch)
+    _resample_plane_into(cb, c_box, plan, cb_plane)
+    _resample_plane_into(cr, c_box, plan, cr_plane)
     _convert_colour_into(y_plane, cb_plane, cr_plane, out)
 
 
@@ -424,7 +468,8 @@ def resample_rgb_into(image, box, flip, interpolation, workspace, out):
         image, _first_touched(y), _first_touched(x), num_rows, num_columns,
         region[:size], region[size : 2 * size], region[2 * size :],
     )  # fmt: skip
+    plan = _plan(box, shape, flip, interpolation, scratch)
     for channel in range(3):
         target = resampled[channel * out_size : (channel + 1) * out_size]
-        _resample_into(region, channel * size, num_columns, box, shape, flip, interpolation, scratch, target)
+        _resample_into(region, channel * size, num_columns, plan, target)
     _join_channels_into(resampled[:out_size], resampled[out_size : 2 * out_size], resampled[2 * out_size :], out)
