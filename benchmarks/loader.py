@@ -1,0 +1,309 @@
+"""Loading speed per core against stock FFCV, torchvision and DALI, on the same images in one run.
+
+    python benchmarks/loader.py --data IMAGE_FOLDER [--json FILE]
+
+Writes the images of a folder of class folders at each case's side, once with FFCV's own writer and once with ours, in
+the same quality; images are repeated until there are --num_images. Each peer then decodes random-resized crops with
+flips into batches of 256 in a process of its own, all on one core with one worker, taking turns: one pass each,
+--rounds times. Prints the machine, the versions and a table of medians; leaves nothing behind. ``--json`` writes a list
+of objects: ``case``, ``peer``, ``images_per_s``, ``peer_images_per_s``, ``ratio``, the same by CPU time as
+``cpu_ratio`` (equal on an idle machine, and the trustworthier on a busy one), peak memory, and the time from process
+start to first batch at the second start.
+
+Cases: ``jpg500-224`` is JPEG of at most 500 px a side decoded to 224 px; ``raw256-224`` raw pixels of at most 256 px.
+Peers: ``stock`` (FFCV's writer and loader), ``stock-file`` (FFCV's file in our loader, against stock), ``torchvision``
+(ImageFolder and DataLoader on the same JPEGs), ``dali`` (CPU pipeline with image_random_crop; where installed).
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = ("jpg500-224", "jpg500-160", "jpg500-128", "jpg256-224", "raw256-224")
+BATCH_SIZE = 256
+QUALITY = 90
+# Decoding whole originals in Python takes its time; a pass over a part of the images measures it as well.
+SLOW_PASS = 2 * BATCH_SIZE
+
+
+def parse(case: str) -> tuple[str, int, int]:
+    """'jpg500-224' -> ('jpg', 500, 224)."""
+    stored, size = case.split("-")
+    return stored[:3], int(stored[3:]), int(size)
+
+
+# --- files
+
+
+def write_files(data: Path, folder: Path, mode: str, side: int, num_images: int) -> None:
+    """<folder>/{stock,ours}.beton, and for JPEG modes <folder>/jpegs: the stock file's payloads in class folders."""
+    import cv2
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+    from torchvision.datasets import ImageFolder
+
+    from ffcv_ops import writer
+
+    images = sorted(path for path in data.glob("*/*") if path.is_file())
+    if not images:
+        raise SystemExit(f"error: {data} holds no class folders with images")
+    source = folder / "source"
+    for number in range(num_images):
+        image = images[number % len(images)]
+        link = source / image.parent.name / f"{number // len(images):05d}_{image.name}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(image.resolve())
+    settings = writer.WriteSettings(mode=mode, max_side=side, quality=QUALITY)
+    writer.write(source, folder / "ours.beton", settings, notice=lambda line: None)
+    fields = {"image": RGBImageField(write_mode=mode, max_resolution=side, jpeg_quality=QUALITY), "label": IntField()}
+    loaded = ImageFolder(str(source), loader=writer.load_image)
+    DatasetWriter(str(folder / "stock.beton"), fields, num_workers=1).from_indexed_dataset(loaded)
+    if mode != "jpg":
+        return
+    for path, _ in loaded.samples[: max(SLOW_PASS, len(images))]:
+        target = folder / "jpegs" / Path(path).parent.name / f"{Path(path).stem}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        bgr = writer.shrink(writer.load_image(path), side)[:, :, ::-1]
+        cv2.imwrite(str(target), bgr, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+
+
+# --- peers: functions (folder, size) -> iterable of (images, labels), to be iterated once a pass
+
+
+def build_ours(folder: Path, size: int, file: str = "ours.beton") -> Any:
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.transforms import ToTensor
+
+    from ffcv_ops import Loader, OrderOption, RandomResizedCrop
+
+    pipelines = {"image": [RandomResizedCrop(size), ToTensor()], "label": [IntDecoder(), ToTensor()]}
+    return Loader(folder / file, BATCH_SIZE, num_workers=1, order=OrderOption.RANDOM, seed=0, pipelines=pipelines)
+
+
+def build_stock_file(folder: Path, size: int) -> Any:
+    return build_ours(folder, size, "stock.beton")
+
+
+def build_stock(folder: Path, size: int) -> Any:
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor
+
+    image = [RandomResizedCropRGBImageDecoder((size, size)), RandomHorizontalFlip(), ToTensor()]
+    pipelines = {"image": image, "label": [IntDecoder(), ToTensor()]}
+    return Loader(
+        str(folder / "stock.beton"), BATCH_SIZE, num_workers=1, os_cache=True, order=OrderOption.RANDOM, seed=0,
+        pipelines=pipelines,
+    )  # fmt: skip
+
+
+def build_torchvision(folder: Path, size: int) -> Any:
+    import torch
+    from torchvision import datasets, transforms
+
+    torch.set_num_threads(1)
+    steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
+    images = datasets.ImageFolder(str(folder / "jpegs"), transforms.Compose(steps))
+    # In the process itself, which on one core is its best case: nothing is passed between processes.
+    return torch.utils.data.DataLoader(images, BATCH_SIZE, shuffle=True, num_workers=0)
+
+
+def build_dali(folder: Path, size: int) -> Any:
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.plugin.base_iterator import LastBatchPolicy
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+    @pipeline_def(batch_size=BATCH_SIZE, num_threads=1, device_id=None)
+    def build() -> Any:
+        jpegs, labels = fn.readers.file(file_root=str(folder / "jpegs"), random_shuffle=True, name="reader")
+        images = fn.decoders.image_random_crop(jpegs, device="cpu", random_area=(0.08, 1.0))
+        images = fn.resize(images, size=(size, size), interp_type=types.INTERP_TRIANGULAR)
+        return fn.flip(images, horizontal=fn.random.coin_flip()), labels
+
+    pipeline = build()
+    pipeline.build()
+    return DALIGenericIterator(
+        pipeline, ["images", "labels"], reader_name="reader", auto_reset=True, last_batch_policy=LastBatchPolicy.PARTIAL
+    )
+
+
+PEERS: dict[str, Callable[[Path, int], Any]] = {
+    "ours": build_ours,
+    "stock-file": build_stock_file,
+    "stock": build_stock,
+    "torchvision": build_torchvision,
+    "dali": build_dali,
+}
+
+
+def count(batch: Any) -> int:
+    return len(batch[0]["images"] if isinstance(batch[0], dict) else batch[0])
+
+
+def serve(peer: str, folder: Path, size: int) -> None:
+    """A peer's process: report the first batch, then one pass for each line of input."""
+    loader = PEERS[peer](folder, size)
+    imported_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    batches = iter(loader)
+    next(batches)
+    print(json.dumps({"first_batch_at": time.time(), "imported_mb": imported_mb}), flush=True)
+    for _ in batches:  # warms the file's pages and whatever is compiled or allocated late
+        pass
+    for _ in sys.stdin:
+        start, start_cpu, num_images = time.perf_counter(), time.process_time(), 0
+        for batch in loader:
+            num_images += count(batch)
+        wall_s, cpu_s = time.perf_counter() - start, time.process_time() - start_cpu
+        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"images": num_images, "wall_s": wall_s, "cpu_s": cpu_s, "peak_mb": peak_mb}), flush=True)
+
+
+class Peer:
+    """A peer's process, as seen from here."""
+
+    def __init__(self, name: str, folder: Path, size: int, core: int):
+        command = [sys.executable, __file__, "--serve", name, str(folder), str(size)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+        started = time.time()
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+        )  # fmt: skip
+        first = self._answer()
+        self.first_batch_s = first["first_batch_at"] - started
+        self.imported_mb = first["imported_mb"]
+        self.passes: list[dict[str, float]] = []
+
+    def _answer(self) -> dict[str, float]:
+        assert self.process.stdout and self.process.stderr
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit(f"error: {self.process.args}:\n{self.process.stderr.read()}")
+
+    def run_pass(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.passes.append(self._answer())
+
+    def close(self) -> None:
+        self.process.communicate()
+
+    def images_per_s(self, clock: str) -> float:
+        return statistics.median(one["images"] / one[clock] for one in self.passes)
+
+    @property
+    def peak_mb(self) -> float:
+        return self.passes[-1]["peak_mb"]
+
+
+def measure(folder: Path, case: str, names: list[str], rounds: int, core: int) -> Iterator[dict[str, Any]]:
+    """Start every peer twice, let them take turns, compare."""
+    size = parse(case)[2]
+    for name in names:
+        Peer(name, folder, size, core).close()
+    peers = {name: Peer(name, folder, size, core) for name in names}
+    for _ in range(rounds):
+        for peer in peers.values():
+            peer.run_pass()
+    for peer in peers.values():
+        peer.close()
+    for name in names[1:]:
+        ours, other = (peers["stock-file"], peers["stock"]) if name == "stock-file" else (peers["ours"], peers[name])
+        yield {
+            "case": case,
+            "peer": name,
+            "images_per_s": round(ours.images_per_s("wall_s"), 1),
+            "peer_images_per_s": round(other.images_per_s("wall_s"), 1),
+            "ratio": round(ours.images_per_s("wall_s") / other.images_per_s("wall_s"), 2),
+            "cpu_ratio": round(ours.images_per_s("cpu_s") / other.images_per_s("cpu_s"), 2),
+            "peak_rss_mb": round(ours.peak_mb),
+            "peer_peak_rss_mb": round(other.peak_mb),
+            "loader_rss_mb": round(ours.peak_mb - ours.imported_mb),
+            "peer_loader_rss_mb": round(other.peak_mb - other.imported_mb),
+            "first_batch_s": round(ours.first_batch_s, 2),
+            "peer_first_batch_s": round(other.first_batch_s, 2),
+        }
+
+
+# --- report
+
+
+def describe_machine() -> str:
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        model = next((value.strip() for key, value in lines if key.strip() == "model name"), model)
+    packages = ["ffcv", "numba", "numpy", "opencv-python", "torch", "torchvision"]
+    packages += ["nvidia-dali-cuda120"] if importlib.util.find_spec("nvidia.dali") else []
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    return f"{model}, {os.cpu_count()} CPUs, {platform.system()}, Python {platform.python_version()}\n{versions}"
+
+
+COLUMNS = {
+    "case": "case", "peer": "peer", "images_per_s": "images/s", "peer_images_per_s": "peer's", "ratio": "ratio",
+    "cpu_ratio": "ratio (CPU time)", "peak_rss_mb": "peak MB", "peer_peak_rss_mb": "peer's",
+    "loader_rss_mb": "of it loader", "peer_loader_rss_mb": "peer's", "first_batch_s": "first batch s",
+    "peer_first_batch_s": "peer's",
+}  # fmt: skip
+
+
+def show(row: dict[str, Any]) -> str:
+    return "| " + " | ".join(f"{row[key]}" for key in COLUMNS) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of class folders of images")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="cases to run (all)")
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS)[1:], default=list(PEERS)[1:], help="peers (all)")
+    parser.add_argument("--num_images", type=int, default=2560, help="images a file holds (2560)")
+    parser.add_argument("--rounds", type=int, default=5, help="passes of each peer (5)")
+    parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)), help="CPU that all peers run on")
+    options = parser.parse_args()
+    print(f"{describe_machine()}\n{' '.join(sys.argv)}\n", flush=True)
+    print("| " + " | ".join(COLUMNS.values()) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
+    results: list[dict[str, Any]] = []
+    written: dict[str, tempfile.TemporaryDirectory] = {}
+    for case in options.cases:
+        mode, side, _ = parse(case)
+        stored = case.split("-")[0]
+        if stored not in written:
+            written = {stored: tempfile.TemporaryDirectory()}
+            write_files(options.data, Path(written[stored].name), mode, side, options.num_images)
+        folder = Path(written[stored].name)
+        names = ["ours", *(peer for peer in PEERS if peer in options.peers)]
+        if "stock-file" in names and "stock" not in names:
+            names.append("stock")
+        if mode != "jpg":
+            names = [name for name in names if name in ("ours", "stock")]
+        if not importlib.util.find_spec("nvidia.dali"):
+            names = [name for name in names if name != "dali"]
+        for row in measure(folder, case, names, options.rounds, options.core):
+            results.append(row)
+            print(show(row), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 5 and sys.argv[1] == "--serve":
+        serve(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
+    else:
+        main()
