@@ -362,10 +362,10 @@ class Loader(StockLoader):
         self._build_pipelines(pipelines)
         self.traversal_order = self._build_order(order, order_kwargs)
         self.first_traversal_order = self.next_traversal_order()
-        if len(self) == 0:
+        if len(self) == 0 and drop_last:
             warnings.warn(
                 f"{self.fname}: no batch: this rank has {len(self.first_traversal_order)} samples an epoch, "
-                f"batch_size is {batch_size} and drop_last is {drop_last}",
+                f"a batch is {batch_size} and drop_last leaves out what does not fill one",
                 stacklevel=2,
             )
         if not self.os_cache:

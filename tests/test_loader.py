@@ -1,0 +1,575 @@
+"""The loader's guarantees: the same batches however they are made, errors that arrive, and nothing left behind."""
+
+import gc
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from ffcv.fields.basics import IntDecoder
+from ffcv.loader.loader import Loader as StockLoader
+from ffcv.pipeline import PipelineSpec
+from ffcv.pipeline.allocation_query import AllocationQuery
+from ffcv.transforms import Squeeze, ToTensor
+from ffcv.traversal_order.base import TraversalOrder
+
+from ffcv_ops import rng
+from ffcv_ops.crops import CenterCrop, RandomResizedCrop
+from ffcv_ops.loader import Loader, OrderOption
+from ffcv_ops.normalize import Label
+from ffcv_ops.pipeline import BatchOperation, SampleError
+from tests.betons import photographs, spoil, write_images, write_tables
+
+NUM_SAMPLES = 61
+ORDERS = list(OrderOption)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("loader") / "photographs.beton", photographs(NUM_SAMPLES), per_page=4)
+
+
+def crops(size=24):
+    return {"image": [RandomResizedCrop(size), ToTensor()], "label": [Label()]}
+
+
+def labels():
+    return {"image": None, "label": [Label()]}
+
+
+def digests(batches):
+    return [hashlib.sha256(b"".join(part.numpy().tobytes() for part in batch)).hexdigest() for batch in batches]
+
+
+def ids_of(batches):
+    """The labels are the sample ids."""
+    seen = [batch[-1].clone() for batch in batches]
+    return torch.cat(seen).tolist() if seen else []
+
+
+def our_threads():
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("ffcv_ops")]
+
+
+def threads_end(seconds=3.0):
+    end = time.monotonic() + seconds
+    while our_threads() and time.monotonic() < end:
+        time.sleep(0.01)
+    return not our_threads()
+
+
+class Observe(BatchOperation):
+    """Decoder of labels that shows them, and what the loader says of the batch, to a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.num_closed = 0
+
+    def declare_state_and_memory(self, previous_state):
+        return replace(previous_state, shape=(), dtype=np.dtype("i8")), AllocationQuery((), np.dtype("i8"))
+
+    def generate_code(self):
+        def observe(sample_ids, destination, field_metadata, batch):
+            destination[:] = field_metadata[sample_ids]
+            self.function(batch)
+            return destination
+
+        return observe
+
+    def close(self):
+        self.num_closed += 1
+
+
+def observed(function):
+    return {"image": None, "label": [Observe(function), ToTensor()]}
+
+
+# The same batches however they are made
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.name.lower())
+def test_batches_depend_on_seed_and_epoch_alone(path, order):
+    def made(num_workers, os_cache=True, seed=5, epoch=1, skip=0):
+        with Loader(path, 8, 1, os_cache, order, seed=seed, pipelines=crops(), drop_last=False) as loader:
+            loader.num_workers = num_workers  # also above the CPUs of this machine
+            return digests(loader.epoch(epoch, skip=skip))
+
+    expected = made(1)
+    assert len(set(expected)) == 8
+    assert made(2) == made(4) == made(3, os_cache=False) == expected
+    assert [made(2, skip=skip) for skip in (1, 5, 8)] == [expected[skip:] for skip in (1, 5, 8)]
+    assert made(2, os_cache=False, skip=3) == expected[3:]
+    assert not set(made(2, epoch=2)) & set(expected)
+    assert not set(made(2, seed=6)) & set(expected)
+
+
+def test_a_for_counts_epochs_and_goes_on_after_a_resumed_one(path):
+    loader = Loader(path, 8, 2, order=OrderOption.RANDOM, seed=5, pipelines=crops())
+    epochs = [digests(loader) for _ in range(3)]
+    assert len(loader) == 7 and {len(epoch) for epoch in epochs} == {7}
+    resumed = Loader(path, 8, 2, order=OrderOption.RANDOM, seed=5, pipelines=crops())
+    iterator = resumed.epoch(1, skip=4)
+    assert len(iterator) == 3
+    assert digests(iterator) == epochs[1][4:]
+    assert digests(resumed) == epochs[2]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.name.lower())
+@pytest.mark.parametrize("world_size", [2, 4, 70])
+def test_ranks_share_the_samples(path, order, world_size):
+    def seen(rank, drop_last):
+        with Loader(
+            path, 3, 1, order=order, seed=1, pipelines=labels(), drop_last=drop_last, rank=rank, world_size=world_size
+        ) as loader:
+            return ids_of(loader)
+
+    validation = [i for rank in range(world_size) for i in seen(rank, False)]
+    assert sorted(validation) == list(range(NUM_SAMPLES))
+    if world_size < 70:
+        training = [seen(rank, True) for rank in range(world_size)]
+        assert {len(ids) for ids in training} == {NUM_SAMPLES // world_size // 3 * 3}
+        assert len(set(sum(training, []))) == sum(map(len, training))
+
+
+def test_processes_take_rank_and_world_size_from_torch_distributed(path, tmp_path):
+    script = """
+        import sys, torch
+        from ffcv_ops.loader import Loader, OrderOption
+        from ffcv_ops.normalize import Label
+        rank, path, store = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+        torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+        for order in OrderOption:
+            for drop_last in (False, True):
+                loader = Loader(path, 4, 1, order=order, distributed=True, seed=2, drop_last=drop_last,
+                                pipelines={"image": None, "label": [Label()]})
+                mine = torch.cat([batch[0].clone() for batch in loader]).tolist()
+                both = [None, None]
+                torch.distributed.all_gather_object(both, mine)
+                together = sorted(both[0] + both[1])
+                if drop_last:
+                    assert len(both[0]) == len(both[1]) == 28 and len(set(together)) == 56, both
+                else:
+                    assert together == list(range(61)), both
+        torch.distributed.destroy_process_group()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    ranks = [subprocess.Popen([*command, str(rank), path, tmp_path / "store"]) for rank in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+
+
+def test_copies_are_told_to_operations(path):
+    seen = []
+    for rank in range(3):
+        pipelines = observed(
+            lambda batch: seen.extend(zip(batch.sample_ids.tolist(), batch.copies.tolist(), strict=True))
+        )
+        with Loader(
+            path, 7, 1, order=OrderOption.RANDOM, seed=1, pipelines=pipelines, repeats=3, rank=rank, world_size=3
+        ) as loader:
+            assert len(loader) == 3
+            for _ in loader:
+                pass
+    assert len(set(seen)) == len(seen) == 63
+    assert {copy for _, copy in seen} == {0, 1, 2}
+
+
+def test_copies_of_a_sample_look_different(path):
+    with Loader(path, 6, 1, seed=1, indices=range(12), pipelines=crops(), repeats=3) as loader:
+        images, ids = next(iter(loader))
+        assert ids.tolist() == [0, 0, 0, 1, 1, 1]
+        assert len({image.numpy().tobytes() for image in images}) == 6
+
+
+# Drop-in
+
+
+class AddIndices(ToTensor):
+    """A transform by FFCV's convention, not compiled, that wants the batch's indices."""
+
+    def declare_state_and_memory(self, previous_state):
+        return replace(previous_state, jit_mode=False), None
+
+    def generate_code(self):
+        def add(values, _, indices):
+            return values + torch.from_numpy(np.asarray(indices).astype("i8"))[:, None]
+
+        add.with_indices = True
+        return add
+
+
+def test_stock_operations_run_by_their_own_convention(path):
+    def both(cls, **more):
+        decoder, tensor = IntDecoder(), ToTensor()
+        pipelines = {
+            "image": None,
+            "label": [decoder, tensor, AddIndices()],
+            "again": PipelineSpec("label", IntDecoder(), [ToTensor(), Squeeze(1)]),
+            "same": PipelineSpec(tensor, transforms=[Squeeze(1)]),
+        }
+        loader = cls(str(path), 9, 1, order=OrderOption.SEQUENTIAL, drop_last=False, pipelines=pipelines, **more)
+        return [[part.clone() for part in batch] for batch in loader]
+
+    stock, ours = both(StockLoader), both(Loader)
+    assert len(stock) == len(ours) == 7
+    for expected, found in zip(stock, ours, strict=True):
+        assert [part.shape for part in expected] == [part.shape for part in found]
+        assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+
+
+def test_pipelines_are_not_consumed(path):
+    pipelines = crops()
+    lengths = [len(pipeline) for pipeline in pipelines.values()]
+    with (
+        Loader(path, 8, 1, seed=1, pipelines=pipelines) as first,
+        Loader(path, 8, 2, seed=1, pipelines=pipelines) as second,
+    ):
+        # Two loaders share the operations, whose scratch serves one batch at a time.
+        alone = digests(first.epoch(0))
+        pairs = [digests(pair) for pair in zip(first.epoch(0), second.epoch(0), strict=True)]
+        assert pairs == [[digest, digest] for digest in alone]
+    assert [len(pipeline) for pipeline in pipelines.values()] == lengths
+
+
+def test_filter_keeps_ids_of_a_subset(path):
+    with Loader(path, 4, 1, indices=range(1, 60, 2), pipelines=labels(), drop_last=False, seed=0) as loader:
+        with loader.filter("label", lambda label: label % 3 == 0) as kept:
+            assert ids_of(kept) == [i for i in range(1, 60, 2) if i % 3 == 0]
+
+
+class Backwards(TraversalOrder):
+    def __init__(self, loader, step=1):
+        super().__init__(loader)
+        self.step = step
+
+    def sample_order(self, epoch):
+        return self.indices[:: -self.step]
+
+
+class Chosen(TraversalOrder):
+    def __init__(self, ids):
+        self.ids = ids
+
+    def sample_order(self, epoch):
+        return self.ids
+
+
+def test_custom_orders_pass_as_class_and_as_instance(path):
+    with Loader(path, 5, 1, order=Backwards, order_kwargs={"step": 2}, pipelines=labels(), drop_last=False) as loader:
+        assert ids_of(loader) == list(range(60, -1, -2))
+    chosen = Chosen([3, 1, 2])
+    with Loader(path, 2, 1, order=chosen, pipelines=labels(), drop_last=False) as loader:
+        assert ids_of(loader) == [3, 1, 2] and chosen.loader is loader
+        chosen.ids = [4, 61]
+        with pytest.raises(ValueError, match="traversal order: sample 61 is not in .*61 samples"):
+            iter(loader)
+
+
+# Errors arrive
+
+
+def failing_at(batch_number, error):
+    calls = []
+
+    def fail(batch):
+        calls.append(1)
+        if len(calls) > batch_number:
+            raise error
+
+    return observed(fail)
+
+
+@pytest.mark.parametrize("batch_number", [0, 3])
+@pytest.mark.parametrize("error", [KeyError("broken"), MemoryError("none"), SystemExit(3)])
+def test_an_exception_in_an_operation_reaches_the_for(path, batch_number, error):
+    with Loader(path, 8, 2, pipelines=failing_at(batch_number, error)) as loader:
+        iterator, num_batches, started = iter(loader), 0, time.monotonic()
+        with pytest.raises(type(error)) as caught:
+            for _ in iterator:
+                num_batches += 1
+        assert time.monotonic() - started < 1
+        assert num_batches == batch_number
+        assert caught.value is error and "fail" in [entry.name for entry in caught.traceback]
+        assert list(iterator) == [] and threads_end()
+
+
+def test_an_exception_in_a_stock_operation_reaches_the_for(path):
+    class Fail(ToTensor):
+        def generate_code(self):
+            def fail_in_stock(values, _):
+                raise KeyError("broken")
+
+            return fail_in_stock
+
+    with Loader(path, 8, 2, pipelines={"image": None, "label": [IntDecoder(), Fail()]}) as loader:
+        with pytest.raises(KeyError) as caught:
+            list(loader)
+        assert "fail_in_stock" in [entry.name for entry in caught.traceback] and threads_end()
+
+
+def test_a_file_cut_during_an_epoch_is_an_error(tmp_path):
+    path = write_images(tmp_path / "cut.beton", photographs(30), per_page=1)
+    with Loader(path, 2, 2, os_cache=False, pipelines={"image": [CenterCrop(16)], "label": [Label()]}) as loader:
+        iterator = iter(loader)
+        next(iterator)
+        os.truncate(path, 12 * (1 << 21))
+        with pytest.raises(OSError, match="cut or replaced"):
+            list(iterator)
+        with pytest.raises(ValueError, match="its size has changed"):
+            iter(loader)
+
+
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_a_bad_sample_is_named(tmp_path, os_cache):
+    path = write_images(tmp_path / "bad.beton", photographs(20), per_page=3)
+    spoil(path, 13)
+    with Loader(path, 4, 2, os_cache, pipelines=crops()) as loader:
+        with pytest.raises(SampleError, match=r"bad\.beton: sample 13: ") as caught:
+            list(loader)
+        assert [sample_id for sample_id, _ in caught.value.failures] == [13]
+
+
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_bad_samples_are_replaced_by_a_function_of_seed_epoch_and_id(tmp_path, os_cache):
+    path = write_images(tmp_path / "bad.beton", photographs(40), per_page=3)
+    for sample_id in (3, 7, 22):
+        spoil(path, sample_id)
+
+    def made(epoch, skip=0):
+        with Loader(path, 4, 2, os_cache, pipelines=crops(), seed=9, on_error="skip") as loader:
+            batches = [[part.clone() for part in batch] for batch in loader.epoch(epoch, skip=skip)]
+            return batches, ids_of(batches), loader
+
+    batches, ids, loader = made(2)
+    replaced = [i for i in range(40) if ids[i] != i]
+    assert replaced == [3, 7, 22] == sorted(loader.skipped) and loader.num_skipped == 3
+    for i in replaced:
+        draws = [int(rng.uniform(9, 2, i, 0, rng.REPLACEMENT, k) * 40) for k in range(20)]
+        assert ids[i] == next(draw for draw in draws if draw not in replaced)
+    assert digests(made(2)[0]) == digests(batches)
+    assert digests(made(2, skip=5)[0]) == digests(batches)[5:]
+    others = [made(epoch)[1] for epoch in range(3, 6)]
+    assert len({tuple(other[i] for i in replaced) for other in others}) > 1
+
+
+def test_a_file_of_bad_samples_is_an_error_under_skip(tmp_path):
+    path = write_images(tmp_path / "bad.beton", photographs(6))
+    for sample_id in range(6):
+        spoil(path, sample_id)
+    with Loader(path, 3, 1, pipelines=crops(), on_error="skip") as loader:
+        with pytest.raises(SampleError, match="no replacement: 6 of 6 samples are bad"):
+            list(loader)
+
+
+def test_memory_that_an_order_needs_is_computed_before_anything_is_read(tmp_path):
+    # A file of 2 TiB that takes none: its pages of 2 GiB are holes, with two samples each.
+    page_size, count = 1 << 31, 2048
+    images = [np.zeros((16, 16, 3), np.uint8)] * count
+    place = (1 + np.arange(count) // 2) * page_size + 768 * (np.arange(count) % 2)
+    huge = tmp_path / "huge.beton"
+    write_tables(huge, images, np.full(count, 768), place, True, None, page_size=page_size)
+    with pytest.raises(ValueError, match=r"holds \d+ pages at a time, .* MiB are available: use order=.*QUASI_RANDOM"):
+        Loader(huge, 128, 1, os_cache=False, order=OrderOption.RANDOM, seed=0, pipelines=labels())
+    with Loader(huge, 128, 1, os_cache=True, order=OrderOption.RANDOM, seed=0, pipelines=labels()) as loader:
+        assert len(ids_of(loader)) == count
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batches_ahead": 0}, "batches_ahead is 0"),
+        ({"order": "random"}, "order is 'random'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"on_error": "ignore"}, "on_error is 'ignore'"),
+        ({"indices": [0, 61]}, "indices: sample 61 is not in"),
+        ({"indices": [0.5]}, "indices: expected"),
+        ({"rank": 2, "world_size": 2}, "rank is 2 of world_size 2"),
+        ({"rank": 0}, "go together"),
+        ({"distributed": True}, "init_process_group"),
+        ({"repeats": 2, "drop_last": False}, "repeats need"),
+        ({"repeats": 2, "order": OrderOption.QUASI_RANDOM}, "repeats need"),
+        ({"pipelines": {"image": 3}}, "pipeline of image must be"),
+        ({"pipelines": {"picture": [Label()]}}, "reads the field picture; the file has image, label"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_wrong_arguments_are_named(path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Loader(**{"fname": path, "batch_size": 4, "num_workers": 1, **arguments})
+
+
+def test_wrong_uses_are_named(path):
+    loader = Loader(path, 8, 1, pipelines=labels())
+    with pytest.raises(ValueError, match="skip is 8; epoch 0 has 7 batches"):
+        loader.epoch(0, skip=8)
+    with pytest.warns(UserWarning, match="no batch: this rank has 61 samples .* a batch is 62"):
+        Loader(path, 62, 1, pipelines=labels())
+    loader.close()
+    with pytest.raises(ValueError, match="the loader is closed"):
+        iter(loader)
+
+
+def test_workers_are_clamped_to_the_cpus_allowed(path):
+    allowed = len(os.sched_getaffinity(0))
+    with pytest.warns(UserWarning, match=f"num_workers is {allowed + 1}; {allowed} CPUs are allowed"):
+        assert Loader(path, 8, allowed + 1, pipelines=labels()).num_workers == allowed
+    assert Loader(path, 8, pipelines=labels()).num_workers == allowed
+
+
+# Nothing is left behind
+
+
+def leave_by_break(loader):
+    for _ in loader:
+        break
+
+
+def leave_by_exception(loader):
+    with pytest.raises(ZeroDivisionError):
+        for _ in loader:
+            1 / 0  # noqa: B018
+
+
+def leave_by_dropping(loader):
+    iterator = iter(loader)
+    next(iterator)
+    cycle = [iterator]
+    cycle.append(cycle)
+    del iterator, cycle
+    gc.collect(0)
+
+
+@pytest.mark.parametrize("leave", [leave_by_break, leave_by_exception, leave_by_dropping])
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_leaving_an_epoch_frees_threads_and_memory(path, leave, os_cache):
+    process = psutil.Process()
+    loader = Loader(path, 16, 2, os_cache, order=OrderOption.RANDOM, seed=0, pipelines=crops(160))
+    before = threading.active_count()
+    for _ in range(5):
+        leave(loader)
+    settled = process.memory_info().rss
+    for _ in range(50):
+        leave(loader)
+    grown_mib = (process.memory_info().rss - settled) / 2**20
+    assert threads_end() and threading.active_count() <= before
+    # One epoch's buffers are 6 MiB and the pages of the file 32 MiB.
+    assert grown_mib < 16
+    loader.close()
+
+
+def test_dropping_the_loader_ends_its_epoch_and_closes_operations(path):
+    pipelines = observed(lambda batch: time.sleep(0.01))
+    operation = pipelines["label"][0]
+    loader = Loader(path, 2, 2, pipelines=pipelines)
+    iterator = iter(loader)
+    del loader
+    next(iterator)
+    assert operation.num_closed == 0
+    del iterator
+    assert threads_end()
+    gc.collect()
+    assert operation.num_closed == 1
+
+
+def test_an_operation_closes_with_its_last_loader(path):
+    pipelines = observed(lambda batch: None)
+    first, second = Loader(path, 2, 1, pipelines=pipelines), Loader(path, 2, 1, pipelines=pipelines)
+    first.close()
+    assert pipelines["label"][0].num_closed == 0
+    second.close()
+    second.close()
+    assert pipelines["label"][0].num_closed == 1
+
+
+def test_ctrl_c_interrupts_the_wait_and_threads_end(path):
+    pipelines = observed(lambda batch: time.sleep(0.5))
+    with Loader(path, 8, 2, pipelines=pipelines) as loader:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            for _ in loader:
+                pass
+    assert threads_end()
+
+
+def test_buffers_are_kept_between_epochs_unless_shapes_change(path):
+    crop = RandomResizedCrop(24)
+    with Loader(path, 8, 1, pipelines={"image": [crop, ToTensor()], "label": [Label()]}) as loader:
+        addresses = [{images.data_ptr() for images, _ in loader} for _ in range(3)]
+        assert len(addresses[0]) == 5 and addresses[0] == addresses[1] == addresses[2]
+        crop.size = 32
+        assert {tuple(images.shape) for images, _ in loader} == {(8, 32, 32, 3)}
+
+
+def test_batches_alias_unless_copied(path):
+    def kept(copy):
+        with Loader(path, 4, 1, pipelines=crops(), seed=0, copy=copy) as loader:
+            return [images for images, _ in loader]
+
+    assert len({images.numpy().tobytes() for images in kept(True)}) == 15
+    assert len({images.numpy().tobytes() for images in kept(False)}) == 5
+
+
+def test_a_batch_is_whole_until_the_next_is_asked_for(path):
+    with Loader(path, 4, 2, pipelines=crops(), seed=0) as loader:
+        for batch in loader.epoch(0):
+            expected = digests([batch])
+            time.sleep(0.02)
+            assert digests([batch]) == expected
+
+
+def test_waiting_is_accounted_for(path):
+    with Loader(path, 8, 1, pipelines=observed(lambda batch: time.sleep(0.03))) as loader:
+        list(loader)
+        assert 0.15 < loader.take_wait_s() < 2
+        assert loader.take_wait_s() == 0
+
+
+def test_the_interpreter_exits_without_a_word(path):
+    script = """
+        import sys, time
+        import numpy as np
+        from ffcv_ops.loader import Loader
+        from ffcv_ops.crops import RandomResizedCrop
+        from ffcv.fields.basics import IntDecoder
+        from ffcv.transforms import RandomHorizontalFlip, ToTensor
+        def loader(**more):
+            # With a compiled operation of FFCV, more than once: that is where numba's words at exit come from.
+            image = [RandomResizedCrop(64), RandomHorizontalFlip(), ToTensor()]
+            pipelines = {"image": image, "label": [IntDecoder(), ToTensor()]}
+            return Loader(sys.argv[1], 4, 2, pipelines=pipelines, seed=0, **more)
+        for more in ({}, {"recompile": True}, {"os_cache": False}):
+            kept = loader(**more)
+            for _ in kept:
+                pass
+        iterator = iter(kept)
+        next(iterator)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), path], capture_output=True, text=True, timeout=180
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="Python has distutils")
+def test_a_missing_setuptools_is_named():
+    script = """
+        import sys
+        class Without:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in ("setuptools", "distutils", "_distutils_hack"):
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        sys.meta_path.insert(0, Without())
+        import ffcv_ops.pipeline
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
+    assert "ImportError: ffcv imports distutils" in done.stderr and "pip install setuptools" in done.stderr
