@@ -16,11 +16,14 @@ from typing import Any
 import numba as nb
 import numpy as np
 import torch
-from ffcv.pipeline.allocation_query import AllocationQuery
-from ffcv.pipeline.state import State
 
 from ffcv_ops.pipeline import Batch, BatchOperation, take
 from ffcv_ops.rng import MIX, batch_id, generator
+
+# isort: split
+# after ours: ffcv_ops.pipeline makes ffcv importable
+from ffcv.pipeline.allocation_query import AllocationQuery
+from ffcv.pipeline.state import State
 
 _ONE = np.float32(1.0)
 _HALF = np.float32(0.5)

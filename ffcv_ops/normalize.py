@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from ffcv.pipeline.allocation_query import AllocationQuery
-from ffcv.pipeline.state import State
 
 from ffcv_ops.pipeline import Batch, BatchOperation
+
+# isort: split
+# after ours: ffcv_ops.pipeline makes ffcv importable
+from ffcv.pipeline.allocation_query import AllocationQuery
+from ffcv.pipeline.state import State
 
 
 class Normalize(BatchOperation):

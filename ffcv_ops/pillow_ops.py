@@ -109,7 +109,7 @@ def auto_contrast(image):
     tables = np.empty((3, 256), dtype=np.uint8)
     lows, highs = _ranges(values)
     for channel in range(3):
-        low, high = int(lows[channel]), int(highs[channel])
+        low, high = float(lows[channel]), float(highs[channel])
         scale = 255.0 / (high - low) if high > low else 1.0
         offset = -low * scale if high > low else 0.0
         for value in range(256):

@@ -14,7 +14,6 @@ from typing import Any
 import numba as nb
 import numpy as np
 import torch
-from ffcv.pipeline.state import State
 
 from ffcv_ops.pillow_ops import (
     AUTO_CONTRAST,
@@ -39,6 +38,10 @@ from ffcv_ops.pillow_ops import (
 )
 from ffcv_ops.pipeline import Batch, BatchOperation, take
 from ffcv_ops.rng import ERASING, RAND_AUGMENT, uniform
+
+# isort: split
+# after ours: ffcv_ops.pipeline makes ffcv importable
+from ffcv.pipeline.state import State
 
 IMAGENET_MEAN = (124, 116, 104)
 

@@ -5,12 +5,12 @@ import pytest
 import timm.data.mixup
 import torch
 from ffcv.pipeline.state import State
-from reference import mixed_images, mixed_targets
 from scipy import stats
 from sklearn.datasets import load_sample_images
 
 from ffcv_ops.mix import Mix, Plan, cut_boxes, dense_targets_into, draw_plan, mix_pairs, mix_tensor
 from ffcv_ops.pipeline import Batch, WorkerPool
+from tests.reference import mixed_images, mixed_targets
 
 BOTH = dict(mixup_alpha=0.2, cutmix_alpha=1.0)
 SIZE = (24, 20)
@@ -195,7 +195,6 @@ def test_float_tensors(dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("per", ["batch", "element"])
 def test_cuda_gives_the_same_bytes_without_waiting(per):
     images = photographs(7)
