@@ -145,10 +145,11 @@ def tables_digest(head: bytes, alloc_table: np.ndarray) -> str:
 
 
 def file_digest(tables: str, pages: Iterable[str]) -> str:
-    """Return the digest of a file: the SHA-256 of its `tables_digest` and the SHA-256 of each of its pages, in order.
+    """Return the digest of a file: the SHA-256 of its `tables_digest` and of the hash of each of its pages, in order.
 
-    Hashing page by page lets the writer hash what it has in memory, resume without reading back, and lets a check use
-    all cores. The bytes it leaves out, between metadata and first page, are zeros that no reader looks at.
+    The hash of a page is the SHA-256 of the SHA-256 of each value on it, in order. So the writer's workers hash what
+    they have in memory, a resumed run reads nothing back, and a check uses all cores. The bytes it leaves out, before
+    the first page and behind the last value of each, are zeros that no reader looks at.
     """
     digest = hashlib.sha256(bytes.fromhex(tables))
     for page in pages:

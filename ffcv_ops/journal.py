@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import time
@@ -15,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 _COMMIT_EVERY_S = 2.0
-_PAGES_IN_FLIGHT = 2
 
 
 class PartialFile:
     """``<target>.partial`` and ``<target>.partial.journal``.
 
-    The journal's first line identifies the job; each further line describes one page: its number, its SHA-256 and what
-    the caller recorded about it. A line counts only if its CRC holds, and is written only after its page is safely on
-    disk, so that whatever the journal tells can be built upon after ``kill -9`` or a power cut.
+    Others write the pages into the file; this notes them and makes them last. The journal's first line identifies the
+    job; each further line describes one page: its number, its SHA-256 and what the caller recorded about it. A line
+    counts only if its CRC holds, and is written only after its page is safely on disk, so that whatever the journal
+    tells can be built upon after ``kill -9`` or a power cut.
 
     Parameters
     ----------
@@ -39,7 +38,7 @@ class PartialFile:
     resumed : list of dict
         The pages found: ``page``, ``sha256`` and what the caller recorded.
     page_hashes : list of str
-        SHA-256 of every page on disk, in order; complete after `flush`.
+        SHA-256 of every page noted, in order.
     changed : list of str
         The keys of `identity` in which an existing journal differed; it was abandoned if there are any.
     """
@@ -51,14 +50,13 @@ class PartialFile:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         self._journal = -1
         self._disk = ThreadPoolExecutor(1)
-        self._writes: deque[Future[None]] = deque()
+        self._commits: deque[Future[None]] = deque()
         self._uncommitted: list[bytes] = []
         self._committed_s = time.monotonic()
         try:
             _lock(self._file, self.path)
             self.resumed, self.changed = self._resume(identity)
             self.page_hashes: list[str] = [page["sha256"] for page in self.resumed]
-            self._num_pages = len(self.resumed)
         except BaseException:
             self.close()
             raise
@@ -67,64 +65,70 @@ class PartialFile:
         found, pages, journal_bytes = read_journal(self.journal_path)
         changed = [] if found is None else [key for key in identity if found.get(key) != identity[key]]
         on_disk = (os.fstat(self._file).st_size - self.data_start) // self.page_size
-        usable = found is not None and not changed and on_disk >= len(pages)
-        self._journal = os.open(self.journal_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        if not usable:
-            pages, journal_bytes = [], 0
+        if found is None or changed or on_disk < len(pages):
+            self._start_over(identity)
+            return [], changed
+        self._journal = os.open(self.journal_path, os.O_RDWR | os.O_APPEND)
         os.ftruncate(self._journal, journal_bytes)
-        os.ftruncate(self._file, self.data_start + len(pages) * self.page_size if pages else 0)
-        if not usable:
-            _write_all(self._journal, _line(identity))
-            os.fsync(self._journal)
-            _sync_folder(self.path)
+        os.ftruncate(self._file, self.data_start + len(pages) * self.page_size)
         return pages, changed
 
-    def append_page(self, content: bytearray, record: dict[str, Any]) -> None:
-        """Write the next page in the background; `content`, filled up with zeros, is given away."""
-        self._writes.append(self._disk.submit(self._write_page, self._num_pages, content, record))
-        self._num_pages += 1
-        while len(self._writes) > _PAGES_IN_FLIGHT:
-            self._writes.popleft().result()
+    def _start_over(self, identity: dict[str, Any]) -> None:
+        """Make new files under the old names: workers of a killed run may not have noticed yet that it was killed."""
+        remove_partial(self.target)
+        old, self._file = self._file, os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        os.close(old)
+        _lock(self._file, self.path)
+        self._journal = os.open(self.journal_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        write_all(self._journal, _line(identity))
+        os.fsync(self._journal)
+        _sync_folder(self.path)
 
-    def _write_page(self, number: int, content: bytearray, record: dict[str, Any]) -> None:
-        if number > len(self.page_hashes):
-            return  # an earlier page could not be written, and whoever waits for that one learns why
-        content.extend(bytes(self.page_size - len(content)))
-        sha256 = hashlib.sha256(content).hexdigest()
-        _write_all(self._file, content, self.data_start + number * self.page_size)
-        self.page_hashes.append(sha256)
+    def append_page(self, sha256: str, record: dict[str, Any], num_bytes: int) -> None:
+        """Take note of the next page, whose `num_bytes` have been written; it is put on disk in the background."""
+        number = len(self.page_hashes)
+        if num_bytes < self.page_size:
+            # The zeros that fill the page up.
+            os.pwrite(self._file, b"\0", self.data_start + (number + 1) * self.page_size - 1)
         self._uncommitted.append(_line({"page": number, "sha256": sha256, **record}))
-        if time.monotonic() - self._committed_s > _COMMIT_EVERY_S:
-            self._commit()
+        self.page_hashes.append(sha256)
+        while self._commits and self._commits[0].done():
+            self._commits.popleft().result()
+        if not self._commits and time.monotonic() - self._committed_s > _COMMIT_EVERY_S:
+            self._begin_commit()
 
-    def _commit(self) -> None:
-        os.fdatasync(self._file)
-        _write_all(self._journal, b"".join(self._uncommitted))
-        os.fdatasync(self._journal)
-        self._uncommitted.clear()
+    def _begin_commit(self) -> None:
+        lines, self._uncommitted = b"".join(self._uncommitted), []
         self._committed_s = time.monotonic()
+        self._commits.append(self._disk.submit(self._commit, lines))
+
+    def _commit(self, lines: bytes) -> None:
+        # The pages first: a line in the journal is a promise.
+        os.fdatasync(self._file)
+        write_all(self._journal, lines)
+        os.fdatasync(self._journal)
 
     def flush(self) -> None:
-        """Return when all pages are on disk and in the journal; raises what went wrong with any of them."""
-        while self._writes:
-            self._writes.popleft().result()
-        self._disk.submit(self._commit).result()
+        """Return when all pages noted are on disk and in the journal."""
+        self._begin_commit()
+        while self._commits:
+            self._commits.popleft().result()
 
     def finish(self, head: bytes, tail: bytes, header: bytes) -> None:
         """Write what goes before and behind the pages, the header last, and give the file its name."""
-        _write_all(self._file, tail, self.data_start + self._num_pages * self.page_size)
-        _write_all(self._file, head, len(header))
+        write_all(self._file, tail, self.data_start + len(self.page_hashes) * self.page_size)
+        write_all(self._file, head, len(header))
         os.fsync(self._file)
-        _write_all(self._file, header, 0)
+        write_all(self._file, header, 0)
         os.fsync(self._file)
         os.replace(self.path, self.target)
         _sync_folder(self.target)
 
     def close(self) -> None:
-        """Finish the writes under way, as far as they can be, and let go of the files."""
+        """Put on disk what was noted, as far as that can be, and let go of the files."""
         if self._journal >= 0 and self.path.exists():
             with contextlib.suppress(OSError):
-                self._disk.submit(self._commit).result()
+                self.flush()
         self._disk.shutdown()
         for descriptor in (self._file, self._journal):
             if descriptor >= 0:
@@ -168,7 +172,8 @@ def _line(entry: dict[str, Any]) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(content), content)
 
 
-def _write_all(descriptor: int, content: bytes | bytearray, offset: int | None = None) -> None:
+def write_all(descriptor: int, content: bytes | memoryview, offset: int | None = None) -> None:
+    """Write all of `content`, at an offset or at the file's position."""
     rest = memoryview(content)
     while rest:
         written = os.write(descriptor, rest) if offset is None else os.pwrite(descriptor, rest, offset)

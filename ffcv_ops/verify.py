@@ -1,5 +1,6 @@
 """Check a ``.beton`` file whole: header and tables, the decode of every sample, the digest of every page."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,10 +12,15 @@ import numpy as np
 
 from ffcv_ops import beton
 from ffcv_ops.beton import Beton, read_beton
-from ffcv_ops.processes import map_in_order, num_cpus, worker_pool
+from ffcv_ops.processes import Workers, map_in_order, num_cpus
 
 _READ_BYTES = 1 << 24
-_TASK_BYTES = 1 << 23
+_IMAGE_TYPE = np.dtype(
+    [
+        *(("sample_id", "<i8"), ("ptr", "<u8"), ("size", "<u8")),
+        *(("mode", "u1"), ("width", "<u2"), ("height", "<u2")),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Report:
     bad : dict of int to str
         The samples that do not decode, and why.
     problems : list of str
-        What else is wrong: pages with another SHA-256 than the manifest's, a digest that does not agree.
+        What else is wrong: pages with another hash than the manifest's, a digest that does not agree.
     digest : str
         Of the file as it is.
     class_counts : dict of int to int
@@ -47,15 +53,13 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Samples:
-    """Where the images of some pages are: ids, offsets and sizes in bytes, modes, widths and heights, each (n,)."""
+class _Page:
+    """One page: where it is, the values on it (n,) in order, and the images on it as rows of `_IMAGE_TYPE`."""
 
-    ids: np.ndarray
-    ptr: np.ndarray
-    size: np.ndarray
-    mode: np.ndarray
-    width: np.ndarray
-    height: np.ndarray
+    start: int
+    stop: int
+    values: np.ndarray
+    images: np.ndarray
 
 
 def verify(
@@ -87,62 +91,76 @@ def verify(
         What `read_beton` says of a file whose header or tables are damaged.
     """
     found = read_beton(path)
-    num_workers = num_cpus() if num_workers == -1 else num_workers
+    workers = Workers(num_cpus() if num_workers == -1 else num_workers, _Checker, found.path)
     bad: dict[int, str] = {}
     pages: list[str] = []
+    problems: list[str] = []
     done = 0
-    with worker_pool(num_workers) as pool:
-        for hashes, failures, count in map_in_order(pool, _check_pages, _tasks(found), num_workers):
-            pages += hashes
+    try:
+        asked, told = itertools.tee(_pages(found))
+        for page, (page_hash, failures, clean) in zip(told, map_in_order(workers, asked), strict=True):
+            if not clean:
+                problems.append(f"page {len(pages)} has data between its values")
+            pages.append(page_hash)
             bad |= failures
-            done += count
+            done += len(page.images)
             progress(done, found.num_samples)
-    return _report(found, bad, pages)
+    finally:
+        workers.close()
+    return _report(found, bad, pages, problems)
 
 
-def _tasks(found: Beton) -> Iterator[tuple[Path, int, int, int, _Samples]]:
-    """Split the pages of a file into runs of `_TASK_BYTES` or one page, each with the images on it."""
-    samples = _samples(found)
-    task_bytes = max(_TASK_BYTES, found.page_size)
-    for start in range(found.data_start, found.alloc_table_ptr, task_bytes):
-        stop = min(start + task_bytes, found.alloc_table_ptr)
-        first, last = np.searchsorted(samples.ptr, (start, stop))
-        part = _Samples(*(column[first:last] for column in vars(samples).values()))
-        yield found.path, start, stop, found.page_size, part
+def _pages(found: Beton) -> Iterator[_Page]:
+    values = found.alloc_table[np.argsort(found.alloc_table["ptr"], kind="stable")]
+    images = _images(found, values)
+    for start in range(found.data_start, found.alloc_table_ptr, found.page_size):
+        stop = start + found.page_size
+        parts = (rows[slice(*np.searchsorted(rows["ptr"], (start, stop)))] for rows in (values, images))
+        yield _Page(start, stop, *parts)
 
 
-def _samples(found: Beton) -> _Samples:
-    """All images of a file, sorted by where they are."""
-    images = [
-        found.column(name)
-        for name, type_id in zip(found.field_names, found.field_types, strict=True)
-        if type_id == beton.IMAGE_FIELD
-    ]
-    ids = np.tile(np.arange(found.num_samples), len(images))
-    rows = np.concatenate([np.zeros(0, beton.IMAGE_TYPE), *images])
-    order = np.argsort(rows["data_ptr"], kind="stable")
-    ids, rows = ids[order], rows[order]
-    table = found.alloc_table[np.argsort(found.alloc_table["ptr"], kind="stable")]
-    size = table["size"][np.searchsorted(table["ptr"], rows["data_ptr"], side="right") - 1]
-    return _Samples(ids, rows["data_ptr"], size, rows["mode"], rows["width"], rows["height"])
+def _images(found: Beton, values: np.ndarray) -> np.ndarray:
+    """All images of a file, in the order in which they are stored."""
+    types = zip(found.field_names, found.field_types, strict=True)
+    columns = [found.column(name) for name, type_id in types if type_id == beton.IMAGE_FIELD]
+    rows = np.concatenate([np.zeros(0, beton.IMAGE_TYPE), *columns])
+    images = np.zeros(len(rows), _IMAGE_TYPE)
+    images["sample_id"] = np.tile(np.arange(found.num_samples), len(columns))
+    images["ptr"] = rows["data_ptr"]
+    images["size"] = values["size"][np.searchsorted(values["ptr"], rows["data_ptr"], side="right") - 1]
+    for name in ("mode", "width", "height"):
+        images[name] = rows[name]
+    return images[np.argsort(images["ptr"], kind="stable")]
 
 
-def _check_pages(
-    path: Path, start: int, stop: int, page_size: int, samples: _Samples
-) -> tuple[list[str], dict[int, str], int]:
-    """Return the SHA-256 of some pages, the bad samples on them, and the number of samples looked at."""
-    with open(path, "rb") as file:
-        file.seek(start)
-        content = file.read(stop - start)
-    hashes = [sha256(content[at : at + page_size]).hexdigest() for at in range(0, stop - start, page_size)]
-    pixels = np.frombuffer(content, np.uint8)
-    bad = {}
-    for sample_id, ptr, size, mode, width, height in zip(*vars(samples).values(), strict=True):
-        if mode == beton.MODE_JPG:
-            message = _check_jpeg(pixels[int(ptr) - start :][: int(size)], int(width), int(height))
-            if message:
-                bad[int(sample_id)] = message
-    return hashes, bad, len(samples.ids)
+class _Checker:
+    """Reads pages in a worker process; answers with the page's hash, its bad images, and if all else on it is zero."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "rb")
+
+    def __call__(self, page: _Page) -> tuple[str, dict[int, str], bool]:
+        self._file.seek(page.start)
+        content = self._file.read(page.stop - page.start)
+        page_hash, end, clean = sha256(), 0, True
+        for ptr, size in zip(page.values["ptr"].tolist(), page.values["size"].tolist(), strict=True):
+            start = ptr - page.start
+            clean &= _is_zero(content[end:start])
+            end = start + size
+            page_hash.update(sha256(content[start:end]).digest())
+        clean &= _is_zero(content[end:])
+        bad = {}
+        for sample_id, ptr, size, mode, width, height in page.images.tolist():
+            if mode == beton.MODE_JPG:
+                jpeg = np.frombuffer(content, np.uint8, size, ptr - page.start)
+                message = _check_jpeg(jpeg, width, height)
+                if message:
+                    bad[sample_id] = message
+        return page_hash.hexdigest(), bad, clean
+
+
+def _is_zero(content: bytes) -> bool:
+    return content.count(0) == len(content)
 
 
 def _check_jpeg(jpeg: np.ndarray, width: int, height: int) -> str | None:
@@ -157,10 +175,11 @@ def _check_jpeg(jpeg: np.ndarray, width: int, height: int) -> str | None:
     return None
 
 
-def _report(found: Beton, bad: dict[int, str], pages: list[str]) -> Report:
+def _report(found: Beton, bad: dict[int, str], pages: list[str], problems: list[str]) -> Report:
     with open(found.path, "rb") as file:
         head = file.read(found.metadata_end)
-        problems = [] if _only_zeros(file, found.data_start) else ["there is data between metadata and first page"]
+        if not _only_zeros(file, found.data_start):
+            problems.append("there is data between metadata and first page")
     digest = beton.file_digest(beton.tables_digest(head, found.alloc_table), pages)
     if found.manifest is not None:
         for number, (page, should) in enumerate(zip(pages, found.manifest["pages"], strict=False)):
@@ -175,8 +194,7 @@ def _report(found: Beton, bad: dict[int, str], pages: list[str]) -> Report:
 
 def _only_zeros(file: BinaryIO, end: int) -> bool:
     while file.tell() < end:
-        content = file.read(min(_READ_BYTES, end - file.tell()))
-        if content.count(0) < len(content):
+        if not _is_zero(file.read(min(_READ_BYTES, end - file.tell()))):
             return False
     return True
 

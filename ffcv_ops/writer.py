@@ -4,16 +4,15 @@ The bytes are a function of the images, the settings and the versions of the lib
 workers, nor of how often the run was interrupted. ``docs/WRITING.md`` tells what is on disk while a run is under way.
 """
 
+import os
 import platform
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from json import dumps
-from os import fsencode
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,21 @@ import numpy as np
 
 from ffcv_ops import beton, journal
 from ffcv_ops.folder import ImageFolder, class_difference, load_image, scan
-from ffcv_ops.processes import map_in_order, num_cpus, worker_pool
+from ffcv_ops.processes import WorkerKilled, Workers, map_in_order, num_cpus
 
 MODES = ("jpg", "raw", "proportion", "smart")
 _ROW_TYPE = np.dtype([("", beton.IMAGE_TYPE), ("", "<i8")], align=True)
 _SAMPLE_TYPE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8"), ("size", "<u8")])
 _HEAD_BYTES = beton.HEADER_TYPE.itemsize + 2 * beton.FIELD_TYPE.itemsize
 _CHUNK = 16
-_ESTIMATE_IMAGES = 128
+_CHUNKS_A_WORKER = 8
+_ESTIMATE_IMAGES = 16, 128
 _MAX_SIDE_PX = 65500
 # The two uses of the storage seed draw from different keys.
 _ORDER_STREAM, _RAW_STREAM = 0, 1
 
-Encoded = tuple[int, int, int, bytes]
-"""Mode, width, height and bytes of a sample."""
+Entry = tuple[int, int, int, int, bytes]
+"""Mode, width, height, size in bytes and SHA-256 of an encoded image."""
 
 
 class WriteError(RuntimeError):
@@ -131,7 +131,7 @@ class Plan:
         for index in self.order:
             size, mtime_ns = self.folder.stats[index]
             listing.update(b"%d %d %d " % (self.folder.labels[index], size, mtime_ns))
-            listing.update(fsencode(self.folder.paths[index]) + b"\0")
+            listing.update(os.fsencode(self.folder.paths[index]) + b"\0")
         return {"images": listing.hexdigest(), "libraries": library_versions(), **asdict(self.settings)}
 
 
@@ -164,17 +164,57 @@ def _bits(seed: int, stream: int, count: int) -> np.ndarray:
 # In the workers
 
 
-def encode_images(
-    settings: WriteSettings, root: Path, paths: Sequence[str], raw: Sequence[bool]
-) -> list[Encoded | str]:
-    """Encode images; a bad one gives the reason in its place."""
-    results: list[Encoded | str] = []
-    for path, keep_raw in zip(paths, raw, strict=True):
-        try:
-            results.append(encode_image(shrink(load_image(root / path), settings.max_side), settings, keep_raw))
-        except Exception as error:  # Pillow raises what its decoders happen to raise
-            results.append(f"{type(error).__name__}: {error}")
-    return results
+@dataclass(frozen=True)
+class _Encode:
+    """Encode a run of images and keep them until they are placed, or only measure them where `chunk` is None."""
+
+    chunk: int | None
+    paths: list[str]
+    raw: list[bool]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Write the images of an encoded run to these offsets; of a bad one there is nothing to write."""
+
+    chunk: int
+    ptr: list[int]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """The answer to `_Encode`: an `Entry` for every image, or the reason why it is bad."""
+
+    chunk: int | None
+    entries: list[Entry | str]
+
+
+class _Encoder:
+    """Answers messages in a worker process."""
+
+    def __init__(self, settings: WriteSettings, root: Path, partial_path: Path):
+        self.settings, self.root = settings, root
+        self._file = os.open(partial_path, os.O_WRONLY)
+        self._kept: dict[int, list[memoryview]] = {}
+
+    def __call__(self, message: _Encode | _Place) -> _Encoded | _Place:
+        if isinstance(message, _Place):
+            for ptr, content in zip(message.ptr, self._kept.pop(message.chunk), strict=True):
+                journal.write_all(self._file, content, ptr)
+            return message
+        entries: list[Entry | str] = []
+        contents = []
+        for path, keep_raw in zip(message.paths, message.raw, strict=True):
+            try:
+                mode, width, height, content = encode_image(load_image(self.root / path), self.settings, keep_raw)
+            except Exception as error:  # Pillow raises what its decoders happen to raise
+                entries.append(f"{type(error).__name__}: {error}")
+                continue
+            entries.append((mode, width, height, len(content), sha256(content).digest()))
+            contents.append(content)
+        if message.chunk is not None:
+            self._kept[message.chunk] = contents
+        return _Encoded(message.chunk, entries)
 
 
 def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
@@ -190,10 +230,11 @@ def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
-def encode_image(image: np.ndarray, settings: WriteSettings, keep_raw: bool) -> Encoded:
-    """Encode one image (H, W, 3) in the mode that the settings give it."""
+def encode_image(image: np.ndarray, settings: WriteSettings, keep_raw: bool) -> tuple[int, int, int, memoryview]:
+    """Return mode, width, height and bytes of an image (H, W, 3), shrunk and encoded as the settings say."""
     from ffcv_ops import jpeg
 
+    image = shrink(image, settings.max_side)
     height, width = image.shape[:2]
     if max(height, width) > _MAX_SIDE_PX:
         raise ValueError(f"{width} x {height} px are more than a file can hold; set max_side")
@@ -201,51 +242,87 @@ def encode_image(image: np.ndarray, settings: WriteSettings, keep_raw: bool) -> 
         assert settings.smart_threshold is not None
         keep_raw = image.nbytes <= settings.smart_threshold
     if keep_raw:
-        return beton.MODE_RAW, width, height, image.tobytes()
-    return beton.MODE_JPG, width, height, jpeg.encode(image, settings.quality).tobytes()
+        return beton.MODE_RAW, width, height, np.ascontiguousarray(image).reshape(-1).data
+    return beton.MODE_JPG, width, height, jpeg.encode(image, settings.quality).data
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In the run's own process
 
 
+@dataclass
+class _Page:
+    """A page that is not in the journal yet."""
+
+    start: int
+    used: int = 0
+    record: list[list[int] | str] = field(default_factory=list)
+    hashes: bytearray = field(default_factory=bytearray)
+    unwritten: int = 0
+
+
 class _Layout:
-    """Puts encoded samples on pages one behind the other, and remembers where."""
+    """Puts encoded samples on pages one behind the other, and notes the pages that have been written."""
 
     def __init__(self, plan: Plan, partial: journal.PartialFile):
         self.plan, self.partial = plan, partial
         self.samples, self.reasons, self.position = _replay(plan, partial.resumed)
-        self._page: bytearray = bytearray()
-        self._page_start = plan.data_start + len(partial.resumed) * plan.settings.page_size
-        self._record: list[list[int] | str] = []
+        self._pages = deque([_Page(plan.data_start + len(partial.resumed) * plan.settings.page_size)])
+        self._pages_of_chunk: dict[int, list[_Page]] = {}
         partial.resumed.clear()
 
-    def add(self, encoded: Encoded) -> None:
-        mode, width, height, content = encoded
+    def place(self, encoded: _Encoded) -> _Place:
+        """Say where the images of the next run go."""
+        assert encoded.chunk is not None
+        before = len(self._pages)
+        ptr = []
+        for entry in encoded.entries:
+            if isinstance(entry, str):
+                self.reasons[self.position] = entry
+                self._pages[-1].record.append(entry)
+            else:
+                ptr.append(self._add(entry))
+            self.position += 1
+        pages = list(self._pages)[before - 1 :]
+        for page in pages:
+            page.unwritten += 1
+        self._pages_of_chunk[encoded.chunk] = pages
+        return _Place(encoded.chunk, ptr)
+
+    def _add(self, entry: Entry) -> int:
+        mode, width, height, size, digest = entry
         page_size = self.plan.settings.page_size
-        if len(content) > page_size:
+        if size > page_size:
             raise BadImage(
-                f"{self.plan.folder.root / self.plan.path(self.position)}: {width} x {height} px take {len(content)} "
-                f"bytes, a page has {page_size}; use --page_size={1 << (len(content) - 1).bit_length()} or a smaller "
-                "--max_side"
+                f"{self.plan.folder.root / self.plan.path(self.position)}: {width} x {height} px take {size} bytes, a "
+                f"page has {page_size}; use --page_size={1 << (size - 1).bit_length()} or a smaller --max_side"
             )
-        if len(self._page) + len(content) > page_size:
-            self.close_page()
-        self.samples[self.position] = mode, width, height, self._page_start + len(self._page), len(content)
-        self._page += content
-        self._record.append([mode, width, height, len(content)])
-        self.position += 1
+        if self._pages[-1].used + size > page_size:
+            self._pages.append(_Page(self._pages[-1].start + page_size))
+        page = self._pages[-1]
+        ptr = page.start + page.used
+        self.samples[self.position] = mode, width, height, ptr, size
+        page.used += size
+        page.record.append([mode, width, height, size])
+        page.hashes += digest
+        return ptr
 
-    def skip(self, reason: str) -> None:
-        self.reasons[self.position] = reason
-        self._record.append(reason)
-        self.position += 1
+    def written(self, chunk: int) -> None:
+        """Take note that the images of a run are where `place` said."""
+        for page in self._pages_of_chunk.pop(chunk):
+            page.unwritten -= 1
+        while len(self._pages) > 1 and not self._pages[0].unwritten:
+            self._note(self._pages.popleft())
 
-    def close_page(self) -> None:
-        if self._record:
-            self.partial.append_page(self._page, {"samples": self._record})
-            self._page, self._record = bytearray(), []
-            self._page_start += self.plan.settings.page_size
+    def close(self) -> None:
+        """Note the last page, all images being written."""
+        assert not self._pages_of_chunk and len(self._pages) == 1
+        if self._pages[0].record:
+            self._note(self._pages.popleft())
+        self.partial.flush()
+
+    def _note(self, page: _Page) -> None:
+        self.partial.append_page(sha256(page.hashes).hexdigest(), {"samples": page.record}, page.used)
 
 
 def _replay(plan: Plan, pages: Sequence[dict[str, Any]]) -> tuple[np.ndarray, dict[int, str], int]:
@@ -356,61 +433,50 @@ def _write(
         partial = journal.PartialFile(target, plan.identity(), plan.data_start, plan.settings.page_size)
     except OSError as error:
         raise ValueError(f"{target}.partial: cannot be written ({error.strerror})") from error
+    workers = Workers(num_workers, _Encoder, plan.settings, plan.folder.root, partial.path)
     try:
         if partial.changed:
             notice(f"starting over: since {partial.path} was begun, {', '.join(partial.changed)} changed")
         layout = _Layout(plan, partial)
         if layout.position:
             notice(f"resuming: {layout.position} of {plan.num_images} images are on disk already")
-        with worker_pool(num_workers) as pool:
-            _check_space(plan, layout.position, target, pool, num_workers, notice)
-            _encode_rest(plan, layout, pool, num_workers, on_error, progress)
+        _check_space(plan, layout.position, target, workers, notice)
+        _encode_rest(plan, layout, workers, on_error, progress)
         return _finish(plan, layout, target)
     except BadImage:
         journal.remove_partial(target)
         raise
-    except BrokenProcessPool:
+    except ValueError:
+        if not partial.page_hashes:
+            journal.remove_partial(target)
+        raise
+    except WorkerKilled as error:
         raise WriteError(
-            "a worker process was killed, most often for memory: give the run more, or fewer --num_workers; the same "
-            f"command goes on from {partial.path}"
+            f"{error}, most often for want of memory: give the run more, or fewer --num_workers; the same command goes "
+            f"on from {partial.path}"
         ) from None
     except OSError as error:
         raise WriteError(
             f"{partial.path}: writing stopped ({error.strerror or error}); once that is mended, the same command goes "
             "on from there"
         ) from error
-    except ValueError:
-        if not partial.page_hashes:
-            journal.remove_partial(target)
-        raise
     finally:
+        workers.close()
         partial.close()
 
 
-def _check_space(
-    plan: Plan,
-    done: int,
-    target: Path,
-    pool: ProcessPoolExecutor,
-    num_workers: int,
-    notice: Callable[[str], None],
-) -> None:
+def _check_space(plan: Plan, done: int, target: Path, workers: Workers, notice: Callable[[str], None]) -> None:
     """Encode a few images to tell the size of the file, and compare it with the space on the disk."""
-    count = max(1, min(_ESTIMATE_IMAGES, plan.num_images // 10))
+    count = min(plan.num_images, max(_ESTIMATE_IMAGES[0], min(plan.num_images // 50, _ESTIMATE_IMAGES[1])))
     positions = np.arange(count) * plan.num_images // count
-    tasks = (_task(plan, chunk) for chunk in np.array_split(positions, -(-count // 4)))
-    sizes = [
-        len(encoded[3])
-        for chunk in map_in_order(pool, encode_images, tasks, num_workers)
-        for encoded in chunk
-        if not isinstance(encoded, str)
-    ]
+    messages = (_encode(plan, None, chunk) for chunk in np.array_split(positions, -(-count // 4)))
+    entries = [entry for encoded in map_in_order(workers, messages) for entry in encoded.entries]
+    sizes = [entry[3] for entry in entries if not isinstance(entry, str)]
     if not sizes:
         return
     image_bytes = float(np.mean(sizes))
-    per_page = max(1, int(plan.settings.page_size / image_bytes - 0.5))
-    pages = -(-plan.num_images // per_page)
-    total_bytes = plan.data_start + pages * plan.settings.page_size
+    pages = plan.num_images * image_bytes / max(image_bytes, plan.settings.page_size - image_bytes / 2)
+    total_bytes = plan.data_start + np.ceil(pages) * plan.settings.page_size
     notice(f"{plan.num_images} images of about {image_bytes / 1e3:.1f} kB: about {show_bytes(total_bytes)}")
     needed = total_bytes * (1 - done / plan.num_images)
     free = shutil.disk_usage(target.parent).free
@@ -426,36 +492,42 @@ def show_bytes(size_bytes: float) -> str:
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
 
 
-def _task(plan: Plan, positions: Sequence[int] | np.ndarray) -> tuple[WriteSettings, Path, list[str], list[bool]]:
-    paths = [plan.path(position) for position in positions]
-    return plan.settings, plan.folder.root, paths, plan.raw[positions].tolist()
+def _encode(plan: Plan, chunk: int | None, positions: np.ndarray) -> _Encode:
+    return _Encode(chunk, [plan.path(position) for position in positions], plan.raw[positions].tolist())
 
 
 def _encode_rest(
-    plan: Plan,
-    layout: _Layout,
-    pool: ProcessPoolExecutor,
-    num_workers: int,
-    on_error: str,
-    progress: Callable[[int, int], None],
+    plan: Plan, layout: _Layout, workers: Workers, on_error: str, progress: Callable[[int, int], None]
 ) -> None:
+    """Have the images encoded anywhere, placed in their order, and written by whoever encoded them."""
     if on_error == "stop" and layout.reasons:
-        position, reason = next(iter(layout.reasons.items()))
-        raise _bad_image(plan, position, reason)
-    progress(layout.position, plan.num_images)
+        raise _bad_image(plan, *next(iter(layout.reasons.items())))
     starts = range(layout.position, plan.num_images, _CHUNK)
-    tasks = (_task(plan, np.arange(start, min(start + _CHUNK, plan.num_images))) for start in starts)
-    for chunk in map_in_order(pool, encode_images, tasks, num_workers):
-        for encoded in chunk:
-            if not isinstance(encoded, str):
-                layout.add(encoded)
-            elif on_error == "skip":
-                layout.skip(encoded)
-            else:
-                raise _bad_image(plan, layout.position, encoded)
-        progress(layout.position, plan.num_images)
-    layout.close_page()
-    layout.partial.flush()
+    encoded: dict[int, tuple[int, _Encoded]] = {}
+    sent = placed = written = 0
+    progress(layout.position, plan.num_images)
+    while written < len(starts):
+        worker = workers.idle()
+        if worker is not None and sent < min(len(starts), placed + _CHUNKS_A_WORKER * workers.num_workers):
+            stop = min(starts[sent] + _CHUNK, plan.num_images)
+            workers.send(worker, _encode(plan, sent, np.arange(starts[sent], stop)))
+            sent += 1
+            continue
+        worker, answer = workers.receive()
+        if isinstance(answer, _Place):
+            layout.written(answer.chunk)
+            written += 1
+            continue
+        encoded[answer.chunk] = worker, answer
+        while placed in encoded:
+            owner, run = encoded.pop(placed)
+            bad = [number for number, entry in enumerate(run.entries) if isinstance(entry, str)]
+            if bad and on_error == "stop":
+                raise _bad_image(plan, layout.position + bad[0], str(run.entries[bad[0]]))
+            workers.send(owner, layout.place(run))
+            placed += 1
+            progress(layout.position, plan.num_images)
+    layout.close()
 
 
 def _bad_image(plan: Plan, position: int, reason: str) -> BadImage:
