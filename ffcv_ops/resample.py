@@ -1,15 +1,17 @@
 """Antialiased resampling of a region, in Numba, with Pillow's arithmetic.
 
-An output pixel is the weighted mean of the source pixels under a filter (a triangle, or Keys' cubic with a = -0.5) that is
-stretched by the downscale factor, as in Pillow's ``Resample.c``: first along x, then along y, both in 22 bit fixed point
-with rounding to 8 bits in between. A region resampled here equals ``Image.crop(region).resize(...)`` to the bit.
+An output pixel is the weighted mean of source pixels under a filter (a triangle, or Keys' cubic with a = -0.5) that is
+stretched by the downscale factor, one axis after the other, both in 22 bit fixed point and rounded to 8 bits between
+them, as Pillow's ``Resample.c`` has it. A region resampled here equals ``Image.crop(region).resize(...)`` of Pillow 13 to
+the bit. Earlier versions always begin with x; where this does not, they differ: by a grey level for bilinear, by more for
+bicubic, whose overshoot is clipped between the passes.
 
-A box ``(y, x, height, width)`` is given in pixels of the plane and may be fractional, as the boxes of subsampled chroma are.
-Filter taps stay within the pixels that the box touches: "decode, crop, resize" means that nothing beyond the crop is seen.
+A box ``(y, x, height, width)`` is in pixels of the plane and may be fractional, as the boxes of subsampled chroma are.
+Weights stay within the pixels that the box touches: as "decode, crop, resize" has it, nothing beyond the crop is seen.
 Pillow's ``resize(box=...)`` clamps to the image instead; for a box that is the whole image the two agree.
 
-The pass along x is what costs: its taps lie side by side in memory, where vector instructions cannot weigh them. Stripes of
-rows are therefore transposed, tile by tile, weighed as rows, and transposed back; all of it stays in the first-level cache.
+The pass along x is what costs, as its pixels lie side by side in memory, where vector instructions cannot weigh them.
+Stripes of rows are therefore transposed tile by tile, weighed as the other pass weighs rows, and transposed back.
 """
 
 import math
@@ -19,7 +21,7 @@ from typing import Any
 import numba as nb
 import numpy as np
 from llvmlite import ir
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic, overload, register_jitable
 
 BILINEAR = 0
 BICUBIC = 1
@@ -29,44 +31,47 @@ PRECISION_BITS = 22
 TILE = 16
 ALIGNMENT = 64
 MAX_STRIPE = 160
-"""Rows transposed and weighed together: long enough to hide the cost of starting a loop, short enough to stay in cache."""
+"""Rows transposed and weighed together: enough to hide the cost of starting a loop, few enough to stay in cache."""
 
-Taps = namedtuple("Taps", "first count weights stride")
-"""For each output position: its first source position from the box's own, how many follow, and their weights, flat."""
+Taps = namedtuple("Taps", "firsts counts weights stride")
+"""For each output position: its first source position from the box on, how many follow, and their weights, flat."""
 
 Scratch = namedtuple("Scratch", "columns weighed sums between")
 """A transposed stripe, the same weighed, sums of a row, and the image between the two passes."""
 
+Plan = namedtuple("Plan", "num_rows num_columns x_taps y_taps flip scratch")
+"""What resampling planes of one size from one box takes."""
+
 _KERNEL: dict[str, Any] = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}
 
 
-@nb.njit(**_KERNEL)
+@register_jitable
 def _rounded_up(size, multiple):
     return (size + multiple - 1) // multiple * multiple
 
 
-@nb.njit(**_KERNEL)
+@register_jitable
 def _first_touched(start):
     return int(math.floor(start))
 
 
-@nb.njit(**_KERNEL)
+@register_jitable
 def _num_touched(start, extent):
     return int(math.ceil(start + extent)) - int(math.floor(start))
 
 
-@nb.njit(**_KERNEL)
+@register_jitable
 def _support(extent, size, interpolation):
     return (1.0 if interpolation == BILINEAR else 2.0) * max(extent / size, 1.0)
 
 
-@nb.njit(**_KERNEL)
+@register_jitable
 def _weights_stride(extent, size, interpolation):
     """Weights of one output position, padded, as they are read by fours."""
     return _rounded_up(2 * int(math.ceil(_support(extent, size, interpolation))) + 1, 4)
 
 
-@nb.njit(**_KERNEL)
+@register_jitable
 def _taps_entries(extent, size, interpolation):
     return size * (2 + _weights_stride(extent, size, interpolation))
 
@@ -96,11 +101,11 @@ def workspace_bytes(max_height: int, max_width: int, size: int) -> int:
 
 
 @nb.njit(**_KERNEL)
-def _cut(workspace, at, num_bytes):
-    """The next piece of the workspace, and where the one after it begins."""
-    if at + num_bytes > workspace.size:
+def _cut(workspace, num_bytes):
+    """A piece of the workspace, and the rest of it."""
+    if num_bytes > workspace.size:
         raise ValueError("the workspace is too small for this region: size it with workspace_bytes()")
-    return workspace[at : at + num_bytes], at + _rounded_up(num_bytes, ALIGNMENT)
+    return workspace[:num_bytes], workspace[_rounded_up(num_bytes, ALIGNMENT) :]
 
 
 @nb.njit(**_KERNEL)
@@ -116,45 +121,43 @@ def _filter(x, interpolation):
 
 
 @nb.njit(**_KERNEL)
-def _lay_taps_into(start, extent, mirrored, interpolation, taps):
-    """Pillow's coefficients for one axis; mirrored ones give the output in reverse. Taps of no weight are left out."""
-    size = taps.first.size
-    scale = extent / size
-    stretch = 1.0 / max(scale, 1.0)
-    support = _support(extent, size, interpolation)
+def _lay_taps_into(start, extent, interpolation, taps):
+    """Pillow's coefficients for one axis, without those that round to nothing at either end."""
+    scale = extent / taps.firsts.size
+    shrink = 1.0 / max(scale, 1.0)
+    support = _support(extent, taps.firsts.size, interpolation)
     offset, length = _first_touched(start), _num_touched(start, extent)
-    for position in range(size):
+    for position in range(taps.firsts.size):
         center = start - offset + (position + 0.5) * scale
         low = max(int(center - support + 0.5), 0)
         high = min(int(center + support + 0.5), length)
         total = 0.0
-        for tap in range(low, high):
-            total += _filter((tap - center + 0.5) * stretch, interpolation)
+        for source in range(low, high):
+            total += _filter((source - center + 0.5) * shrink, interpolation)
         unit = (1 << PRECISION_BITS) / total
-        target = size - 1 - position if mirrored else position
         first, count, last = low, 0, 1
-        for tap in range(low, high):
-            weight = _filter((tap - center + 0.5) * stretch, interpolation) * unit
+        for source in range(low, high):
+            weight = _filter((source - center + 0.5) * shrink, interpolation) * unit
             fixed = int(weight + math.copysign(0.5, weight))
             if fixed == 0 and count == 0:
                 first += 1
                 continue
-            taps.weights[target * taps.stride + count] = fixed
+            taps.weights[position * taps.stride + count] = fixed
             count += 1
             if fixed != 0:
                 last = count
-        taps.first[target] = first
-        taps.count[target] = last
+        taps.firsts[position] = first
+        taps.counts[position] = last
 
 
 @nb.njit(**_KERNEL)
-def _cut_taps(workspace, at, start, extent, size, mirrored, interpolation):
-    piece, at = _cut(workspace, at, 4 * _taps_entries(extent, size, interpolation))
+def _cut_taps(workspace, start, extent, size, interpolation):
+    piece, workspace = _cut(workspace, 4 * _taps_entries(extent, size, interpolation))
     entries = piece.view(np.int32)
     stride = _weights_stride(extent, size, interpolation)
     taps = Taps(entries[:size], entries[size : 2 * size], entries[2 * size :], stride)
-    _lay_taps_into(start, extent, mirrored, interpolation, taps)
-    return taps, at
+    _lay_taps_into(start, extent, interpolation, taps)
+    return taps, workspace
 
 
 def _transpose_tile_into(source, at, stride, out, out_at, out_stride):
@@ -166,23 +169,30 @@ def _transpose_tile_into(source, at, stride, out, out_at, out_stride):
 
 @intrinsic
 def _shuffle_tile_into(typing_context, source, at, stride, out, out_at, out_stride):
-    """Four rounds of interleaving halves transpose a tile within sixteen vector registers; LLVM finds no such thing itself."""
+    """Transpose a tile within sixteen vector registers, which LLVM finds no way to from loops.
+
+    Interleaving the first half of the rows with the second, four times over, transposes sixteen rows of sixteen.
+    """
     vector = ir.VectorType(ir.IntType(8), TILE)
-    indices = ir.VectorType(ir.IntType(32), TILE)
-    interleave = [[half + i // 2 + TILE * (i % 2) for i in range(TILE)] for half in (0, TILE // 2)]
+    lanes = ir.VectorType(ir.IntType(32), TILE)
+    interleave = [ir.Constant(lanes, [half + i // 2 + TILE * (i % 2) for i in range(TILE)]) for half in (0, TILE // 2)]
 
     def generate(context, builder, signature, args):
+        source_value, at_value, stride_value, out_value, out_at_value, out_stride_value = args
+
         def row_pointer(array_type, array, at, stride, row):
             data = context.make_array(array_type)(context, builder, array).data
             offset = builder.add(at, builder.mul(stride, ir.Constant(stride.type, row)))
             return builder.bitcast(builder.gep(data, [offset]), vector.as_pointer())
 
-        rows = [builder.load(row_pointer(source, *args[:3], row), align=1) for row in range(TILE)]
+        inputs = [row_pointer(source, source_value, at_value, stride_value, row) for row in range(TILE)]
+        outputs = [row_pointer(out, out_value, out_at_value, out_stride_value, row) for row in range(TILE)]
+        rows = [builder.load(pointer, align=1) for pointer in inputs]
         for _ in range(4):
             pairs = zip(rows[: TILE // 2], rows[TILE // 2 :], strict=True)
-            rows = [builder.shuffle_vector(*pair, ir.Constant(indices, order)) for pair in pairs for order in interleave]
-        for row, value in enumerate(rows):
-            builder.store(value, row_pointer(out, *args[3:], row), align=1)
+            rows = [builder.shuffle_vector(*pair, order) for pair in pairs for order in interleave]
+        for row, pointer in zip(rows, outputs, strict=True):
+            builder.store(row, pointer, align=1)
         return context.get_dummy_value()
 
     return nb.void(source, at, stride, out, out_at, out_stride), generate
@@ -191,26 +201,24 @@ def _shuffle_tile_into(typing_context, source, at, stride, out, out_at, out_stri
 @overload(_transpose_tile_into)
 def _overload_transpose_tile_into(source, at, stride, out, out_at, out_stride):
     def transpose(source, at, stride, out, out_at, out_stride):
-        _shuffle_tile_into(source, at, stride, out, out_at, out_stride)
+        _shuffle_tile_into(source, at, stride, out, out_at, out_stride)  # type: ignore[call-arg]
 
     return transpose
 
 
 @nb.njit(**_KERNEL)
-def _transpose_into(source, at, stride, height, width, out, out_at, out_stride):
-    """Transpose (height, width) bytes; the last tiles overlap their neighbours, so that no byte beyond the region is touched."""
+def _transpose_into(source, stride, height, width, out, out_stride):
+    """Transpose (height, width) bytes; the last tiles overlap their neighbours, so that no byte beyond is touched."""
     if height < TILE or width < TILE:
         for row in range(height):
             for column in range(width):
-                out[out_at + column * out_stride + row] = source[at + row * stride + column]
+                out[column * out_stride + row] = source[row * stride + column]
         return
     for tile_row in range(0, height, TILE):
         row = min(tile_row, height - TILE)
         for tile_column in range(0, width, TILE):
             column = min(tile_column, width - TILE)
-            _transpose_tile_into(
-                source, at + row * stride + column, stride, out, out_at + column * out_stride + row, out_stride
-            )
+            _transpose_tile_into(source, row * stride + column, stride, out, column * out_stride + row, out_stride)
 
 
 @nb.njit(**_KERNEL)
@@ -227,11 +235,11 @@ def _to_byte(total):
 
 @nb.njit(forceinline=True, **_KERNEL)
 def _weigh_rows_into(source, at, stride, count, weights, tap, sums, out, out_at, length):
-    """Weigh count rows of bytes, stride apart, into one; four at a time, so that the sums of most stay in registers.
+    """Weigh count rows of bytes, stride apart, into one, four at a time, so that most sums stay in registers.
 
-    The first half of sums holds one half in fixed point, for rounding, the second what more than four rows have summed to.
-    Whole arrays and offsets are passed, as a view of a row would be counted in and out of use by atomic instructions, which
-    take longer than the row. Unsigned offsets spare the test for negative indices, which keeps loops from being vectorised.
+    The first half of sums holds 0.5 in fixed point, for rounding, the second what all but the last four rows add up to.
+    Offsets are passed and not views of rows: those would be counted in and out of use by atomic instructions that take
+    as long as a row. They are unsigned, as a test for negative indices would keep the loops from being vectorised.
     """
     a, stride, target, length = np.uint64(at), np.uint64(stride), np.uint64(out_at), np.uint64(length)
     b, c, d = a + stride, a + stride + stride, a + stride + stride + stride
@@ -267,24 +275,22 @@ def _weigh_rows_into(source, at, stride, count, weights, tap, sums, out, out_at,
 
 
 @nb.njit(**_KERNEL)
-def _weigh_along_y_into(source, at, stride, width, taps, scratch, out):
+def _weigh_along_y_into(source, stride, width, taps, scratch, out):
     firsts, counts, weights, num_weights = taps
     sums = scratch.sums
-    for row in range(firsts.size):
-        first = at + firsts[row] * stride
-        _weigh_rows_into(
-            source, first, stride, counts[row], weights, row * num_weights, sums, out, row * width, width
-        )
+    for y in range(firsts.size):
+        at = firsts[y] * stride
+        _weigh_rows_into(source, at, stride, counts[y], weights, y * num_weights, sums, out, y * width, width)
 
 
-@nb.njit(**_KERNEL)
+@register_jitable
 def _stripe_height(height):
     num_stripes = (height + MAX_STRIPE - 1) // MAX_STRIPE
     return _rounded_up((height + num_stripes - 1) // num_stripes, TILE)
 
 
 @nb.njit(**_KERNEL)
-def _weigh_along_x_into(source, at, stride, height, width, taps, scratch, out):
+def _weigh_along_x_into(source, stride, height, width, taps, flip, scratch, out):
     firsts, counts, weights, num_weights = taps
     columns, weighed, sums, _ = scratch
     size = firsts.size
@@ -292,62 +298,56 @@ def _weigh_along_x_into(source, at, stride, height, width, taps, scratch, out):
     num_rows = min(height, lanes)
     for stripe in range(0, height, lanes):
         row = min(stripe, height - num_rows)  # the last stripe overlaps the one before it, to be a whole one too
-        _transpose_into(source, at + row * stride, stride, num_rows, width, columns, 0, lanes)
+        _transpose_into(source[row * stride :], stride, num_rows, width, columns, lanes)
         for x in range(size):
-            first = firsts[x] * lanes
-            _weigh_rows_into(
-                columns, first, lanes, counts[x], weights, x * num_weights, sums, weighed, x * lanes, lanes
-            )
-        _transpose_into(weighed, 0, lanes, size, num_rows, out, row * size, size)
+            at, target = firsts[x] * lanes, (size - 1 - x if flip else x) * lanes
+            _weigh_rows_into(columns, at, lanes, counts[x], weights, x * num_weights, sums, weighed, target, lanes)
+        _transpose_into(weighed, lanes, size, num_rows, out[row * size :], size)
 
 
 @nb.njit(**_KERNEL)
 def _plan(box, shape, flip, interpolation, workspace):
-    """Taps and scratch for a box, cut from the workspace."""
     y, x, height, width = box
     num_rows, num_columns = _num_touched(y, height), _num_touched(x, width)
-    x_taps, free = _cut_taps(workspace, 0, x, width, shape[1], flip, interpolation)
-    y_taps, free = _cut_taps(workspace, free, y, height, shape[0], False, interpolation)
+    y_taps, workspace = _cut_taps(workspace, y, height, shape[0], interpolation)
+    x_taps, workspace = _cut_taps(workspace, x, width, shape[1], interpolation)
     lanes = max(_stripe_height(num_rows), _stripe_height(shape[0]))
-    longest = max(MAX_STRIPE + TILE, num_columns, shape[1])
-    columns, free = _cut(workspace, free, lanes * num_columns)
-    weighed, free = _cut(workspace, free, lanes * shape[1])
-    sums, free = _cut(workspace, free, 8 * longest)
-    between, free = _cut(workspace, free, max(shape[0] * num_columns, num_rows * shape[1]))
+    columns, workspace = _cut(workspace, lanes * num_columns)
+    weighed, workspace = _cut(workspace, lanes * shape[1])
+    longest = max(lanes, num_columns, shape[1])
+    sums, workspace = _cut(workspace, 8 * longest)
+    between, workspace = _cut(workspace, max(shape[0] * num_columns, num_rows * shape[1]))
     scratch = Scratch(columns, weighed, sums.view(np.int32), between)
     scratch.sums[:longest] = 1 << (PRECISION_BITS - 1)
-    return num_rows, num_columns, x_taps, y_taps, scratch
+    return Plan(num_rows, num_columns, x_taps, y_taps, flip, scratch)
 
 
 @nb.njit(**_KERNEL)
-def _resample_into(source, at, stride, plan, out):
-    """Resample the box whose first byte is source[at]; out is flat."""
-    num_rows, num_columns, x_taps, y_taps, scratch = plan
-    out_height, out_width = y_taps.first.size, x_taps.first.size
-    between = scratch.between
-    # Pillow's choice since its version 13: rows first where that drops at least twice as many rows as it would drop columns.
+def _resample_into(source, stride, plan, out):
+    """Resample the box that begins with the source; out is flat."""
+    num_rows, num_columns, x_taps, y_taps, flip, scratch = plan
+    out_height, out_width = y_taps.firsts.size, x_taps.firsts.size
+    # As Pillow does since version 13: along y first where that takes away more than twice the rows that x does columns.
     if num_rows > out_height and num_rows - out_height > 2 * (num_columns - out_width):
-        _weigh_along_y_into(source, at, stride, num_columns, y_taps, scratch, between)
-        _weigh_along_x_into(between, 0, num_columns, out_height, num_columns, x_taps, scratch, out)
+        _weigh_along_y_into(source, stride, num_columns, y_taps, scratch, scratch.between)
+        _weigh_along_x_into(scratch.between, num_columns, out_height, num_columns, x_taps, flip, scratch, out)
     else:
-        _weigh_along_x_into(source, at, stride, num_rows, num_columns, x_taps, scratch, between)
-        _weigh_along_y_into(between, 0, out_width, out_width, y_taps, scratch, out)
+        _weigh_along_x_into(source, stride, num_rows, num_columns, x_taps, flip, scratch, scratch.between)
+        _weigh_along_y_into(scratch.between, out_width, out_width, y_taps, scratch, out)
 
 
 @nb.njit(**_KERNEL)
-def _resample_plane_into(plane, box, plan, out):
-    stride = plane.shape[1]
-    at = _first_touched(box[0]) * stride + _first_touched(box[1])
-    _resample_into(plane.reshape(-1), at, stride, plan, out)
+def _from_first_touched(plane, box):
+    return plane.reshape(-1)[_first_touched(box[0]) * plane.shape[1] + _first_touched(box[1]) :]
 
 
 @nb.njit(**_KERNEL)
-def _split_channels_into(image, top, left, height, width, red, green, blue):
-    for row in range(height):
+def _split_channels_into(image, box, red, green, blue):
+    top, left, width = _first_touched(box[0]), _first_touched(box[1]), _num_touched(box[1], box[3])
+    for row in range(red.size // width):
         pixels = image[top + row, left : left + width].reshape(-1)
-        reds = red[row * width : (row + 1) * width]
-        greens = green[row * width : (row + 1) * width]
-        blues = blue[row * width : (row + 1) * width]
+        target = slice(row * width, (row + 1) * width)
+        reds, greens, blues = red[target], green[target], blue[target]
         for x in range(width):
             reds[x] = pixels[3 * x]
             greens[x] = pixels[3 * x + 1]
@@ -398,7 +398,7 @@ def resample_region_into(plane, box, interpolation, workspace, out):
         Where the result is written.
     """
     plan = _plan(box, out.shape, False, interpolation, workspace)
-    _resample_plane_into(plane, box, plan, out.reshape(-1))
+    _resample_into(_from_first_touched(plane, box), plane.shape[1], plan, out.reshape(-1))
 
 
 @nb.njit(**_KERNEL)
@@ -424,17 +424,17 @@ def resample_planes_into(y, cb, cr, y_box, c_box, flip, interpolation, workspace
         Where the RGB image is written.
     """
     shape = out.shape[:2]
-    y_plane, free = _cut(workspace, 0, shape[0] * shape[1])
-    cb_plane, free = _cut(workspace, free, shape[0] * shape[1])
-    cr_plane, free = _cut(workspace, free, shape[0] * shape[1])
-    scratch = workspace[free:]
-    _resample_plane_into(y, y_box, _plan(y_box, shape, flip, interpolation, scratch), y_plane)
+    y_plane, rest = _cut(workspace, shape[0] * shape[1])
+    cb_plane, rest = _cut(rest, shape[0] * shape[1])
+    cr_plane, rest = _cut(rest, shape[0] * shape[1])
+    plan = _plan(y_box, shape, flip, interpolation, rest)
+    _resample_into(_from_first_touched(y, y_box), y.shape[1], plan, y_plane)
     if cb.size == 0:
         _join_channels_into(y_plane, y_plane, y_plane, out)
         return
-    plan = _plan(c_box, shape, flip, interpolation, scratch)
-    _resample_plane_into(cb, c_box, plan, cb_plane)
-    _resample_plane_into(cr, c_box, plan, cr_plane)
+    plan = _plan(c_box, shape, flip, interpolation, rest)
+    _resample_into(_from_first_touched(cb, c_box), cb.shape[1], plan, cb_plane)
+    _resample_into(_from_first_touched(cr, c_box), cr.shape[1], plan, cr_plane)
     _convert_colour_into(y_plane, cb_plane, cr_plane, out)
 
 
@@ -457,19 +457,13 @@ def resample_rgb_into(image, box, flip, interpolation, workspace, out):
     out : ndarray of uint8, shape (out_height, out_width, 3), C-contiguous
         Where the result is written.
     """
-    y, x, height, width = box
-    num_rows, num_columns = _num_touched(y, height), _num_touched(x, width)
     shape = out.shape[:2]
-    region, free = _cut(workspace, 0, 3 * num_rows * num_columns)
-    resampled, free = _cut(workspace, free, 3 * shape[0] * shape[1])
-    scratch = workspace[free:]
-    size, out_size = num_rows * num_columns, shape[0] * shape[1]
-    _split_channels_into(
-        image, _first_touched(y), _first_touched(x), num_rows, num_columns,
-        region[:size], region[size : 2 * size], region[2 * size :],
-    )  # fmt: skip
-    plan = _plan(box, shape, flip, interpolation, scratch)
+    size, out_size = _num_touched(box[0], box[2]) * _num_touched(box[1], box[3]), shape[0] * shape[1]
+    region, rest = _cut(workspace, 3 * size)
+    planes, rest = _cut(rest, 3 * out_size)
+    plan = _plan(box, shape, flip, interpolation, rest)
+    _split_channels_into(image, box, region[:size], region[size : 2 * size], region[2 * size :])
     for channel in range(3):
-        target = resampled[channel * out_size : (channel + 1) * out_size]
-        _resample_into(region, channel * size, num_columns, plan, target)
-    _join_channels_into(resampled[:out_size], resampled[out_size : 2 * out_size], resampled[2 * out_size :], out)
+        target = planes[channel * out_size : (channel + 1) * out_size]
+        _resample_into(region[channel * size :], plan.num_columns, plan, target)
+    _join_channels_into(planes[:out_size], planes[out_size : 2 * out_size], planes[2 * out_size :], out)
