@@ -5,11 +5,18 @@ import pytest
 import timm.data.mixup
 import torch
 from ffcv.pipeline.state import State
+from ffcv.transforms import ToTensor
 from scipy import stats
 from sklearn.datasets import load_sample_images
 
+from ffcv_ops.crops import CenterCrop
+from ffcv_ops.loader import Loader, OrderOption
 from ffcv_ops.mix import Mix, Plan, cut_boxes, dense_targets_into, draw_plan, mix_pairs, mix_tensor
+from ffcv_ops.normalize import Label, Normalize
 from ffcv_ops.pipeline import Batch, WorkerPool
+from ffcv_ops.rand_augment import RandAugment, RandomErasing
+from tests.betons import photographs as photographs_of
+from tests.betons import write_images
 from tests.reference import mixed_images, mixed_targets
 
 BOTH = dict(mixup_alpha=0.2, cutmix_alpha=1.0)
@@ -368,3 +375,35 @@ def test_plan_is_what_the_operations_use():
     declare(mix.images(), (3, *SIZE), torch.uint8)
     assert mix.size == SIZE
     assert isinstance(mix.plan(batch_of([0, 1])), Plan)
+
+
+# --- in a loader
+
+
+def test_a_loaders_images_and_targets_agree(tmp_path):
+    """Crop, augment, erase, mix, normalise; the size of the images changes between epochs."""
+    path = write_images(tmp_path / "photographs.beton", photographs_of(30))  # its labels are the sample ids
+    settings = dict(batch_size=10, order=OrderOption.RANDOM, seed=5, copy=True)
+    mix, crop = Mix(30, smoothing=0.1, per="element", **BOTH), CenterCrop(32)
+    augment, erase = RandAugment("rand-m7-mstd0.5-inc1"), RandomErasing(0.5)
+    image = [crop, augment, erase, mix.images(), ToTensor(), Normalize(np.full(3, 120.0), np.full(3, 60.0))]
+    mixing = {"image": image, "label": [Label(), mix.targets()]}
+    plain = {"image": [crop, ToTensor()], "label": [Label()]}
+
+    def batches(pipelines, num_workers=1):
+        with Loader(path, pipelines=pipelines, num_workers=num_workers, **settings) as loader:
+            for epoch, crop.size in enumerate((32, 24)):
+                for images, labels in loader.epoch(epoch):
+                    yield epoch, images, labels
+
+    made = list(batches(mixing))
+    for (_, *batch), (_, *again) in zip(made, batches(mixing, num_workers=2), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))
+    for (epoch, images, targets), (_, unmixed, ids) in zip(made, batches(plain), strict=True):
+        ids, expected = ids.numpy(), unmixed.numpy()
+        for operation in (augment, erase):
+            operation.generate_code()(expected, None, batch_of(ids, seed=5, epoch=epoch))
+        plan = draw_plan(5, epoch, ids, expected.shape[1:3], per="element", **BOTH)
+        expected = (run_kernel(expected, plan).transpose(0, 3, 1, 2) - 120.0) / 60.0
+        np.testing.assert_allclose(images, expected, atol=1e-6)
+        np.testing.assert_allclose(targets, mixed_targets(ids, plan, 30, 0.1), atol=1.2e-7)
