@@ -1,0 +1,82 @@
+"""What only a CUDA device shows. Skipped where there is none."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from betons import photographs, write_images
+from ffcv.transforms import ToDevice, ToTensor
+
+from ffcv_ops import Label, Loader, Mix, Normalize, OrderOption, RandomResizedCrop
+from training.model import IMAGENET_MEAN, IMAGENET_STD
+
+ROOT = Path(__file__).parent.parent
+NUM_CLASSES = 4
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gpu") / "photographs.beton"
+    return write_images(path, photographs(96), labels=[number % NUM_CLASSES for number in range(96)])
+
+
+def batches(path, device, dtype):
+    """Two epochs of mixed batches, made as the trainer makes them, copied to the CPU."""
+    mix = Mix(NUM_CLASSES, mixup_alpha=0.2, cutmix_alpha=1.0, smoothing=0.1)
+    to_device = [ToDevice(device, non_blocking=True)] if device.type == "cuda" else []
+    image = [RandomResizedCrop(48), ToTensor(), *to_device, Normalize(IMAGENET_MEAN, IMAGENET_STD, dtype)]
+    pipelines = {"image": [*image, mix.images()], "label": [Label(), *to_device, mix.targets()]}
+    with Loader(path, 16, num_workers=2, order=OrderOption.RANDOM, seed=3, pipelines=pipelines) as loader:
+        return [(x.cpu().float(), y.cpu()) for epoch in range(2) for x, y in loader.epoch(epoch)]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
+def test_batches_on_the_device_are_those_of_the_cpu(beton, dtype, tolerance):
+    ours = batches(beton, torch.device("cuda", 0), dtype)
+    theirs = batches(beton, torch.device("cpu"), torch.float32)
+    assert len(ours) == len(theirs) == 12
+    for (images, targets), (cpu_images, cpu_targets) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(images, cpu_images, atol=tolerance, rtol=0)
+        torch.testing.assert_close(targets, cpu_targets, atol=1e-6, rtol=0)
+
+
+def train(folder, beton, *arguments, status=0):
+    command = [sys.executable, ROOT / "train_imagenet.py", "--no_wandb", "--model.arch=resnet18"]
+    command += [
+        f"--model.num_classes={NUM_CLASSES}",
+        "--batch_size",
+        "16",
+        "--validation.resolution=64",
+        "--lr",
+        "0.01",
+    ]
+    command += [f"--data.train_dataset={beton}", f"--data.val_dataset={beton}", *arguments]
+    done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "32"])
+def test_a_run_and_its_resumption(beton, tmp_path, precision):
+    options = ["--precision", precision, "--training.ema_decay=0.9", "--training.grad_clip=1"]
+    train(tmp_path, beton, *options, "--epochs", "4")
+    first = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert (first["scaler"].get("scale", 0) > 0) == (precision == "16-mixed")
+    output = train(tmp_path, beton, *options, "--epochs", "5", "--resume", "checkpoints/last.ckpt")
+    assert "resuming at epoch 4" in output
+    (records,) = tmp_path.glob("logs/*.jsonl")
+    rows = [json.loads(line) for line in records.read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4]
+    assert all(0 < row["val/loss"] < 10 and 0 <= row["data_wait"] <= 1 for row in rows)
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+
+
+def test_out_of_memory_names_the_batch_size_to_try(beton, tmp_path):
+    output = train(
+        tmp_path, beton, "--batch_size", "64", "--resolution.min_res=8192", "--resolution.max_res=8192", status=1
+    )
+    assert "out of GPU memory at a batch size of 64" in output and "--batch_size 32" in output
