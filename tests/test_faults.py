@@ -71,8 +71,8 @@ def test_fault(fault, found):
 
 def write_files(folder):
     images = photographs(NUM_SAMPLES)
-    for name in ("good", "bad", "unfinished", "cut"):
-        write_images(folder / f"{name}.beton", images, per_page=3)
+    for name, per_page in (("good", 3), ("bad", 3), ("unfinished", None), ("cut", 3)):
+        write_images(folder / f"{name}.beton", images, per_page=per_page)
     spoil(folder / "bad.beton", 5)
     with open(folder / "unfinished.beton", "r+b") as file:
         file.seek(beton.HEADER_TYPE.fields["alloc_table_ptr"][1])
