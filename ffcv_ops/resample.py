@@ -2,9 +2,9 @@
 
 An output pixel is the weighted mean of source pixels under a filter (a triangle, or Keys' cubic with a = -0.5) that is
 stretched by the downscale factor, one axis after the other, both in 22 bit fixed point and rounded to 8 bits between
-them, as Pillow's ``Resample.c`` has it. A region resampled here equals ``Image.crop(region).resize(...)`` of Pillow 13 to
-the bit. Earlier versions always begin with x; where this does not, they differ: by a grey level for bilinear, by more for
-bicubic, whose overshoot is clipped between the passes.
+them, as Pillow's ``Resample.c`` has it. A region resampled here equals ``Image.crop(region).resize(...)`` of Pillow 13
+to the bit. Earlier versions always begin with x; where this does not, they differ: by a grey level for bilinear, by
+more for bicubic, whose overshoot is clipped between the passes.
 
 A box ``(y, x, height, width)`` is in pixels of the plane and may be fractional, as the boxes of subsampled chroma are.
 Weights stay within the pixels that the box touches: as "decode, crop, resize" has it, nothing beyond the crop is seen.

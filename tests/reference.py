@@ -58,3 +58,36 @@ def resized_crop(image: np.ndarray, box, size: int, flip: bool, interpolation: s
     cropped = Image.fromarray(image[y : y + h, x : x + w])
     resized = np.asarray(cropped.resize((size, size), getattr(Image.Resampling, interpolation.upper())))
     return resized[:, ::-1] if flip else resized
+
+
+# --- resampling
+
+
+def axis_weights(start: float, extent: float, size: int, bicubic: bool) -> np.ndarray:
+    """(size, touched) weights of an axis in 22 bit fixed point: the filter, stretched to scale down, normalised."""
+    touched = np.arange(math.floor(start), math.ceil(start + extent)) + 0.5
+    centers = start + (np.arange(size)[:, None] + 0.5) * extent / size
+    x = np.abs(touched - centers) / max(extent / size, 1)
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weights = np.select([x < 1, x < 2], [near, far]) if bicubic else np.maximum(1 - x, 0)
+    return np.rint(weights / weights.sum(1, keepdims=True) * 2**22).astype(np.int64)
+
+
+def resampled(plane: np.ndarray, box, shape: tuple[int, int], bicubic: bool) -> np.ndarray:
+    """Both passes as matrix products, each rounded and clipped to bytes, in the order that Pillow 13 takes."""
+    y, x, height, width = box
+    down, across = axis_weights(y, height, shape[0], bicubic), axis_weights(x, width, shape[1], bicubic)
+    rows, columns = down.shape[1], across.shape[1]
+    image = plane[math.floor(y) :, math.floor(x) :][:rows, :columns].astype(np.int64)
+    y_first = rows > shape[0] and rows - shape[0] > 2 * (columns - shape[1])
+    for along_y in (y_first, not y_first):
+        image = down @ image if along_y else image @ across.T
+        image = np.clip((image + 2**21) >> 22, 0, 255)
+    return image.astype(np.uint8)
+
+
+def full_range_rgb(y: np.ndarray, cb: np.ndarray, cr: np.ndarray) -> np.ndarray:
+    """JFIF's conversion, in float64."""
+    y, cb, cr = y.astype(float), cb - 128.0, cr - 128.0
+    channels = y + 1.402 * cr, y - 0.344136286 * cb - 0.714136286 * cr, y + 1.772 * cb
+    return np.clip(np.rint(np.stack(channels, axis=-1)), 0, 255).astype(np.uint8)

@@ -1,0 +1,232 @@
+"""The resampler against Pillow, to the bit, and against its slow twin."""
+
+import math
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import PIL
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from ffcv_ops.resample import (
+    BICUBIC,
+    BILINEAR,
+    INTERPOLATIONS,
+    resample_planes_into,
+    resample_region_into,
+    resample_rgb_into,
+    workspace_bytes,
+)
+from tests import reference
+
+FILTERS = {BILINEAR: Image.Resampling.BILINEAR, BICUBIC: Image.Resampling.BICUBIC}
+PILLOW_CHOOSES_ORDER = int(PIL.__version__.split(".")[0]) >= 13
+SUBSAMPLINGS = {"4:4:4": (1, 1), "4:2:2": (1, 2), "4:2:0": (2, 2), "4:4:0": (2, 1)}
+
+
+@pytest.fixture(scope="module")
+def photograph() -> np.ndarray:
+    return np.array(Image.fromarray(load_sample_images().images[0]).resize((500, 375)))
+
+
+def touched(box) -> tuple[slice, slice]:
+    y, x, height, width = box
+    return slice(math.floor(y), math.ceil(y + height)), slice(math.floor(x), math.ceil(x + width))
+
+
+def workspace_for(box, shape) -> np.ndarray:
+    return np.empty(workspace_bytes(math.ceil(box[2]), math.ceil(box[3]), max(shape[:2])), np.uint8)
+
+
+def region_of(plane, box, shape, interpolation) -> np.ndarray:
+    out = np.empty(shape, np.uint8)
+    resample_region_into(plane, box, interpolation, workspace_for(box, shape), out)
+    return out
+
+
+def rgb_of(image, box, shape, interpolation, flip=False) -> np.ndarray:
+    out = np.empty((*shape, 3), np.uint8)
+    resample_rgb_into(image, box, flip, interpolation, workspace_for(box, shape), out)
+    return out
+
+
+def planes_of(y, cb, cr, y_box, c_box, shape, interpolation, flip=False) -> np.ndarray:
+    out = np.empty((*shape, 3), np.uint8)
+    resample_planes_into(y, cb, cr, y_box, c_box, flip, interpolation, workspace_for(y_box, shape), out)
+    return out
+
+
+def pillow(image, box, shape, interpolation) -> np.ndarray:
+    """Pillow on the pixels that the box touches: decode, crop, resize."""
+    rows, columns = touched(box)
+    y, x, height, width = box
+    top, left = y - rows.start, x - columns.start
+    crop = Image.fromarray(np.ascontiguousarray(image[rows, columns]))
+    return np.asarray(crop.resize(shape[::-1], FILTERS[interpolation], (left, top, left + width, top + height)))
+
+
+def difference(a, b) -> int:
+    return int(np.abs(a.astype(int) - b).max())
+
+
+def subsampled(plane, factors) -> np.ndarray:
+    height, width = (-(-side // factor) for side, factor in zip(plane.shape, factors, strict=True))
+    return np.array(Image.fromarray(plane).resize((width, height), Image.Resampling.BOX))
+
+
+@st.composite
+def cases(draw, max_side=90):
+    """A plane of noise, half of it saturated, a box within it in quarters of a pixel, and an output shape."""
+    height, width = draw(st.integers(1, max_side)), draw(st.integers(1, max_side))
+    y, x = draw(st.integers(0, 4 * height - 1)) / 4, draw(st.integers(0, 4 * width - 1)) / 4
+    box = y, x, draw(st.integers(1, int(4 * (height - y)))) / 4, draw(st.integers(1, int(4 * (width - x)))) / 4
+    if draw(st.booleans()):
+        rows, columns = touched(box)
+        box = tuple(float(v) for v in (rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start))
+    shape = draw(st.integers(1, max_side)), draw(st.integers(1, max_side))
+    noise = np.random.default_rng(draw(st.integers(0, 2**32 - 1))).integers(-128, 384, (height, width))
+    return np.clip(noise, 0, 255).astype(np.uint8), box, shape, draw(st.sampled_from(sorted(FILTERS)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases())
+def test_a_region_equals_its_twin_and_pillow(case):
+    plane, box, shape, interpolation = case
+    ours = region_of(plane, box, shape, interpolation)
+    np.testing.assert_array_equal(ours, reference.resampled(plane, box, shape, interpolation == BICUBIC))
+    if PILLOW_CHOOSES_ORDER:
+        np.testing.assert_array_equal(ours, pillow(plane, box, shape, interpolation))
+    elif interpolation == BILINEAR:
+        assert difference(ours, pillow(plane, box, shape, interpolation)) <= 1
+
+
+@pytest.mark.parametrize("name", INTERPOLATIONS)
+@pytest.mark.parametrize("size", [128, 160, 224])
+def test_photographs_equal_pillow(photograph, name, size):
+    interpolation, shape = INTERPOLATIONS[name], (size, size)
+    boxes = [(0.0, 0.0, 375.0, 500.0), (20.0, 31.0, 300.0, 330.0), (101.0, 7.0, 130.0, 173.0), (40.0, 50.0, 1.0, 1.0)]
+    for box in [*boxes, (60.0, 60.0, float(size), float(size)), (0.0, 200.0, 330.0, 180.0)]:
+        for image in (photograph, np.ascontiguousarray(photograph[::-1, ::-1])):
+            expected = pillow(image, box, shape, interpolation)
+            tolerance = 0 if PILLOW_CHOOSES_ORDER else interpolation + 1
+            assert difference(rgb_of(image, box, shape, interpolation), expected) <= tolerance
+            plane = np.ascontiguousarray(image[..., 1])
+            assert difference(region_of(plane, box, shape, interpolation), expected[..., 1]) <= tolerance
+
+
+def test_the_original_size_is_the_original(photograph):
+    rows, columns = slice(30, 254), slice(40, 264)
+    for interpolation in FILTERS:
+        np.testing.assert_array_equal(
+            rgb_of(photograph, (30.0, 40.0, 224.0, 224.0), (224, 224), interpolation), photograph[rows, columns]
+        )
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+def test_nothing_beyond_the_box_is_seen(photograph, interpolation):
+    """Pillow's ``resize(box=...)`` would look at it; after a decoded crop there is nothing to look at."""
+    box = 20.5, 30.0, 199.0, 150.0
+    masked = np.zeros_like(photograph)
+    masked[touched(box)] = photograph[touched(box)]
+    ours = rgb_of(photograph, box, (96, 96), interpolation)
+    np.testing.assert_array_equal(ours, rgb_of(masked, box, (96, 96), interpolation))
+    y, x, height, width = box
+    clamped_to_image = Image.fromarray(photograph).resize(
+        (96, 96), FILTERS[interpolation], (x, y, x + width, y + height)
+    )
+    np.testing.assert_array_equal(ours[8:-8, 8:-8], np.asarray(clamped_to_image)[8:-8, 8:-8])
+
+
+@pytest.mark.parametrize("subsampling", SUBSAMPLINGS)
+@pytest.mark.parametrize("interpolation", FILTERS)
+def test_planes_equal_their_twin(photograph, subsampling, interpolation):
+    factors = SUBSAMPLINGS[subsampling]
+    y, cb, cr = (np.array(plane) for plane in Image.fromarray(photograph).convert("YCbCr").split())
+    cb, cr = subsampled(cb, factors), subsampled(cr, factors)
+    boxes = [(0.0, 0.0, 375.0, 500.0), (21.0, 33.0, 203.0, 301.0), (100.0, 101.0, 40.0, 37.0), (7.0, 9.0, 1.0, 1.0)]
+    for y_box in boxes:
+        c_box = tuple(side / factors[axis % 2] for axis, side in enumerate(y_box))
+        planes = [
+            reference.resampled(plane, box, (160, 128), interpolation == BICUBIC)
+            for plane, box in ((y, y_box), (cb, c_box), (cr, c_box))
+        ]
+        ours = planes_of(y, cb, cr, y_box, c_box, (160, 128), interpolation)
+        assert difference(ours, reference.full_range_rgb(*planes)) <= 1
+
+
+def test_every_colour_is_converted_as_by_the_standard():
+    y, cb, cr = (plane.reshape(512, -1) for plane in np.mgrid[0:256:4, 0:256:4, 0:256:4].astype(np.uint8))
+    box = 0.0, 0.0, *map(float, y.shape)
+    ours = planes_of(*(np.ascontiguousarray(plane) for plane in (y, cb, cr)), box, box, y.shape, BILINEAR)
+    assert difference(ours, reference.full_range_rgb(y, cb, cr)) <= 1
+
+
+def test_gray_planes_give_equal_channels(photograph):
+    y, none = np.ascontiguousarray(photograph[..., 0]), np.empty((0, 0), np.uint8)
+    box = 10.0, 20.0, 300.0, 220.0
+    ours = planes_of(y, none, none, box, (0.0, 0.0, 0.0, 0.0), (96, 112), BICUBIC)
+    np.testing.assert_array_equal(ours, np.repeat(region_of(y, box, (96, 112), BICUBIC)[..., None], 3, axis=-1))
+
+
+@settings(max_examples=50, deadline=None)
+@given(cases(max_side=60))
+def test_a_flip_mirrors(case):
+    plane, box, shape, interpolation = case
+    image = np.ascontiguousarray(np.stack([plane, plane[::-1], 255 - plane], axis=-1))
+    np.testing.assert_array_equal(
+        rgb_of(image, box, shape, interpolation, flip=True), rgb_of(image, box, shape, interpolation)[:, ::-1]
+    )
+    planes = [np.ascontiguousarray(image[..., channel]) for channel in range(3)]
+    np.testing.assert_array_equal(
+        planes_of(*planes, box, box, shape, interpolation, flip=True),
+        planes_of(*planes, box, box, shape, interpolation)[:, ::-1],
+    )
+
+
+def test_a_small_workspace_is_refused(photograph):
+    workspace = np.empty(workspace_bytes(100, 100, 64), np.uint8)
+    with pytest.raises(ValueError, match="workspace_bytes"):
+        resample_rgb_into(
+            photograph, (0.0, 0.0, 375.0, 500.0), False, BILINEAR, workspace, np.empty((64, 64, 3), np.uint8)
+        )
+
+
+def test_without_jit_the_bytes_are_the_same():
+    script = textwrap.dedent("""
+        import sys
+        import numpy as np
+        from ffcv_ops.resample import *
+        noise = np.random.default_rng(0).integers(0, 256, (37, 41, 3), dtype=np.uint8)
+        workspace = np.empty(workspace_bytes(37, 41, 24), np.uint8)
+        planes = [np.ascontiguousarray(noise[..., channel]) for channel in range(3)]
+        box, c_box = (2.0, 3.0, 33.0, 30.0), (1.0, 1.5, 16.5, 15.0)
+        for interpolation in (BILINEAR, BICUBIC):
+            for shape in ((9, 18), (20, 24)):
+                out = np.empty((*shape, 3), np.uint8)
+                resample_rgb_into(noise, box, True, interpolation, workspace, out)
+                sys.stdout.buffer.write(out.tobytes())
+                resample_planes_into(*planes, box, c_box, False, interpolation, workspace, out)
+                sys.stdout.buffer.write(out.tobytes())
+                plane = np.empty(shape, np.uint8)
+                resample_region_into(planes[0], box, interpolation, workspace, plane)
+                sys.stdout.buffer.write(plane.tobytes())
+    """)
+    compiled, interpreted = (
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env=os.environ | {"NUMBA_DISABLE_JIT": disable},
+            cwd=Path(__file__).parents[1],
+            check=True,
+            stdout=subprocess.PIPE,
+        ).stdout
+        for disable in ("0", "1")
+    )
+    assert len(compiled) > 0
+    assert compiled == interpreted
