@@ -193,7 +193,7 @@ class Peer:
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise SystemExit(f"error: {self.process.args}:\n{self.process.stderr.read()}")
+        raise SystemExit(f"error: a peer ended:\n{self.process.stderr.read()}")
 
     def run_pass(self) -> None:
         assert self.process.stdin
