@@ -71,7 +71,7 @@ def draw_plan(
     switch_prob: float = 0.5,
     per: str = "batch",
 ) -> Plan:
-    """The plan of a batch: a pure function of its arguments, drawn by NumPy's generator.
+    """The plan of a batch: a pure function of its arguments, and of the version of NumPy, whose generator draws it.
 
     Parameters
     ----------

@@ -34,7 +34,9 @@ _MARGIN = 2
 
 
 class Scratch(NamedTuple):
-    """What one worker needs to change an image in place; in the comments 4 is for red, green, blue and nothing.
+    """What one worker needs to change an image in place.
+
+    A turn gathers whole pixels, so its rows have four bytes a pixel, the last without meaning; a shift's have three.
 
     Attributes
     ----------

@@ -7,6 +7,7 @@ draws, for every sample of a batch, a list of (operation, argument); the kernel 
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,7 +90,7 @@ class Draws:
     Attributes
     ----------
     operations : ndarray of int64, shape (N, L)
-        This module's constants, in the order in which they are applied.
+        `pillow_ops`' constants, in the order in which they are applied.
     arguments : ndarray of float64, shape (N, L)
         In the units of each operation's function.
     cubic : ndarray of bool, shape (N, L)
@@ -126,10 +127,9 @@ class Augmentation(BatchOperation):
 
     def __init__(self, fill: Sequence[int]):
         super().__init__()
-        if len(fill) != 3 or not all(0 <= value <= 255 for value in fill):
-            raise ValueError(f"fill is {fill}; it must be 3 values from 0 to 255")
-        self.fill = np.array(fill, dtype=np.uint8)
+        self.fill = _colour(fill)
 
+    @abstractmethod
     def draw(self, batch: Batch, size: tuple[int, int]) -> Draws:
         """The operations of a batch, a function of its seed, epoch, sample ids and copies and the size of its images.
 
@@ -143,7 +143,6 @@ class Augmentation(BatchOperation):
         -------
         Draws
         """
-        raise NotImplementedError
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
         _check_place(self, previous_state)
@@ -164,6 +163,12 @@ class Augmentation(BatchOperation):
             return images
 
         return augment
+
+
+def _colour(fill: Sequence[int]) -> np.ndarray:
+    if len(fill) != 3 or not all(0 <= value <= 255 for value in fill):
+        raise ValueError(f"fill is {fill}; it must be 3 values from 0 to 255")
+    return np.array(fill, dtype=np.uint8)
 
 
 def _check_place(operation: BatchOperation, previous_state: State) -> None:
@@ -444,7 +449,7 @@ class RandomErasing(BatchOperation):
     Raises
     ------
     ValueError
-        If `prob` is not a probability.
+        If `prob` is not a probability, or `fill` not a colour.
     """
 
     scale = (0.02, 0.33)
@@ -456,7 +461,7 @@ class RandomErasing(BatchOperation):
         if not 0 <= prob <= 1:
             raise ValueError(f"prob is {prob}; it must be 0 to 1")
         self.prob = prob
-        self.fill = np.array(fill, dtype=np.uint8)
+        self.fill = _colour(fill)
 
     def draw(self, batch: Batch, size: tuple[int, int]) -> np.ndarray:
         """Top, bottom, left, right of each image's rectangle, px, int64 (N, 4); all 0 where nothing is erased."""

@@ -93,8 +93,9 @@ def test_refuses_other_strings(text, named):
 
 
 def test_refuses_a_wrong_colour_and_a_wrong_place():
-    with pytest.raises(ValueError, match="fill"):
-        RandAugment(RSB, fill=(300, 0, 0))
+    for build in (lambda: RandAugment(RSB, fill=(300, 0, 0)), lambda: RandomErasing(0.1, fill=(0, 0))):
+        with pytest.raises(ValueError, match="fill"):
+            build()
     state = State(jit_mode=False, device=torch.device("cpu"), shape=(*SIZE, 3), dtype=torch.uint8)
     for operation in (RandAugment(RSB), RandomErasing(0.1)):
         with pytest.raises(ValueError, match="ToTensor"):
