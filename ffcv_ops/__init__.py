@@ -14,8 +14,11 @@ _HOMES = {
     "Mix": "mix",
     "Normalize": "normalize",
     "OrderOption": "loader",
+    "RandAugment": "rand_augment",
+    "RandomErasing": "rand_augment",
     "RandomResizedCrop": "crops",
     "SampleError": "pipeline",
+    "TrivialAugmentWide": "rand_augment",
     "read_beton": "beton",
 }
 __all__ = sorted(_HOMES)
