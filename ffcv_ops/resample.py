@@ -30,6 +30,9 @@ INTERPOLATIONS = {"bilinear": BILINEAR, "bicubic": BICUBIC}
 PRECISION_BITS = 22
 TILE = 16
 ALIGNMENT = 64
+TOLERANCE = 1e-6
+"""What a box may reach into a pixel, in pixels, without touching it: boxes are scaled, and rounded on the way."""
+
 MAX_STRIPE = 160
 """Rows transposed and weighed together: enough to hide the cost of starting a loop, few enough to stay in cache."""
 
@@ -52,12 +55,12 @@ def _rounded_up(size, multiple):
 
 @register_jitable
 def _first_touched(start):
-    return int(math.floor(start))
+    return int(math.floor(start + TOLERANCE))
 
 
 @register_jitable
 def _num_touched(start, extent):
-    return int(math.ceil(start + extent)) - int(math.floor(start))
+    return int(math.ceil(start + extent - TOLERANCE)) - _first_touched(start)
 
 
 @register_jitable
@@ -93,11 +96,18 @@ def workspace_bytes(max_height: int, max_width: int, size: int) -> int:
     """
     height, width = max_height + 2, max_width + 2  # what a fractional box touches
     longest = max(height, width, size)
-    taps = 4 * (_taps_entries(height, size, BICUBIC) + _taps_entries(width, size, BICUBIC))
+    taps = 4 * (4 * (height + width) + 2 * 10 * size)  # above _taps_entries, which a smaller output may raise
     stripe = (MAX_STRIPE + TILE) * (width + size)
     planes = 3 * (height * width + size * size)
     num_pieces = 16
     return taps + 8 * (longest + MAX_STRIPE + TILE) + stripe + longest * size + planes + num_pieces * ALIGNMENT
+
+
+@register_jitable
+def _is_within(box, shape):
+    y, x, height, width = box
+    bottom, right = _first_touched(y) + _num_touched(y, height), _first_touched(x) + _num_touched(x, width)
+    return min(height, width) > 0 and min(y, x) > -TOLERANCE and bottom <= shape[0] and right <= shape[1]
 
 
 @nb.njit(**_KERNEL)
@@ -338,6 +348,7 @@ def _resample_into(source, stride, plan, out):
 
 @nb.njit(**_KERNEL)
 def _from_first_touched(plane, box):
+    assert _is_within(box, plane.shape)
     return plane.reshape(-1)[_first_touched(box[0]) * plane.shape[1] + _first_touched(box[1]) :]
 
 
@@ -457,6 +468,7 @@ def resample_rgb_into(image, box, flip, interpolation, workspace, out):
     out : ndarray of uint8, shape (out_height, out_width, 3), C-contiguous
         Where the result is written.
     """
+    assert _is_within(box, image.shape)
     shape = out.shape[:2]
     size, out_size = _num_touched(box[0], box[2]) * _num_touched(box[1], box[3]), shape[0] * shape[1]
     region, rest = _cut(workspace, 3 * size)

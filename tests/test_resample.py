@@ -198,6 +198,12 @@ def test_a_small_workspace_is_refused(photograph):
         )
 
 
+def test_rounding_of_a_box_touches_no_further_pixel(photograph):
+    rows = np.ascontiguousarray(photograph[:300])
+    exact, rounded = (0.0, 20.0, 300.0, 330.0), (-1e-13, 20 - 1e-13, 300 + 1e-12, 330 + 1e-12)
+    np.testing.assert_array_equal(rgb_of(rows, rounded, (64, 64), BILINEAR), rgb_of(rows, exact, (64, 64), BILINEAR))
+
+
 def test_without_jit_the_bytes_are_the_same():
     script = textwrap.dedent("""
         import sys
