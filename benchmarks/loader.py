@@ -141,6 +141,10 @@ def build_dali(folder: Path, size: int) -> Any:
     )
 
 
+def has_dali() -> bool:
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+
+
 PEERS: dict[str, Callable[[Path, int], Any]] = {
     "ours": build_ours,
     "stock-file": build_stock_file,
@@ -177,10 +181,12 @@ class Peer:
 
     def __init__(self, name: str, folder: Path, size: int, core: int):
         command = [sys.executable, __file__, "--serve", name, str(folder), str(size)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
         started = time.time()
+        self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment,
             preexec_fn=lambda: os.sched_setaffinity(0, {core}),
         )  # fmt: skip
         first = self._answer()
@@ -189,11 +195,12 @@ class Peer:
         self.passes: list[dict[str, float]] = []
 
     def _answer(self) -> dict[str, float]:
-        assert self.process.stdout and self.process.stderr
+        assert self.process.stdout
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise SystemExit(f"error: a peer ended:\n{self.process.stderr.read()}")
+        self.errors.seek(0)
+        raise SystemExit(f"error: a peer ended:\n{self.errors.read()}")
 
     def run_pass(self) -> None:
         assert self.process.stdin
@@ -213,10 +220,8 @@ class Peer:
 
 
 def measure(folder: Path, case: str, names: list[str], rounds: int, core: int) -> Iterator[dict[str, Any]]:
-    """Start every peer twice, let them take turns, compare."""
+    """Let the peers take turns, compare."""
     size = parse(case)[2]
-    for name in names:
-        Peer(name, folder, size, core).close()
     peers = {name: Peer(name, folder, size, core) for name in names}
     for _ in range(rounds):
         for peer in peers.values():
@@ -250,7 +255,7 @@ def describe_machine() -> str:
         lines = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
         model = next((value.strip() for key, value in lines if key.strip() == "model name"), model)
     packages = ["ffcv", "numba", "numpy", "opencv-python", "torch", "torchvision"]
-    packages += ["nvidia-dali-cuda120"] if importlib.util.find_spec("nvidia.dali") else []
+    packages += ["nvidia-dali-cuda120"] if has_dali() else []
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     return f"{model}, {os.cpu_count()} CPUs, {platform.system()}, Python {platform.python_version()}\n{versions}"
 
@@ -281,6 +286,7 @@ def main() -> None:
     print("| " + " | ".join(COLUMNS.values()) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
     results: list[dict[str, Any]] = []
     written: dict[str, tempfile.TemporaryDirectory] = {}
+    started: set[str] = set()
     for case in options.cases:
         mode, side, _ = parse(case)
         stored = case.split("-")[0]
@@ -293,8 +299,12 @@ def main() -> None:
             names.append("stock")
         if mode != "jpg":
             names = [name for name in names if name in ("ours", "stock")]
-        if not importlib.util.find_spec("nvidia.dali"):
+        if not has_dali():
             names = [name for name in names if name != "dali"]
+        for name in names:
+            if name not in started:  # what it keeps on disk between starts, it has from now on
+                Peer(name, folder, size=parse(case)[2], core=options.core).close()
+                started.add(name)
         for row in measure(folder, case, names, options.rounds, options.core):
             results.append(row)
             print(show(row), flush=True)
