@@ -20,6 +20,7 @@ VERSION = 2
 MIN_PAGE_SIZE = 1 << 21
 MAX_PAGE_SIZE = 1 << 31
 MANIFEST_VERSION = 1
+CHECKSUM_TYPE = np.dtype("V4")  # the first bytes of a sample's SHA-256, by which the manifest knows each of them
 MODE_JPG, MODE_RAW = 0, 1
 FLOAT_FIELD, INT_FIELD, IMAGE_FIELD, BYTES_FIELD, NDARRAY_FIELD, JSON_FIELD, TENSOR_FIELD = range(7)
 CUSTOM_FIELD = 255
@@ -375,7 +376,7 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError, OSError):
         raise ValueError(f"{manifest}: not a readable manifest; restore it, or delete it to go without") from None
     types = {"size_bytes": int, "num_samples": int, "classes": list, "class_counts": list, "tables": str}
-    types |= {"digest": str, "pages": list}
+    types |= {"digest": str, "checksums": str}
     if not isinstance(content, dict) or content.get("format") != MANIFEST_VERSION:
         raise ValueError(f"{manifest}: not a manifest of format {MANIFEST_VERSION}; restore it, or delete it")
     for key, kind in types.items():

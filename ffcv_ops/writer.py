@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import time
+from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,7 +25,12 @@ from ffcv_ops.processes import WorkerKilled, Workers, map_in_order, num_cpus
 
 MODES = ("jpg", "raw", "proportion", "smart")
 _ROW_TYPE = np.dtype([("", beton.IMAGE_TYPE), ("", "<i8")], align=True)
-_SAMPLE_TYPE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8"), ("size", "<u8")])
+_SAMPLE_TYPE = np.dtype(
+    [
+        *(("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8"), ("size", "<u8")),
+        ("checksum", beton.CHECKSUM_TYPE),
+    ]
+)
 _HEAD_BYTES = beton.HEADER_TYPE.itemsize + 2 * beton.FIELD_TYPE.itemsize
 _CHUNK = 16
 _CHUNKS_A_WORKER = 8
@@ -256,7 +262,7 @@ class _Page:
 
     start: int
     used: int = 0
-    record: list[list[int] | str] = field(default_factory=list)
+    record: list[list[int | str] | str] = field(default_factory=list)
     hashes: bytearray = field(default_factory=bytearray)
     unwritten: int = 0
 
@@ -301,9 +307,10 @@ class _Layout:
             self._pages.append(_Page(self._pages[-1].start + page_size))
         page = self._pages[-1]
         ptr = page.start + page.used
-        self.samples[self.position] = mode, width, height, ptr, size
+        checksum = digest[: beton.CHECKSUM_TYPE.itemsize]
+        self.samples[self.position] = mode, width, height, ptr, size, checksum
         page.used += size
-        page.record.append([mode, width, height, size])
+        page.record.append([mode, width, height, size, checksum.hex()])
         page.hashes += digest
         return ptr
 
@@ -334,8 +341,8 @@ def _replay(plan: Plan, pages: Sequence[dict[str, Any]]) -> tuple[np.ndarray, di
             if isinstance(entry, str):
                 reasons[position] = entry
             else:
-                mode, width, height, size = entry
-                samples[position] = mode, width, height, ptr, size
+                mode, width, height, size, checksum = entry
+                samples[position] = mode, width, height, ptr, size, bytes.fromhex(checksum)
                 ptr += size
             position += 1
     return samples, reasons, position
@@ -579,6 +586,7 @@ def _manifest(
 ) -> dict[str, Any]:
     head, alloc_table = _tables(plan, samples, reasons, len(page_hashes))
     labels = np.delete(plan.folder.labels[plan.order], list(reasons))
+    checksums = np.delete(samples["checksum"], list(reasons))
     tables = beton.tables_digest(head, alloc_table)
     skipped = sorted((plan.path(position), reason) for position, reason in reasons.items())
     return {
@@ -595,7 +603,7 @@ def _manifest(
         "classes": plan.folder.classes,
         "class_counts": np.bincount(labels, minlength=len(plan.folder.classes)).tolist(),
         "tables": tables,
-        "pages": page_hashes,
+        "checksums": b64encode(checksums.tobytes()).decode(),
     }
 
 

@@ -301,7 +301,7 @@ def with_manifest(damaged, plain_file):
             "class_counts": [5, 5, 5, 5],
             "tables": beton.tables_digest(plain_file[: found.metadata_end], found.alloc_table),
             "digest": "sha256:00",
-            "pages": [],
+            "checksums": "",
         }
         manifest_path(path).write_text(json.dumps(change_manifest(manifest)))
         return damaged(change)
