@@ -9,7 +9,8 @@ arithmetic of the learning rate, then a line every ``logging.log_every`` steps a
 ``.recipe.json``; ``checkpoints/last.ckpt``, the best checkpoint, and exported weights.
 
 ``--config-file`` may be repeated: later files win, then the command line. ``--resume checkpoints/last.ckpt`` goes on
-with a run, ``--eval_only`` evaluates, ``--dry_run`` shows the plan and touches nothing, ``--help`` lists every key.
+with a run, ``--eval_only`` evaluates, ``--dry_run`` shows the plan and touches nothing, ``--preview out.png`` draws
+training images as the model gets them, ``--help`` lists every key.
 """
 
 import functools
@@ -26,16 +27,18 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 from ffcv_ops import Beton, CenterCrop, Label, Loader, Mix, Normalize, OrderOption, RandomResizedCrop, read_beton
+from ffcv_ops.rand_augment import RandAugment, RandomErasing, TrivialAugmentWide
 from training import distributed
 from training.checkpoint import Checkpoints, TrainState, read_checkpoint
 from training.distributed import World
-from training.logs import RunLog
+from training.logs import RunLog, pace
 from training.loop import DTYPES, RunError, Trainer, evaluate, train_epoch
 from training.loss import build_loss
-from training.model import IMAGENET_MEAN, IMAGENET_STD, build_model, find_library
+from training.model import IMAGENET_MEAN, IMAGENET_STD, build_model
 from training.optim import build_ema, build_optimizer
-from training.recipe import Plan, Settings, plan, read_recipe, refuse, summary
-from training.schedule import build_schedule
+from training.preview import denormalized, draw_contact_sheet, take_images
+from training.recipe import Plan, Settings, courses, plan, read_recipe, refuse, summary
+from training.schedule import build_resolution, build_schedule
 
 IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL = 1_281_167, 50_000
 
@@ -43,9 +46,12 @@ IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL = 1_281_167, 50_000
 def main() -> None:
     recipe = read_recipe(sys.argv[1:])
     try:
-        find_library(recipe.model.arch, recipe.model.library)
+        check_names(recipe)
         if recipe.training.dry_run:
             show_plan(recipe)
+            return
+        if recipe.training.preview:
+            draw_preview(recipe)
             return
         world = join(recipe)
         run = Run(recipe, world)
@@ -64,6 +70,17 @@ def main() -> None:
     distributed.stop()
 
 
+def check_names(recipe: Settings) -> None:
+    """Refuse an architecture or an augmentation that does not exist, and drop path where there is none."""
+    with torch.device("meta"):
+        build_model(recipe.model.arch, library=recipe.model.library, drop_path=recipe.model.drop_path)
+    try:
+        augmentations(recipe)
+    except ValueError as error:
+        key = "augmentation.auto_augment"
+        raise ValueError(f"{key} ({recipe.source(key)}): {error}") from None
+
+
 def show_plan(recipe: Settings) -> None:
     """Print the resolved recipe and its arithmetic. Needs no data, no GPU, and creates nothing."""
     sizes, assumed = [], []
@@ -79,8 +96,27 @@ def show_plan(recipe: Settings) -> None:
     world_size = distributed.planned_world_size(recipe.training.distributed, recipe.dist.world_size)
     planned = plan(recipe, world_size=world_size, num_train=sizes[0], num_val=sizes[1])
     print(summary(recipe, planned))
-    for line in [*recipe.notices, *assumed]:
+    for line in [*recipe.notices, *planned.notices, *assumed]:
         print(f"note: {line}")
+
+
+def draw_preview(recipe: Settings) -> None:
+    """Draw the first training images of epoch 0 as the model gets them. Needs training data, and trains nothing."""
+    path, world = Path(recipe.training.preview), distributed.start()
+    if not path.parent.is_dir():
+        raise ValueError(f"training.preview={path}: there is no folder {path.parent}")
+    data = open_data(recipe.data.train_dataset, recipe, "train")
+    recipe.training.batch_size = min(recipe.training.batch_size, data.num_samples // world.world_size)
+    crop = random_crop(recipe, build_resolution(recipe)(0))
+    dtype = DTYPES[recipe.training.precision if world.device.type == "cuda" else "32"]
+    with train_loader(recipe, world, num_workers(recipe, world), dtype, crop) as loader:
+        images, targets = take_images(loader.epoch(0), len(loader))
+    if world.is_main:
+        shown = denormalized(images, IMAGENET_MEAN, IMAGENET_STD)
+        title = preview_title(recipe, crop.size)
+        draw_contact_sheet(shown, targets.numpy(), path, classes=data.classes, title=title)
+        print(f"{len(shown)} training images as the model gets them: {path}")
+    distributed.stop()
 
 
 def join(recipe: Settings) -> World:
@@ -101,7 +137,10 @@ class Run:
 
     def __init__(self, recipe: Settings, world: World):
         self.recipe, self.world = recipe, world
-        self.log = RunLog(Path(recipe.logging.folder) / "logs", world.is_main)
+        expected = courses(recipe)
+        if any(max(course) > recipe.training.epochs for course in expected.values()):
+            expected = {}
+        self.log = RunLog(Path(recipe.logging.folder) / "logs", world.is_main, expected)
         self.precision = recipe.training.precision
         if world.device.type == "cpu" and self.precision != "32":
             recipe.notices.append(f"no GPU is visible: training on the CPU, in 32-bit instead of {self.precision}")
@@ -115,6 +154,7 @@ class Run:
         self.plan = plan(
             recipe, world_size=world.world_size, num_train=self.train_data.num_samples, num_val=self.val.num_samples
         )
+        recipe.notices.extend(self.plan.notices)
         checkpoint = read_checkpoint(recipe.training.resume) if recipe.training.resume else None
         self.build(checkpoint)
 
@@ -137,9 +177,10 @@ class Run:
         self.schedule = build_schedule(recipe, self.plan)
         self.trainer = Trainer(
             model=model,
-            ema=build_ema(model, training.ema_decay),
+            ema=build_ema(model, self.plan.ema_decay),
             optimizer=build_optimizer(
                 model,
+                training.optimizer,
                 lr=self.plan.lr,
                 momentum=training.momentum,
                 nesterov=bool(training.nesterov),
@@ -148,11 +189,12 @@ class Run:
             ),
             scaler=torch.amp.GradScaler(world.device.type, enabled=self.precision == "16-mixed"),
             world=world,
-            loss=build_loss("cross_entropy"),
+            loss=build_loss(training.loss, bce_threshold=training.bce_threshold),
             lr=self.schedule.lr,
             precision=self.precision,
             accumulation=training.accumulation,
             grad_clip=training.grad_clip,
+            agc=training.agc,
             ema_every=training.ema_every,
             channels_last=bool(training.channels_last),
             seed=training.seed,
@@ -177,19 +219,11 @@ class Run:
         if world.world_size > 1:
             devices = [world.local_rank] if world.device.type == "cuda" else None
             self.trainer.model = DistributedDataParallel(model, device_ids=devices)
-        num_workers = recipe.data.num_workers
-        if num_workers < 1:
-            num_workers = max(1, distributed.num_cpus() // world.local_world_size)
-        self.val_loader = val_loader(recipe, world, num_workers, DTYPES[self.precision])
+        threads, dtype = num_workers(recipe, world), DTYPES[self.precision]
+        self.val_loader = val_loader(recipe, world, threads, dtype)
         if not training.eval_only:
-            self.crop = RandomResizedCrop(
-                size=self.schedule.resolution(self.state.epoch),
-                scale=recipe.augmentation.crop_scale,
-                ratio=recipe.augmentation.crop_ratio,
-                flip=recipe.augmentation.flip,
-                interpolation=recipe.augmentation.interpolation,
-            )
-            self.loader = train_loader(recipe, world, num_workers, DTYPES[self.precision], self.crop)
+            self.crop = random_crop(recipe, self.schedule.resolution(self.state.epoch))
+            self.loader = train_loader(recipe, world, threads, dtype, self.crop)
 
     def facts(self) -> dict[str, Any]:
         """What makes the run repeatable, stored with its logs and every checkpoint."""
@@ -236,7 +270,7 @@ class Run:
             if is_best:
                 state.best_acc1, state.best_epoch = values["val/acc1"], epoch
             state.epoch, state.batch = epoch + 1, 0
-            log.say(epoch_line(values, epoch, epochs, self.crop.size))
+            log.say(epoch_line(values, epoch, epochs, self.crop.size, pace(values, log.courses, epoch + 1)))
             log.epoch({"epoch": epoch, **values, "resolution": self.crop.size}, state.step)
             checkpoints.save(state, is_best=is_best)
         self.say_goodbye()
@@ -318,9 +352,38 @@ def on_device(world: World) -> list[Any]:
     return [ToDevice(world.device, non_blocking=True)] if world.device.type == "cuda" else []
 
 
-def train_loader(
-    recipe: Settings, world: World, num_workers: int, dtype: torch.dtype, crop: RandomResizedCrop
-) -> Loader:
+def num_workers(recipe: Settings, world: World) -> int:
+    """Threads that load for this rank."""
+    asked = recipe.data.num_workers
+    return asked if asked > 0 else max(1, distributed.num_cpus() // world.local_world_size)
+
+
+def random_crop(recipe: Settings, size: int) -> RandomResizedCrop:
+    """The decoder of training images, perhaps mirrored, of a side in px."""
+    augmentation = recipe.augmentation
+    return RandomResizedCrop(
+        size=size,
+        scale=augmentation.crop_scale,
+        ratio=augmentation.crop_ratio,
+        flip=augmentation.flip,
+        interpolation=augmentation.interpolation,
+    )
+
+
+def augmentations(recipe: Settings) -> list[Any]:
+    """What changes the cropped 8-bit images before they are mixed."""
+    augmentation = recipe.augmentation
+    operations: list[Any] = []
+    if augmentation.auto_augment == "trivial":
+        operations.append(TrivialAugmentWide())
+    elif augmentation.auto_augment:
+        operations.append(RandAugment(augmentation.auto_augment))
+    if augmentation.erasing:
+        operations.append(RandomErasing(augmentation.erasing))
+    return operations
+
+
+def train_loader(recipe: Settings, world: World, threads: int, dtype: torch.dtype, crop: RandomResizedCrop) -> Loader:
     """Batches of normalised float images (N, 3, H, W) and dense targets (N, K) for this rank."""
     augmentation = recipe.augmentation
     mix = Mix(
@@ -336,7 +399,7 @@ def train_loader(
     return Loader(
         recipe.data.train_dataset,
         batch_size=recipe.training.batch_size,
-        num_workers=num_workers,
+        num_workers=threads,
         os_cache=bool(recipe.data.in_memory),
         order=OrderOption[recipe.data.order.upper()],
         distributed=world.world_size > 1,
@@ -344,21 +407,27 @@ def train_loader(
         world_size=world.world_size,
         seed=recipe.training.seed,
         drop_last=True,
+        repeats=augmentation.repeats,
         pipelines={
-            "image": [crop, ToTensor(), *on_device(world), normalize, mix.images()],
+            "image": [crop, *augmentations(recipe), ToTensor(), *on_device(world), normalize, mix.images()],
             "label": [Label(), *on_device(world), mix.targets()],
         },
     )
 
 
-def val_loader(recipe: Settings, world: World, num_workers: int, dtype: torch.dtype) -> Loader:
+def val_loader(recipe: Settings, world: World, threads: int, dtype: torch.dtype) -> Loader:
     """Batches of normalised float images (N, 3, H, W) and labels (N,): this rank's share, each sample once."""
     validation = recipe.validation
-    crop = CenterCrop(validation.resolution, ratio=validation.crop_ratio, interpolation=validation.interpolation)
+    crop = CenterCrop(
+        validation.resolution,
+        ratio=validation.crop_ratio,
+        resize=validation.resize,
+        interpolation=validation.interpolation,
+    )
     return Loader(
         recipe.data.val_dataset,
         batch_size=validation.batch_size,
-        num_workers=num_workers,
+        num_workers=threads,
         os_cache=bool(recipe.data.in_memory),
         order=OrderOption.SEQUENTIAL,
         distributed=world.world_size > 1,
@@ -387,15 +456,27 @@ def differences(checkpoint: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     return notices
 
 
-def epoch_line(values: dict[str, float], epoch: int, epochs: int, resolution: int) -> str:
-    """One line on a finished epoch."""
+def epoch_line(values: dict[str, float], epoch: int, epochs: int, resolution: int, expected: str) -> str:
+    """One line on a finished epoch, and where it stands against what the recipe expects."""
     line = (
         f"epoch {epoch} ({epoch + 1}/{epochs})  {resolution} px  train loss {values['train/loss']:.4f}  "
         f"top-1 {values['train/acc1']:.2%}"
     )
     if "val/acc1" in values:
         line += f"  val loss {values['val/loss']:.4f}  top-1 {values['val/acc1']:.2%}  top-5 {values['val/acc5']:.2%}"
-    return line + f"  {values['images_per_s']:,.0f} images/s  data wait {values['data_wait']:.1%}"
+    line += f"  {values['images_per_s']:,.0f} images/s  data wait {values['data_wait']:.1%}"
+    return f"{line}  {expected}" if expected else line
+
+
+def preview_title(recipe: Settings, size: int) -> str:
+    """What the images of a preview went through."""
+    augmentation, names = recipe.augmentation, ", ".join(str(path) for path in recipe.files) or "no recipe"
+    mixing = f"Mixup {augmentation.mixup_alpha:g}, CutMix {augmentation.cutmix_alpha:g}"
+    return (
+        f"{names}: epoch 0, {size} px, seed {recipe.training.seed}, the first images of the first batches\n"
+        f"augmentation {augmentation.auto_augment or 'none'}, erasing {augmentation.erasing:g}, {mixing}, "
+        f"label smoothing {recipe.training.label_smoothing:g}; below each image its classes and their target weights"
+    )
 
 
 def out_of_memory_message(recipe: Settings, planned: Plan) -> str:

@@ -1,10 +1,9 @@
 """Parameter groups and the moving average."""
 
-import pytest
 import torch
 
 from training.model import build_model
-from training.optim import build_ema, build_optimizer, parameter_groups, rescaled_ema_decay
+from training.optim import build_ema, build_optimizer, parameter_groups
 
 
 def test_one_dimensional_parameters_get_their_own_decay():
@@ -41,12 +40,6 @@ def test_lamb_and_adamw():
     assert type(lamb).__name__ == "Lamb" and lamb.defaults["max_grad_norm"] == 1.0
     assert sorted(group["weight_decay"] for group in lamb.param_groups) == [0.0, 0.02]
     assert isinstance(build_optimizer(model, "adamw", lr=1e-3), torch.optim.AdamW)
-
-
-def test_torchvision_s_ema_rescaling():
-    # 8 GPUs x 128, every 32 steps, 600 epochs, as torchvision's V2 recipe: (1 - 0.99998) * 8 * 128 * 32 / 600
-    assert rescaled_ema_decay(0.99998, every=32, global_batch_size=1024, epochs=600) == pytest.approx(1 - 0.00109227)
-    assert rescaled_ema_decay(0.5, every=32, global_batch_size=1024, epochs=1) == 0.0
 
 
 def test_ema_is_the_recursion_over_parameters_and_buffers():

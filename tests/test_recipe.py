@@ -2,7 +2,8 @@
 
     PYTHONPATH=. python tests/test_recipe.py
 
-writes the table of settings in docs/RECIPES.md anew, which a test compares with the declared settings.
+writes the tables in docs/RECIPES.md anew: of all settings, which a test compares with the declared ones, and of the
+published recipes, which a test compares with the numbers below.
 """
 
 import copy
@@ -21,10 +22,12 @@ from fastargs import validation
 from training.recipe import (
     FLAGS,
     RECIPE,
+    courses,
     did_you_mean,
     plan,
     read_recipe,
     read_settings,
+    rescaled_ema_decay,
     show,
     summary,
 )
@@ -34,7 +37,122 @@ ROOT = Path(__file__).parent.parent
 RECIPES = sorted(ROOT.glob("rn*_configs/*.yaml"))
 IMAGENET = {"num_train": 1_281_167, "num_val": 50_000}
 BUDGETS = {16: (11, 13), 24: (17, 20), 32: (23, 27), 40: (29, 34), 56: (41, 48), 88: (65, 76)}  # epochs: ramp
-TABLE_MARKS = ("<!-- settings -->", "<!-- end of settings -->")
+
+
+def published_rsb(**numbers):
+    """What arXiv 2110.00476 and its repetitions in timm and mmpretrain say of A1, A2 and A3 alike, and the rest."""
+    return {
+        "global batch": 2048,
+        "lr": numbers.pop("lr"),
+        "model.arch": "resnet50",
+        "augmentation.crop_scale": (0.08, 1.0),
+        "augmentation.flip": 0.5,
+        "augmentation.interpolation": ("bicubic", "bicubic (mmpretrain), either by chance (timm)"),
+        "augmentation.erasing": 0.0,
+        "augmentation.cutmix_alpha": 1.0,
+        "augmentation.mix_prob": 1.0,
+        "augmentation.switch_prob": 0.5,
+        "lr.lr_schedule_type": "cosine",
+        "lr.warmup_epochs": 5,
+        "lr.warmup_lr": (1e-4, "1e-4 x lr (mmpretrain); 1e-6 or 1e-4 (others)"),
+        "lr.min_lr": 1e-6,
+        "training.loss": "bce",
+        "training.bce_threshold": (None, "none (timm, mmpretrain); 0.2 (one configuration)"),
+        "training.optimizer": "lamb",
+        "training.bn_wd": (0.0, "none on norm and bias"),
+        "training.ema_decay": 0.0,
+        "training.precision": ("16-mixed", "mixed"),
+        "validation.resolution": 224,
+        "validation.crop_ratio": 0.95,
+        "validation.interpolation": "bicubic",
+        "augmentation.repeats": 1,
+        "model.drop_path": 0.0,
+        **numbers,
+    }
+
+
+PUBLISHED = {  # recipe: setting: the source's value, or (ours, the source's words)
+    "rsb_a1": published_rsb(
+        lr=5e-3,
+        **{
+            "training.epochs": 600,
+            "resolution.min_res": 224,
+            "resolution.max_res": 224,
+            "training.weight_decay": 0.01,
+            "training.label_smoothing": 0.1,
+            "augmentation.mixup_alpha": 0.2,
+            "augmentation.auto_augment": "rand-m7-mstd0.5-inc1",
+            "augmentation.repeats": 3,
+            "model.drop_path": 0.05,
+            "expected.val_acc1": {600: 80.382},
+        },
+    ),
+    "rsb_a2": published_rsb(
+        lr=5e-3,
+        **{
+            "training.epochs": 300,
+            "resolution.min_res": 224,
+            "resolution.max_res": 224,
+            "training.weight_decay": 0.02,
+            "training.label_smoothing": 0.0,
+            "augmentation.mixup_alpha": 0.1,
+            "augmentation.auto_augment": "rand-m7-mstd0.5-inc1",
+            "augmentation.repeats": 3,
+            "model.drop_path": 0.05,
+            "expected.val_acc1": {300: 79.828},
+        },
+    ),
+    "rsb_a3": published_rsb(
+        lr=8e-3,
+        **{
+            "training.epochs": 100,
+            "resolution.min_res": 160,
+            "resolution.max_res": 160,
+            "training.weight_decay": 0.02,
+            "training.label_smoothing": 0.0,
+            "augmentation.mixup_alpha": 0.1,
+            "augmentation.auto_augment": "rand-m6-mstd0.5-inc1",
+            "expected.val_acc1": {100: 78.052},
+        },
+    ),
+    "torchvision_v2": {
+        "global batch": (1024, "8 GPUs x 128"),
+        "lr": 0.5,
+        "model.arch": "resnet50",
+        "augmentation.crop_scale": (0.08, 1.0),
+        "augmentation.flip": 0.5,
+        "augmentation.interpolation": "bilinear",
+        "augmentation.erasing": 0.1,
+        "augmentation.cutmix_alpha": 1.0,
+        "augmentation.mix_prob": (1.0, "one of Mixup and CutMix on every batch"),
+        "augmentation.switch_prob": 0.5,
+        "lr.lr_schedule_type": "cosine",
+        "lr.warmup_epochs": 5,
+        "lr.warmup_lr": (0.01, "0.01 x lr"),
+        "lr.min_lr": 0.0,
+        "training.loss": "cross_entropy",
+        "training.optimizer": "sgd",
+        "training.momentum": 0.9,
+        "training.bn_wd": (0.0, "0 on norm"),
+        "training.ema_decay": 0.99998,
+        "training.ema_every": 32,
+        "training.ema_rescale": (True, "x global batch x 32 / epochs"),
+        "training.precision": ("16-mixed", "mixed"),
+        "validation.resolution": 224,
+        "validation.resize": 232,
+        "validation.interpolation": "bilinear",
+        "augmentation.repeats": 4,
+        "training.epochs": 600,
+        "resolution.min_res": 176,
+        "resolution.max_res": 176,
+        "training.weight_decay": 2e-5,
+        "training.label_smoothing": 0.1,
+        "augmentation.mixup_alpha": 0.2,
+        "augmentation.auto_augment": ("trivial", "TrivialAugmentWide"),
+        "expected.val_acc1": {600: 80.858},
+        "expected.val_acc5": {600: 95.434},
+    },
+}
 
 
 @pytest.fixture
@@ -180,6 +298,7 @@ def test_import_is_light():
         ("training.precision", "32", "32"),
         ("augmentation.crop_scale", "[0.25, 1]", (0.25, 1.0)),
         ("augmentation.crop_scale", "0.25,1", (0.25, 1.0)),
+        ("augmentation.auto_augment", "rand-m7-mstd0.5-inc1", "rand-m7-mstd0.5-inc1"),
         ("wandb.name", "2024", "2024"),
         ("wandb.name", "'False'", "False"),
     ],
@@ -227,6 +346,24 @@ def test_values_from_a_file_and_from_the_command_line_are_the_same(write, key, t
         ("wandb.name", "''"),
         ("data.num_workers", "-2"),
         ("data.order", "sequential"),
+        ("augmentation.auto_augment", "randaugment"),
+        ("augmentation.auto_augment", "augmix-m3"),
+        ("augmentation.auto_augment", "[trivial]"),
+        ("augmentation.repeats", "0"),
+        ("augmentation.erasing", "1.1"),
+        ("training.optimizer", "adam"),
+        ("training.loss", "mse"),
+        ("training.bce_threshold", "1"),
+        ("training.agc", "-0.1"),
+        ("validation.resize", "0"),
+        ("expected.val_acc1", "{0: 30}"),
+        ("expected.val_acc1", "{10: 130}"),
+        ("expected.val_acc1", "{10: 30, 10: 40}"),
+        ("expected.val_acc1", "{10: {20: 30}}"),
+        ("expected.val_acc1", "{first: 30}"),
+        ("expected.val_acc1", "{}"),
+        ("expected.val_acc1", "30"),
+        ("expected.val_acc1", "[30, 40]"),
         ("dist.port", "65536"),
         ("training.seed", "9223372036854775808"),
         ("training.epochs", "2026-99-99"),
@@ -354,6 +491,11 @@ def test_files_that_are_no_text_are_refused(tmp_path, refusal):
         (["--resume=no/last.ckpt"], "training.resume=no/last.ckpt (command line): no such file"),
         (["--model.weights=no/weights.pt"], "model.weights=no/weights.pt (command line): no such file"),
         ([f"--model.weights={__file__}", "--model.pretrained=1"], "exclude each other"),
+        (["--training.optimizer=lamb", "--training.nesterov=1"], "has no place in training.optimizer=lamb"),
+        (["--training.bce_threshold=0.2"], "has no place in training.loss=cross_entropy (default): it is bce's"),
+        (["--training.ema_rescale=1"], "needs a moving average: set training.ema_decay"),
+        (["--augmentation.repeats=3", "--data.order=quasi_random"], "needs --data.order=random"),
+        (["--validation.resize=200"], "is smaller than validation.resolution=224 (default), the crop from it"),
     ],
 )
 def test_settings_at_odds_are_refused(refusal, argv, expected):
@@ -439,8 +581,8 @@ def test_ffcv_imagenets_recipes_resolve_and_ours_agree(write, name, epochs):
         assert schedules[0].lr(step) == schedules[1].lr(step)
 
 
-def test_there_are_fifteen_recipes():
-    assert len(RECIPES) == 15
+def test_there_are_nineteen_recipes():
+    assert len(RECIPES) == 19
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -486,6 +628,85 @@ def test_evaluating_untrained_weights_is_noticed(tmp_path):
     assert read_recipe(["--eval_only", f"--model.weights={weights}"]).notices == []
 
 
+def test_expected_accuracies_are_read_alike_from_files_and_the_command_line(write):
+    recipe = read_recipe(["-C", write("expected:\n  val_acc1: {25: 50, 10: 3e1}\n  train_acc1: null\n"), "--epochs=25"])
+    assert courses(recipe) == {"val/acc1": {10: 30.0, 25: 50.0}} and list(recipe.expected.val_acc1) == [10, 25]
+    assert recipe.notices == []
+    other = read_recipe(["--expected.val_acc1=10:30,25:50", "--epochs=25"])
+    assert other.flat() == recipe.flat() and show(other.expected.val_acc1) == "10:30,25:50"
+
+
+def test_a_shorter_run_is_not_compared_with_the_expected_accuracies():
+    recipe = read_recipe(["-C", str(ROOT / "rn50_configs/single_gpu_100ep.yaml"), "--epochs=50"])
+    assert "those of 100 epochs; this run has 50" in recipe.notices[0]
+
+
+def published_row(stem, key):
+    """A setting's value in a recipe on 8 GPUs, and in its source."""
+    recipe = read_recipe(["-C", str(ROOT / f"rn50_configs/{stem}.yaml")])
+    planned = plan(recipe, world_size=8, **IMAGENET)
+    derived = {"global batch": planned.global_batch_size, "lr": planned.lr}
+    value, words = derived[key] if key in derived else recipe.flat()[key], PUBLISHED[stem][key]
+    return value, *(words if isinstance(words, tuple) and isinstance(words[1], str) else (words, show(words)))
+
+
+@pytest.mark.parametrize(("stem", "key"), [(stem, key) for stem, values in PUBLISHED.items() for key in values])
+def test_published_recipes_have_their_source_s_numbers(stem, key):
+    value, expected, _ = published_row(stem, key)
+    assert value == (pytest.approx(expected) if key == "lr" else expected)
+
+
+def test_published_recipes_leave_nothing_else_at_odds_with_the_defaults():
+    for stem, values in PUBLISHED.items():
+        recipe = read_recipe(["-C", str(ROOT / f"rn50_configs/{stem}.yaml")])
+        assert {key for key in recipe.flat() if recipe.source(key) != "default"} - values.keys() <= {
+            "model.library", "data.train_dataset", "data.val_dataset", "lr.base_lr", "training.batch_size",
+            "training.accumulation", "validation.lr_tta", "expected.global_batch_size",
+        }  # fmt: skip
+        assert not recipe.validation.lr_tta
+
+
+def test_torchvision_s_moving_average():
+    # (1 - 0.99998) * 8 * 128 * 32 / 600, whatever the number of GPUs that make up the global batch
+    recipe = read_recipe(["-C", str(ROOT / "rn50_configs/torchvision_v2.yaml"), "--training.accumulation=2"])
+    planned = plan(recipe, world_size=4, **IMAGENET)
+    assert planned.ema_decay == pytest.approx(1 - 0.00109227, abs=1e-8)
+    assert "moving average 0.998908 every 32 steps" in summary(recipe, planned)
+    assert rescaled_ema_decay(0.5, every=32, global_batch_size=1024, epochs=1) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("argv", "world_size", "notice"),
+    [
+        ([], 8, None),
+        (["--training.accumulation=2"], 4, None),
+        (["--training.accumulation=8"], 1, None),
+        ([], 1, "is 256, and the recipe was published with 2048; --training.accumulation=8 makes it the same"),
+        ([], 16, "is 4096, and the recipe was published with 2048; --batch_size 128 makes it the same"),
+        (["--batch_size=100"], 3, "is 300, and the recipe was published with 2048"),
+    ],
+)
+def test_another_global_batch_than_the_published_is_noticed(argv, world_size, notice):
+    recipe = read_recipe(["-C", str(ROOT / "rn50_configs/rsb_a2.yaml"), *argv])
+    notices = plan(recipe, world_size=world_size, **IMAGENET).notices
+    assert len(notices) == (notice is not None)
+    assert notice is None or notices[0].endswith(notice)
+
+
+def published_table():
+    """The published recipes, value by value, as a Markdown table."""
+    keys = dict.fromkeys(key for values in PUBLISHED.values() for key in values)
+    rows = ["| setting | " + " | ".join(f"{stem} | source" for stem in PUBLISHED) + " |"]
+    rows.append("|---" * (1 + 2 * len(PUBLISHED)) + "|")
+    for key in [*(key for key in keys if "." not in key), *(key for key in read_recipe([]).flat() if key in keys)]:
+        cells = [f"`{key}`" if "." in key else key]
+        for stem, values in PUBLISHED.items():
+            value, _, source = published_row(stem, key) if key in values else ("", "", "")
+            cells += [show(value), source]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def settings_table():
     """Every setting of the recipe as a Markdown table."""
     short = {target if isinstance(target, str) else target[0]: flag for flag, target in FLAGS.items()}
@@ -496,10 +717,14 @@ def settings_table():
     return "\n".join(rows)
 
 
-def test_the_table_of_settings_in_the_documentation_is_current():
+TABLES = {"settings": settings_table, "published": published_table}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_in_the_documentation_are_current(name):
     text = (ROOT / "docs/RECIPES.md").read_text()
-    table = text.split(TABLE_MARKS[0])[1].split(TABLE_MARKS[1])[0].strip()
-    assert table == settings_table(), f"run: PYTHONPATH=. python {Path(__file__).relative_to(ROOT)}"
+    table = text.split(f"<!-- {name} -->")[1].split(f"<!-- end of {name} -->")[0].strip()
+    assert table == TABLES[name](), f"run: PYTHONPATH=. python {Path(__file__).relative_to(ROOT)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -531,6 +756,14 @@ def test_linear_scaling_and_steps(argv, world_size, lr, arithmetic, global_batch
 def test_accumulation_drops_what_is_left_of_an_epoch():
     recipe = read_recipe(["--batch_size=10", "--training.accumulation=3"])
     assert plan(recipe, world_size=1, num_train=89, num_val=1).steps_per_epoch == 2  # 8 batches, 2 left over
+
+
+def test_repeats_leave_an_epoch_at_a_multiple_of_256_images():
+    for repeats, steps in ((1, 3), (3, 2)):
+        recipe = read_recipe(["--batch_size=100", f"--augmentation.repeats={repeats}"])
+        assert plan(recipe, world_size=1, num_train=300, num_val=1).steps_per_epoch == steps
+    recipe = read_recipe(["--batch_size=100", "--augmentation.repeats=3"])
+    assert plan(recipe, world_size=1, num_train=250, num_val=1).steps_per_epoch == 2
 
 
 def test_plans_that_cannot_be():
@@ -583,5 +816,7 @@ def test_summary_tells_what_matters(write):
 
 if __name__ == "__main__":
     document = ROOT / "docs/RECIPES.md"
-    before, after = re.split(f"{TABLE_MARKS[0]}.*{TABLE_MARKS[1]}", document.read_text(), flags=re.DOTALL)
-    document.write_text(f"{before}{TABLE_MARKS[0]}\n{settings_table()}\n{TABLE_MARKS[1]}{after}")
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, after = re.split(f"{begin}.*{end}", document.read_text(), flags=re.DOTALL)
+        document.write_text(f"{before}{begin}\n{table()}\n{end}{after}")

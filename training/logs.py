@@ -7,7 +7,12 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+
 from training.checkpoint import TrainState
+
+Courses = dict[str, dict[int, float]]
+METRICS = {"loss": "loss", "acc1": "top-1", "acc5": "top-5"}
 
 
 class RunLog:
@@ -19,11 +24,14 @@ class RunLog:
         Holds ``<run>.log`` as the console shows it, ``<run>.jsonl``, ``<run>.png``; made by `open`.
     is_main : bool
         Whether this is rank 0.
+    courses : dict of str to dict of int to float, optional
+        Accuracies to compare with, in percent by epochs finished: for ``train/acc1``, ``val/acc1``, ``val/acc5``.
     """
 
-    def __init__(self, folder: Path, is_main: bool):
+    def __init__(self, folder: Path, is_main: bool, courses: Courses | None = None):
         self.folder = folder
         self.is_main = is_main
+        self.courses = courses or {}
         self._file: TextIO | None = None
         self._run_name = ""
         self._wandb: Any = None
@@ -79,7 +87,7 @@ class RunLog:
             return
         with open(self._records_path, "a", encoding="utf-8") as file:
             file.write(json.dumps({**values, "step": step, "time": time.time()}) + "\n")
-        draw_curve(self.records(), self.folder / f"{self._run_name}.png")
+        draw_curve(self.records(), self.folder / f"{self._run_name}.png", self.courses)
         self.metrics(values, step)
 
     def close(self, exit_code: int = 0) -> None:
@@ -137,7 +145,35 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
+def pace(values: dict[str, float], courses: Courses, num_epochs: int) -> str:
+    """Where accuracies stand against the expected ones, in percent points; "" where nothing is expected.
+
+    Between two stated epochs the expectation lies on the straight line that joins them; before the first, that one is
+    named.
+
+    Parameters
+    ----------
+    values : dict
+        Accuracies in [0, 1] by the names of the courses.
+    courses : dict
+        As for `RunLog`.
+    num_epochs : int
+        Epochs finished.
+    """
+    parts = []
+    for name, course in courses.items():
+        split, metric = name.split("/")
+        label = f"{split} {METRICS[metric]}"
+        epochs = list(course)
+        if num_epochs < epochs[0]:
+            parts.append(f"{label} {course[epochs[0]]:g} % after {epochs[0]} epochs")
+        elif num_epochs <= epochs[-1] and name in values:
+            expected = float(np.interp(num_epochs, epochs, list(course.values())))
+            parts.append(f"{label} {expected:.1f} % ({100 * values[name] - expected:+.1f})")
+    return f"expected {', '.join(parts)}" if parts else ""
+
+
+def draw_curve(records: list[dict[str, Any]], path: Path, courses: Courses) -> None:
     """Draw loss and accuracies over epochs into a PNG.
 
     Parameters
@@ -146,6 +182,8 @@ def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
         As in the JSONL file: ``epoch`` and some of ``train/loss``, ``val/acc1``, ...
     path : Path
         Of the PNG, replaced whole.
+    courses : dict
+        As for `RunLog`; drawn as crosses.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -157,8 +195,12 @@ def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
         for split, style in (("train", "--"), ("val", "-")):
             for color, name in enumerate(names):
                 points = [(r["epoch"] + 1, r[f"{split}/{name}"]) for r in records if f"{split}/{name}" in r]
+                label, look = f"{split} {METRICS[name]}", {"color": f"C{color}", "linestyle": style}
                 if points:
-                    axes.plot(*zip(*points, strict=True), style, color=f"C{color}", label=f"{split} {name}", marker=".")
+                    axes.plot(*zip(*points, strict=True), label=label, marker=".", **look)
+                if course := courses.get(f"{split}/{name}"):
+                    percents = [percent / 100 for percent in course.values()]
+                    axes.plot(list(course), percents, label=f"{label}, expected", marker="x", alpha=0.4, **look)
         axes.set_xlabel("epochs finished")
         axes.grid(alpha=0.3)
         if axes.lines:

@@ -59,14 +59,6 @@ def build_optimizer(
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
 
 
-def rescaled_ema_decay(decay: float, *, every: int, global_batch_size: int, epochs: int) -> float:
-    """A decay stated for one epoch-long average, rescaled to a run's number of updates as torchvision's references do.
-
-    ``alpha' = min(1, (1 - decay) * global_batch_size * every / epochs)``, and the decay is ``1 - alpha'``.
-    """
-    return 1.0 - min(1.0, (1.0 - decay) * global_batch_size * every / epochs)
-
-
 def build_ema(model: torch.nn.Module, decay: float) -> AveragedModel | None:
     """Exponential moving average of a model's parameters and buffers, None for a decay of 0.
 

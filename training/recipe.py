@@ -25,6 +25,8 @@ from fastargs import Config, Param, Section, validation
 COMMAND_LINE = "command line"
 DEFAULT = "default"
 LR_BATCH_SIZE = 256
+# Under repeated augmentation an epoch is a multiple of this many images, as that of timm's RepeatAugSampler.
+REPEATED_ROUND = 256
 SECONDS_TO_SPEAK = 5
 
 
@@ -147,6 +149,32 @@ class Range(validation.Checker):
         return "two numbers LOW,HIGH with 0 < LOW <= HIGH" + ("" if self.max is None else f" <= {self.max:g}")
 
 
+class AutoAugment(validation.Checker):
+    """``trivial``, or timm's string for RandAugment, whose parts are read by those who augment."""
+
+    def check(self, value: Any) -> str:
+        if value != "trivial" and not re.fullmatch(r"rand(-[\w.]+)*", str(value)):
+            raise ValueError
+        return str(value)
+
+    def help(self) -> str:
+        return "trivial, or timm's string such as rand-m7-mstd0.5-inc1"
+
+
+class Course(validation.Checker):
+    """Percentages at epochs: a YAML mapping, or ``10:30,25:50`` on the command line. Gives a dict in epoch order."""
+
+    def check(self, value: Any) -> dict[int, float]:
+        pairs = [part.split(":") for part in value.split(",")] if isinstance(value, str) else value
+        points = [(Integer(min=1).check(epoch), Number(min=0, max=100).check(percent)) for epoch, percent in pairs]
+        if not points or len(dict(points)) < len(points):
+            raise ValueError
+        return dict(sorted(points))
+
+    def help(self) -> str:
+        return "EPOCH: PERCENT, any number of them, each epoch >= 1 and once"
+
+
 def _strict(checker: validation.Checker) -> validation.Checker:
     """The strict counterpart of one of fastargs' own checkers, any other as it is."""
     plain = {
@@ -212,7 +240,7 @@ class Settings:
         return [
             f"{key}: " + " -> ".join(f"{show(value)} ({source})" for value, source in given[1:])
             for key, given in self._history.items()
-            if len({value for value, _ in given[1:]}) > 1
+            if any(value != given[1][0] for value, _ in given[2:])
         ]
 
 
@@ -374,13 +402,10 @@ def _walk(
             raise Mistake(f"{where}: {key} is set twice, first in line {lines[key]}: keep one")
         lines[key] = line
         if key in parameters:
-            if isinstance(value_node, yaml.MappingNode):
+            is_course = isinstance(parameters[key].checker, Course)
+            if isinstance(value_node, yaml.MappingNode) and not is_course:
                 raise Mistake(f"{where}: {key} must be {_strict(parameters[key].checker).help()}, not a mapping")
-            try:
-                raw = loader.construct_object(value_node, deep=True)
-            except ValueError:  # what looks like a date and is none: let the checker see the text
-                raw = value_node.value
-            yield key, raw, where
+            yield key, _construct(loader, value_node), where
         elif any(known.startswith(f"{key}.") for known in parameters):
             if isinstance(value_node, yaml.MappingNode):
                 yield from _walk(parameters, path, loader, value_node, f"{key}.", lines)
@@ -389,6 +414,16 @@ def _walk(
         else:
             names = [*parameters, *({known.split(".")[0] for known in parameters} if not prefix else ())]
             raise Mistake(f"{where}: unknown setting {key}{did_you_mean(key, names)}")
+
+
+def _construct(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    """The value of a node; a mapping as its pairs, so that a name given twice is not lost."""
+    if isinstance(node, yaml.MappingNode):
+        return [(_construct(loader, name), _construct(loader, value)) for name, value in node.value]
+    try:
+        return loader.construct_object(node, deep=True)
+    except ValueError:  # what looks like a date and is none: let the checker see the text
+        return node.value
 
 
 def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
@@ -411,6 +446,8 @@ def show(value: Any) -> str:
     """A value as it would be typed on the command line."""
     if isinstance(value, tuple):
         return ",".join(show(part) for part in value)
+    if isinstance(value, dict):
+        return ",".join(f"{name}:{show(part)}" for name, part in value.items())
     if isinstance(value, bool):
         return str(int(value))
     return f"{value:.10g}" if isinstance(value, float) else str(value)
@@ -506,6 +543,11 @@ _section(
     mix_per=Param(
         Choice("batch", "element"), "one draw of lambda and box for each batch or each image", default="batch"
     ),
+    auto_augment=Param(AutoAugment(), "TrivialAugmentWide, or RandAugment, between crop and mixing; None: neither"),
+    erasing=Param(Number(min=0, max=1), "probability that a random rectangle of an image is erased", default=0.0),
+    repeats=Param(
+        Integer(min=1), "copies of an image, augmented differently, in and across the ranks' batches", default=1
+    ),
 )
 _section(
     "lr",
@@ -524,12 +566,17 @@ _section(
     "training",
     "optimisation",
     eval_only=Param(Switch(), "evaluate the weights at hand and stop", default=0),
+    preview=Param(Text(), "draw training images as the model gets them into this PNG and stop"),
     dry_run=Param(Switch(), "show the resolved recipe and its arithmetic and stop; needs no data", default=0),
     batch_size=Param(Integer(min=1), "images per GPU and batch", default=512),
     accumulation=Param(Integer(min=1), "batches per optimizer step", default=1),
-    optimizer=Param(Choice("sgd"), "optimizer", default="sgd"),
+    loss=Param(
+        Choice("cross_entropy", "bce"), "cross entropy, or binary cross entropy of each class", default="cross_entropy"
+    ),
+    bce_threshold=Param(Number(min=0, below=1), "bce: targets above it count as 1, others as 0; None: as they are"),
+    optimizer=Param(Choice("sgd", "lamb", "adamw"), "optimizer", default="sgd"),
     momentum=Param(Number(min=0, below=1), "SGD's momentum", default=0.9),
-    nesterov=Param(Switch(), "Nesterov momentum", default=0),
+    nesterov=Param(Switch(), "SGD's momentum is Nesterov's", default=0),
     weight_decay=Param(Number(min=0), "weight decay", default=4e-5),
     bn_wd=Param(Number(min=0), "weight decay of one-dimensional parameters (norm, bias); None: as weight_decay"),
     epochs=Param(Integer(min=1), "passes over the training split", default=30),
@@ -538,10 +585,18 @@ _section(
     use_blurpool=Param(Switch(), "blur before strided convolutions", default=0),
     precision=Param(Choice("16-mixed", "bf16-mixed", "32"), "arithmetic", default="16-mixed"),
     grad_clip=Param(Number(min=0), "largest norm of the gradient; 0: no clipping", default=0.0),
+    agc=Param(
+        Number(min=0),
+        "adaptive clipping: largest norm of each unit's gradient, as a share of its weights'; 0: no clipping",
+        default=0.0,
+    ),
     ema_decay=Param(
         Number(min=0, below=1), "decay of the moving average of weights, which is then evaluated; 0: none", default=0.0
     ),
     ema_every=Param(Integer(min=1), "optimizer steps between updates of the moving average", default=1),
+    ema_rescale=Param(
+        Switch(), "1 - ema_decay is stated for one image and one epoch, and scaled as torchvision does", default=0
+    ),
     channels_last=Param(Switch(), "memory format of images and weights", default=1),
     seed=Param(Integer(min=0, max=2**63 - 1), "of initial weights, order, crops, mixing", default=0),
     resume=Param(Text(), "checkpoint to go on from, such as checkpoints/last.ckpt"),
@@ -556,6 +611,7 @@ _section(
     crop_ratio=Param(
         Number(min=0.01, max=1), "side of the centre crop, as a share of the image's shorter side", default=0.875
     ),
+    resize=Param(Integer(min=1), "instead of crop_ratio: the shorter side before the centre crop (px), as torchvision"),
     interpolation=Param(Choice("bilinear", "bicubic"), "of the resampling to size", default="bilinear"),
 )
 _section(
@@ -564,6 +620,14 @@ _section(
     folder=Param(Text(), "holds logs/ and checkpoints/", default="."),
     log_level=Param(Integer(min=0), "0: evaluate and log at the end only; 1: every epoch", default=1),
     log_every=Param(Integer(min=1), "optimizer steps between progress lines", default=50),
+)
+_section(
+    "expected",
+    "what the recipe's source reports, for comparison: top-1 and top-5 in percent after so many epochs",
+    train_acc1=Param(Course(), "top-1 on the training split"),
+    val_acc1=Param(Course(), "top-1 on the validation split"),
+    val_acc5=Param(Course(), "top-5 on the validation split"),
+    global_batch_size=Param(Integer(min=1), "images per optimizer step there"),
 )
 _section(
     "wandb",
@@ -591,6 +655,7 @@ FLAGS: dict[str, str | tuple[str, str]] = {
     "wandb_name": "wandb.name",
     "no_wandb": ("wandb.enable", "0"),
     "dry_run": ("training.dry_run", "1"),
+    "preview": "training.preview",
     "eval_only": ("training.eval_only", "1"),
 }
 DESCRIPTION = """Train an image classifier from a recipe.
@@ -640,8 +705,18 @@ def check_recipe(recipe: Settings) -> None:
         raise Mistake(
             f"{said('lr.warmup_epochs')} must be less than {said('training.epochs')}: pass --lr.warmup_epochs=0"
         )
+    if training.nesterov and training.optimizer != "sgd":
+        raise Mistake(f"{said('training.nesterov')} has no place in {said('training.optimizer')}: it is SGD's")
     if training.nesterov and not training.momentum:
         raise Mistake(f"{said('training.nesterov')} needs a momentum, not {said('training.momentum')}")
+    if training.bce_threshold is not None and training.loss != "bce":
+        raise Mistake(f"{said('training.bce_threshold')} has no place in {said('training.loss')}: it is bce's")
+    if training.ema_rescale and not training.ema_decay:
+        raise Mistake(f"{said('training.ema_rescale')} needs a moving average: set training.ema_decay")
+    if recipe.augmentation.repeats > 1 and recipe.data.order != "random":
+        raise Mistake(f"{said('augmentation.repeats')} needs --data.order=random, not {said('data.order')}")
+    if recipe.validation.resize is not None and recipe.validation.resize < recipe.validation.resolution:
+        raise Mistake(f"{said('validation.resize')} is smaller than {said('validation.resolution')}, the crop from it")
     if model.pretrained and model.weights:
         raise Mistake(f"{said('model.pretrained')} and {said('model.weights')} exclude each other: set one")
     for key in ("model.weights", "training.resume"):
@@ -652,6 +727,11 @@ def check_recipe(recipe: Settings) -> None:
 
 def _find_notices(recipe: Settings) -> Iterable[str]:
     lr, training, model = recipe.lr, recipe.training, recipe.model
+    if ends := {max(course) for course in courses(recipe).values() if max(course) > training.epochs}:
+        yield (
+            f"the expected accuracies are those of {max(ends)} epochs; this run has {training.epochs} and is not "
+            "compared with them"
+        )
     if recipe.data.gpu is not None:
         yield f"data.gpu={recipe.data.gpu} ({recipe.source('data.gpu')}) has no effect here"
     if lr.lr_schedule_type == "cyclic" and lr.lr_peak_epoch >= training.epochs:
@@ -661,6 +741,16 @@ def _find_notices(recipe: Settings) -> Iterable[str]:
         )
     if training.eval_only and not (model.pretrained or model.weights or training.resume):
         yield "evaluating untrained weights: model.weights, model.pretrained or --resume give others"
+
+
+def courses(recipe: Settings) -> dict[str, dict[int, float]]:
+    """The accuracies a recipe expects, in percent by epochs finished, under the names of the run's metrics."""
+    expected = {
+        "train/acc1": recipe.expected.train_acc1,
+        "val/acc1": recipe.expected.val_acc1,
+        "val/acc5": recipe.expected.val_acc5,
+    }
+    return {name: course for name, course in expected.items() if course}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -685,6 +775,10 @@ class Plan:
         Optimizer steps. What is left of an epoch after its last full step is not trained on.
     num_train, num_val : int
         Images of the two splits.
+    ema_decay : float
+        Of the moving average at each of its updates; 0 for none.
+    notices : tuple of str
+        What the user should know though nothing is wrong.
     """
 
     world_size: int
@@ -698,6 +792,8 @@ class Plan:
     total_steps: int
     num_train: int
     num_val: int
+    ema_decay: float
+    notices: tuple[str, ...]
 
 
 def plan(recipe: Settings, *, world_size: int, num_train: int, num_val: int) -> Plan:
@@ -722,7 +818,10 @@ def plan(recipe: Settings, *, world_size: int, num_train: int, num_val: int) -> 
     """
     training = recipe.training
     global_batch_size = training.batch_size * world_size * training.accumulation
-    steps_per_epoch = num_train // (training.batch_size * world_size) // training.accumulation
+    seen = num_train
+    if recipe.augmentation.repeats > 1 and num_train >= REPEATED_ROUND:
+        seen = num_train // REPEATED_ROUND * REPEATED_ROUND
+    steps_per_epoch = seen // (training.batch_size * world_size) // training.accumulation
     if num_val < 1:
         raise ValueError(f"{recipe.data.val_dataset} has no images")
     if steps_per_epoch < 1 and not training.eval_only:
@@ -736,6 +835,11 @@ def plan(recipe: Settings, *, world_size: int, num_train: int, num_val: int) -> 
     if lr is None:
         lr = recipe.lr.base_lr * global_batch_size / LR_BATCH_SIZE
         arithmetic = f"{show(recipe.lr.base_lr)} x {global_batch_size} / {LR_BATCH_SIZE} = {lr:.6g}"
+    ema_decay = training.ema_decay
+    if training.ema_rescale:
+        ema_decay = rescaled_ema_decay(
+            ema_decay, every=training.ema_every, global_batch_size=global_batch_size, epochs=training.epochs
+        )
     if recipe.lr.min_lr > lr:
         raise ValueError(f"lr.min_lr={show(recipe.lr.min_lr)} is above the peak learning rate, {arithmetic}")
     return Plan(
@@ -750,7 +854,33 @@ def plan(recipe: Settings, *, world_size: int, num_train: int, num_val: int) -> 
         total_steps=steps_per_epoch * training.epochs,
         num_train=num_train,
         num_val=num_val,
+        ema_decay=ema_decay,
+        notices=tuple(_batch_notices(recipe, world_size, global_batch_size)),
     )
+
+
+def rescaled_ema_decay(decay: float, *, every: int, global_batch_size: int, epochs: int) -> float:
+    """A decay stated for one image and one epoch, rescaled to a run's updates as torchvision's references do.
+
+    ``alpha' = min(1, (1 - decay) * global_batch_size * every / epochs)``, and the decay is ``1 - alpha'``.
+    """
+    return 1.0 - min(1.0, (1.0 - decay) * global_batch_size * every / epochs)
+
+
+def _batch_notices(recipe: Settings, world_size: int, global_batch_size: int) -> Iterable[str]:
+    """Whether the global batch is the one that the recipe was published with, and what would make it so."""
+    training, published = recipe.training, recipe.expected.global_batch_size
+    if published in (None, global_batch_size) or training.eval_only:
+        return
+    per_accumulation = training.batch_size * world_size
+    accumulation, left = divmod(published, per_accumulation)
+    batch_size, rest = divmod(published, world_size * training.accumulation)
+    remedy = ""
+    if accumulation and not left:
+        remedy = f"; --training.accumulation={accumulation} makes it the same"
+    elif batch_size and not rest:
+        remedy = f"; --batch_size {batch_size} makes it the same"
+    yield f"the global batch is {global_batch_size}, and the recipe was published with {published}{remedy}"
 
 
 def _batch_arithmetic(batch_size: int, world_size: int, accumulation: int) -> str:
@@ -766,11 +896,13 @@ def summary(recipe: Settings, plan: Plan) -> str:
     rows = [
         ("recipe", files),
         *(("  override", line) for line in recipe.overrides()),
-        ("model", _model_line(recipe)),
+        ("model", _model_line(recipe, plan)),
         ("train", f"{recipe.data.train_dataset}, {plan.num_train:,} images, {recipe.data.order} order"),
         ("val", f"{recipe.data.val_dataset}, {plan.num_val:,} images"),
         ("crops", _crops_line(recipe)),
+        ("augmentation", _augmentation_line(recipe)),
         ("mixing", _mixing_line(recipe)),
+        ("loss", _loss_line(recipe)),
         (
             "global batch",
             f"{_batch_arithmetic(plan.batch_size, plan.world_size, plan.accumulation)} = {plan.global_batch_size}",
@@ -789,14 +921,14 @@ def _resolved_lines(recipe: Settings) -> Iterable[str]:
     for section, values in recipe.to_dict().items():
         yield f"{section}:"
         for name, value in values.items():
-            if (section, name) == ("training", "dry_run"):
+            if (section, name) in (("training", "dry_run"), ("training", "preview")):
                 continue
             text = yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n...\n").strip()
             source = recipe.source(f"{section}.{name}")
             yield f"  {name}: {text}" if source == DEFAULT else f"  {f'{name}: {text}':<40}  # {source}"
 
 
-def _model_line(recipe: Settings) -> str:
+def _model_line(recipe: Settings, plan: Plan) -> str:
     model, training = recipe.model, recipe.training
     start = "pretrained" if model.pretrained else f"weights of {model.weights}" if model.weights else "from scratch"
     parts = [
@@ -806,7 +938,7 @@ def _model_line(recipe: Settings) -> str:
     ]
     parts += ["BlurPool"] * training.use_blurpool
     parts += [f"drop path {show(model.drop_path)}"] * bool(model.drop_path)
-    parts += [f"moving average {show(training.ema_decay)} every {training.ema_every} steps"] * bool(training.ema_decay)
+    parts += [f"moving average {plan.ema_decay:.6g} every {training.ema_every} steps"] * bool(training.ema_decay)
     return ", ".join(parts)
 
 
@@ -815,10 +947,32 @@ def _crops_line(recipe: Settings) -> str:
     size = f"{resolution.min_res} px"
     if resolution.min_res < resolution.max_res:
         size += f" to epoch {resolution.start_ramp}, {resolution.max_res} px from epoch {resolution.end_ramp}"
+    ratio = f"ratio {show(validation_.crop_ratio)}"
+    if validation_.resize is not None:
+        ratio = f"from {validation_.resize} px"
     return (
-        f"{size}, scale {show(augmentation.crop_scale)}, flip {show(augmentation.flip)}; validation "
-        f"{validation_.resolution} px, ratio {show(validation_.crop_ratio)}" + ", both flips" * validation_.lr_tta
+        f"{size}, {augmentation.interpolation}, scale {show(augmentation.crop_scale)}, flip {show(augmentation.flip)}; "
+        f"validation {validation_.resolution} px, {ratio}, {validation_.interpolation}"
+        + ", both flips"
+        * validation_.lr_tta
     )
+
+
+def _augmentation_line(recipe: Settings) -> str:
+    augmentation = recipe.augmentation
+    named = {None: [], "trivial": ["TrivialAugmentWide"]}
+    parts = list(named.get(augmentation.auto_augment, [f"RandAugment {augmentation.auto_augment}"]))
+    parts += [f"erasing {show(augmentation.erasing)}"] * bool(augmentation.erasing)
+    parts += [f"{augmentation.repeats} copies of each image"] * (augmentation.repeats > 1)
+    return ", ".join(parts or ["none"])
+
+
+def _loss_line(recipe: Settings) -> str:
+    training = recipe.training
+    if training.loss == "cross_entropy":
+        return "cross entropy"
+    threshold = f", targets above {show(training.bce_threshold)} count as 1" * (training.bce_threshold is not None)
+    return f"binary cross entropy{threshold}"
 
 
 def _mixing_line(recipe: Settings) -> str:
@@ -842,8 +996,10 @@ def _schedule_line(recipe: Settings) -> str:
 
 def _optimizer_line(recipe: Settings) -> str:
     training = recipe.training
-    parts = [training.optimizer, f"momentum {show(training.momentum)}" + " (Nesterov)" * training.nesterov]
+    parts = [training.optimizer]
+    parts += [f"momentum {show(training.momentum)}" + " (Nesterov)" * training.nesterov] * (parts == ["sgd"])
     parts.append(f"weight decay {show(training.weight_decay)}")
     parts += [f"{show(training.bn_wd)} on one-dimensional parameters"] * (training.bn_wd is not None)
     parts += [f"gradient clipped to {show(training.grad_clip)}"] * bool(training.grad_clip)
+    parts += [f"each unit's to {show(training.agc)} of its weights"] * bool(training.agc)
     return ", ".join(parts)

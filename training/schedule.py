@@ -67,6 +67,18 @@ class Schedule:
     resolution: Callable[[int], int]
 
 
+def build_resolution(recipe: Settings) -> Callable[[int], int]:
+    """The side of the training crops in px, of an epoch, counted from 0; see `resolution_at`."""
+    resolution = recipe.resolution
+    return functools.partial(
+        resolution_at,
+        min_res=resolution.min_res,
+        max_res=resolution.max_res,
+        start_ramp=resolution.start_ramp,
+        end_ramp=resolution.end_ramp,
+    )
+
+
 def build_schedule(recipe: Settings, plan: Plan) -> Schedule:
     """The schedules that a recipe asks for.
 
@@ -81,7 +93,7 @@ def build_schedule(recipe: Settings, plan: Plan) -> Schedule:
     plan : Plan
         Peak learning rate, epochs, steps an epoch.
     """
-    settings, resolution = recipe.lr, recipe.resolution
+    settings = recipe.lr
     at_epoch = {
         "cyclic": functools.partial(cyclic_lr, lr=plan.lr, peak_epoch=settings.lr_peak_epoch, epochs=plan.epochs),
         "step": functools.partial(
@@ -102,13 +114,4 @@ def build_schedule(recipe: Settings, plan: Plan) -> Schedule:
             value *= settings.warmup_lr + (1 - settings.warmup_lr) * step / warmup_steps
         return value
 
-    return Schedule(
-        lr=lr,
-        resolution=functools.partial(
-            resolution_at,
-            min_res=resolution.min_res,
-            max_res=resolution.max_res,
-            start_ramp=resolution.start_ramp,
-            end_ramp=resolution.end_ramp,
-        ),
-    )
+    return Schedule(lr=lr, resolution=build_resolution(recipe))

@@ -1,0 +1,89 @@
+"""A contact sheet: training images as the model gets them, with their targets."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+COLUMNS = 8
+NUM_IMAGES = 4 * COLUMNS
+MIN_CELL_PX = 160
+CAPTION_PX = 40
+GAP_PX = 10
+
+
+def denormalized(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Normalised images, float (N, 3, H, W), as 8-bit ones again, uint8 (N, H, W, 3); mean and std in 0 to 255."""
+    channels_last = images.permute(0, 2, 3, 1).float().cpu()
+    return (channels_last * torch.tensor(std) + torch.tensor(mean)).round().clamp(0, 255).byte().numpy()
+
+
+def take_images(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], num_batches: int) -> tuple[torch.Tensor, ...]:
+    """The first images of the first few batches, `NUM_IMAGES` in all, and their targets.
+
+    Of several batches, because one batch may share one draw of what is mixed and how.
+
+    Parameters
+    ----------
+    batches : iterable
+        Images, float (N, 3, H, W), and targets, float (N, K); valid until the next is asked for.
+    num_batches : int
+        How many there are.
+    """
+    rows = min(NUM_IMAGES // COLUMNS, num_batches)
+    taken = [
+        (images[: NUM_IMAGES // rows].cpu().clone(), targets[: NUM_IMAGES // rows].cpu().clone())
+        for (images, targets), _ in zip(batches, range(rows), strict=False)
+    ]
+    images, targets = zip(*taken, strict=True)
+    return torch.cat(images), torch.cat(targets)
+
+
+def caption(target: np.ndarray, classes: Sequence[str] | None) -> str:
+    """The classes of a target, float (K,), that stand out from the rest, heaviest first: a line each, at most two."""
+    lines = []
+    for label in np.argsort(-target, kind="stable")[:2]:
+        if target[label] > target.min() + 1e-4:
+            name = classes[label] if classes else f"class {label}"
+            lines.append(f"{name if len(name) <= 18 else name[:17] + '…'}  {target[label]:.3f}")
+    return "\n".join(lines)
+
+
+def draw_contact_sheet(
+    images: np.ndarray, targets: np.ndarray, path: Path, *, classes: Sequence[str] | None, title: str
+) -> None:
+    """Draw images in rows of eight, pixel for pixel or magnified by a whole number, over their targets.
+
+    Parameters
+    ----------
+    images : ndarray of uint8, shape (N, H, W, 3)
+    targets : ndarray of float, shape (N, K)
+    path : Path
+        Of the PNG, replaced whole.
+    classes : sequence of str, optional
+        Names of the K classes.
+    title : str
+        Lines above the images.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    factor = -(-MIN_CELL_PX // images.shape[1])
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    side = images.shape[1]
+    num_rows = -(-len(images) // COLUMNS)
+    title_px = 20 * (title.count("\n") + 1) + GAP_PX
+    width, height = COLUMNS * (side + GAP_PX) + GAP_PX, num_rows * (side + CAPTION_PX) + title_px + GAP_PX
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+    FigureCanvasAgg(figure)
+    figure.text(GAP_PX / width, 1 - GAP_PX / height, title, va="top", fontsize=10)
+    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+        row, column = divmod(number, COLUMNS)
+        left, top = GAP_PX + column * (side + GAP_PX), GAP_PX + title_px + row * (side + CAPTION_PX)
+        figure.figimage(image, left, height - top - side)
+        figure.text(left / width, 1 - (top + side + 3) / height, caption(target, classes), va="top", fontsize=8)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=100)
+    os.replace(temporary, path)
