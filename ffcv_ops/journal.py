@@ -52,7 +52,7 @@ class PartialFile:
         self._disk = ThreadPoolExecutor(1)
         self._commits: deque[Future[None]] = deque()
         self._uncommitted: list[bytes] = []
-        self._committed_s = time.monotonic()
+        self._committed_s = -_COMMIT_EVERY_S
         try:
             _lock(self._file, self.path)
             self.resumed, self.changed = self._resume(identity)

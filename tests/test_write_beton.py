@@ -1,0 +1,237 @@
+"""write_beton.py as people run it: what it prints, what it leaves behind, its exit status."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from ffcv_ops.beton import read_beton
+
+SCRIPT = Path(__file__).parents[1] / "write_beton.py"
+PHOTOGRAPHS = load_sample_images().images
+
+
+def run(*arguments, status=0, **options):
+    """Run the script; return what it printed."""
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    output = process.stdout + process.stderr
+    assert process.returncode == status, output
+    assert "Traceback" not in output
+    return output
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two splits of small photographs, in four classes."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 24), ("val", 12)):
+        for number in range(count):
+            path = folder / split / f"class_{number % 4}" / f"{number}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(PHOTOGRAPHS[number % 2][number : number + 90, number : number + 120]).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Images whose decoding takes seconds, for runs to be interrupted."""
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "class").mkdir()
+    for number in range(6):
+        image = np.kron(PHOTOGRAPHS[number % 2][:400, number:500], np.ones((4, 4, 1), np.uint8))
+        Image.fromarray(image).save(folder / "class" / f"{number}.jpg")
+        for copy in range(1, 10):
+            shutil.copy(folder / "class" / f"{number}.jpg", folder / "class" / f"{number}_{copy}.jpg")
+    return folder
+
+
+@pytest.fixture
+def written(data, tmp_path):
+    """A train file that has been written, its folder for others."""
+    run("--split", "train", "--source", data / "train", "--target", tmp_path / "train.beton", "--num_workers=2")
+    return tmp_path / "train.beton"
+
+
+def test_both_splits_and_the_check_of_their_files(data, written):
+    output = run("--split=val", f"--source={data / 'val'}", f"--target={written.parent / 'val.beton'}")
+    assert "12 images of about" in output and "12 images, " in output and "4 classes of 3 to 3 images" in output
+    assert "digest sha256:" in output
+    assert read_beton(written).num_samples == 24
+    assert read_beton(written.parent / "val.beton").classes == [f"class_{number}" for number in range(4)]
+    assert "sound" in run("--verify", written, "--num_workers=1")
+
+
+def test_the_target_is_beside_the_folder(data, tmp_path):
+    shutil.copytree(data / "val", tmp_path / "val")
+    output = run("--split=val", "--source", "val", cwd=tmp_path)
+    assert "train.beton.json: not there, so the classes are not compared" in output
+    assert read_beton(tmp_path / "val.beton").num_samples == 12
+
+
+def test_settings_come_from_a_file_too(data, tmp_path):
+    recipe = tmp_path / "write.yaml"
+    recipe.write_text(f"write:\n  source: {data / 'train'}\n  mode: raw\n  max_side: 64\n  subset: 10\n")
+    run("--config-file", recipe, "--target", tmp_path / "train.beton", "--max_side=32")
+    found = read_beton(tmp_path / "train.beton")
+    assert found.num_samples == 10
+    assert (found.metadata["f0"]["mode"] == 1).all() and (found.metadata["f0"]["width"] == 32).all()
+
+
+def test_help_explains_every_setting():
+    output = run("--help")
+    for name in ("split", "source", "target", "mode", "max_side", "quality", "num_workers", "raw_share", "subset"):
+        assert f"--{name}" in output
+    for name in ("seed", "page_size", "on_error", "overwrite", "verify", "smart_threshold", "train_manifest"):
+        assert f"--{name}" in output
+
+
+def test_mistakes_are_named_before_any_work(data, written, tmp_path):
+    source = data / "train"
+    before = sorted(tmp_path.rglob("*"))
+    mistakes = [
+        ([], "--split train"),
+        (["--source", tmp_path / "missing"], "no such folder"),
+        (["--source", data], f"use --source {data / 'train'}"),
+        (["--source", source, "--target", written], "use --overwrite"),
+        (["--source", source, "--qualty=3"], "did you mean --quality"),
+        (["--source", source, "--mode=png"], "one of jpg, raw, proportion, smart"),
+        (["--source", source, "--target", tmp_path / "new.beton", "--page_size=1000000"], "power of two"),
+        (["--verify", tmp_path / "missing"], "no such file"),
+        (["--split=val", "--source", source, "--target", tmp_path / "v", "--train_manifest", SCRIPT], "not a readable"),
+    ]
+    for arguments, message in mistakes:
+        assert message in run(*arguments, status=2)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_val_folder_with_other_classes_is_refused(data, written, tmp_path):
+    shutil.copytree(data / "val", tmp_path / "other")
+    (tmp_path / "other" / "class_2").rename(tmp_path / "other" / "class_9")
+    arguments = ["--split=val", "--source", tmp_path / "other", "--target", tmp_path / "val.beton"]
+    assert "it lacks class_2; has also class_9" in run(*arguments, status=2)
+    assert not (tmp_path / "val.beton").exists()
+
+
+def test_bad_images_stop_or_are_skipped(data, tmp_path):
+    shutil.copytree(data / "train", tmp_path / "train")
+    bad = tmp_path / "train" / "class_1" / "5.JPEG"
+    bad.write_bytes(bad.read_bytes()[:1000])
+    message = run("--source", tmp_path / "train", status=2)
+    assert str(bad) in message and "--on_error=skip" in message
+    assert list(tmp_path.glob("train.beton*")) == []
+    assert "skipped class_1/5.JPEG: OSError" in run("--source", tmp_path / "train", "--on_error=skip")
+    assert read_beton(tmp_path / "train.beton").num_samples == 23
+
+
+def test_the_check_of_a_damaged_file_lists_the_samples(written):
+    entry = read_beton(written).alloc_table[9]
+    with open(written, "r+b") as file:
+        file.seek(int(entry["ptr"] + entry["size"]) - 50)
+        file.write(bytes(50))
+    output = run("--verify", written, status=1)
+    assert "damaged: sample 9: " in output and "1 bad samples" in output
+    os.truncate(written, written.stat().st_size - 1)
+    assert "allocation table is cut" in run("--verify", written, status=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interrupted runs
+
+
+def begin(large, target, *arguments, **options):
+    """Start a run that takes seconds and makes many pages."""
+    command = [sys.executable, SCRIPT, "--source", large, "--target", target, "--mode=raw", "--page_size=2097152"]
+    command += ["--num_workers=1", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def wait_for(condition, process, limit_s=60):
+    start_s = time.monotonic()
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() - start_s < limit_s
+        time.sleep(0.01)
+
+
+def in_progress(target, num_bytes):
+    partial = Path(f"{target}.partial")
+    return lambda: partial.exists() and partial.stat().st_size >= num_bytes
+
+
+def test_killed_runs_go_on_and_make_the_same_bytes(large, tmp_path):
+    undisturbed = begin(large, tmp_path / "whole.beton")
+    assert undisturbed.wait(60) == 0
+    target = tmp_path / "killed.beton"
+    journal = Path(f"{target}.partial.journal")
+    moments = [
+        in_progress(target, 1),
+        lambda: journal.exists() and journal.read_bytes().count(b"\n") > 1,
+        in_progress(target, 20 << 20),
+    ]
+    for moment in moments:
+        process = begin(large, target)
+        wait_for(moment, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not target.exists()
+    process = begin(large, target)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert "resuming: " in output
+    assert target.read_bytes() == (tmp_path / "whole.beton").read_bytes()
+    digests = {json.loads(Path(f"{path}.json").read_text())["digest"] for path in (target, tmp_path / "whole.beton")}
+    assert len(digests) == 1
+
+
+def test_ctrl_c_ends_the_run_in_seconds(large, tmp_path):
+    """The signal reaches every process of the terminal, as when somebody presses the keys."""
+    target = tmp_path / "file.beton"
+    process = begin(large, target, start_new_session=True)
+    wait_for(in_progress(target, 8 << 20), process)
+    start_s = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=20)[0]
+    assert time.monotonic() - start_s < 5
+    assert process.returncode == 130
+    assert "the same command goes on" in output and "Traceback" not in output
+    assert not target.exists() and Path(f"{target}.partial.journal").exists()
+
+
+def test_no_process_outlives_a_killed_run(large, tmp_path):
+    process = begin(large, tmp_path / "file.beton", start_new_session=True)
+    wait_for(in_progress(tmp_path / "file.beton", 8 << 20), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()  # returns when the last process that could print has ended
+    start_s = time.monotonic()
+    while time.monotonic() - start_s < 10:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    pytest.fail("a process of the killed run is still there")
+
+
+def test_a_disk_that_takes_no_more_ends_the_run(large, tmp_path):
+    """A limit on the size of files stands in for a full disk: both fail in the write."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12 << 20, 12 << 20))
+
+    target = tmp_path / "file.beton"
+    process = begin(large, target, preexec_fn=limit)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert "writing stopped (File too large)" in output and "the same command goes on" in output
+    assert not target.exists()
