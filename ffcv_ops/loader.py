@@ -11,7 +11,6 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -40,15 +39,6 @@ from ffcv.traversal_order.base import TraversalOrder  # isort: skip
 _MIB = 1 << 20
 # How often a replacement is drawn for one bad sample before the data set is called bad.
 _MAX_REPLACEMENT_DRAWS = 1000
-
-
-def _now_on_device() -> Any:
-    """Mark what the calling thread has queued on the device so far; None without one."""
-    if not torch.cuda.is_available():
-        return None
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream())
-    return event
 
 
 @dataclass
@@ -81,7 +71,7 @@ class _Run:
             loader._spare = self.buffers
             raise
         # Whatever the consumer has queued on the last epoch's batches comes before anything written over them.
-        released = _now_on_device()
+        released = self.buffers.now()
         for slot in range(self.buffers.num_slots):
             self.free.put((slot, released))
         self.thread = threading.Thread(target=self._produce, name=f"ffcv_ops epoch {epoch}", daemon=True)
@@ -121,8 +111,7 @@ class _Run:
             # Host memory of the slot is written next, so the host waits for the copies out of it, not just the stream.
             released.synchronize()
         self.memory.begin_batch(number)
-        stream = self.buffers.streams[slot]
-        with nullcontext() if stream is None else torch.cuda.stream(stream):
+        with self.buffers.on_stream(slot):
             ids, result = self._run_until_good(self.batches[number], self.copies[number], slot)
             if self.loader.copy:
                 result = tuple(_copied(part) for part in result)
@@ -148,6 +137,13 @@ def _copied(part: Any) -> Any:
     if isinstance(part, torch.Tensor):
         return part.clone()
     return part.copy() if isinstance(part, np.ndarray) else part
+
+
+def _keep_for_this_stream(result: tuple) -> None:
+    """Copies belong to a slot's stream: its next ones must not get their memory before the current stream is done."""
+    for part in result:
+        if isinstance(part, torch.Tensor) and part.is_cuda:
+            part.record_stream(torch.cuda.current_stream(part.device))
 
 
 _runs: "weakref.WeakSet[_Run]" = weakref.WeakSet()
@@ -193,7 +189,7 @@ class EpochIterator(Iterator):
         run = self._run
         if self._slot is not None:
             # By asking for the next batch the consumer says that all work on this one is queued.
-            run.free.put((self._slot, _now_on_device()))
+            run.free.put((self._slot, run.buffers.now()))
             self._slot = None
         started = time.perf_counter()
         prepared = self._wait()
@@ -208,7 +204,9 @@ class EpochIterator(Iterator):
                 del prepared  # its traceback holds this frame
         self._slot = prepared.slot
         run.loader.num_skipped += prepared.num_replaced
-        self._join_streams(prepared)
+        run.buffers.join(prepared.slot)
+        if run.loader.copy:
+            _keep_for_this_stream(prepared.result)
         return prepared.result
 
     def _wait(self) -> _Prepared | BaseException | None:
@@ -220,17 +218,6 @@ class EpochIterator(Iterator):
                     raise RuntimeError(
                         "the loader's thread is gone: was this process forked during an epoch?"
                     ) from None
-
-    def _join_streams(self, prepared: _Prepared) -> None:
-        stream = self._run.buffers.streams[prepared.slot]
-        if stream is None:
-            return
-        current = torch.cuda.current_stream()
-        current.wait_stream(stream)
-        if self._run.loader.copy:
-            for part in prepared.result:
-                if isinstance(part, torch.Tensor) and part.is_cuda:
-                    part.record_stream(current)
 
     def close(self) -> None:
         """End the epoch and wait for its threads; further batches are not returned."""
@@ -438,6 +425,11 @@ class Loader(StockLoader):
         if self._plan.is_compiled:
             Compiler.num_threads = self.num_workers
         self._plan.generate_code(only_ours=False)
+
+    @property
+    def code(self) -> list[tuple[int, Callable[..., Any]]]:
+        """The functions of FFCV's operations, which stay the same between epochs unless `recompile` is set."""
+        return [(step.node_id, step.code) for step in self._plan.steps if not step.is_ours]
 
     # ------------------------------------------------------------------ epochs
 

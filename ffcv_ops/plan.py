@@ -7,6 +7,7 @@ in slots of buffers that are allocated once and used again.
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,6 +142,8 @@ class Plan:
     def __init__(self, graph: Graph):
         self.graph = graph
         self.steps: list[Step] = []
+        #: The CUDA device that the pipelines lead to, None for the current one; known once declared.
+        self.device: torch.device | None = None
         self.outputs = [(leaf.parent if isinstance(leaf, RefNode) else leaf).id for leaf in graph.leaf_nodes.values()]
         for root in graph.root_nodes:
             self._add(root, graph.fieldname_to_fix[root.field_name])
@@ -177,6 +180,10 @@ class Plan:
             states[step.node_id], step.query = operation.declare_state_and_memory(state)
             step.shared_query = operation.declare_shared_memory(state)
             step.jit = step.is_decoder or states[step.node_id].jit_mode
+        devices = {torch.device(state.device) for state in states.values() if torch.device(state.device).type == "cuda"}
+        if len(devices) > 1:
+            raise ValueError(f"the pipelines lead to several devices: {', '.join(sorted(map(str, devices)))}")
+        self.device = devices.pop() if devices else None
 
     def generate_code(self, *, only_ours: bool) -> None:
         """Ask the operations for their code."""
@@ -219,7 +226,7 @@ def _select(memory: Any, slot: int, count: int) -> Any:
 
 
 class Buffers:
-    """What an epoch writes into: slots for the batches in flight, each with a CUDA stream, and pages of the file.
+    """What an epoch writes into: slots for the batches in flight, each with its CUDA stream, and pages of the file.
 
     Parameters
     ----------
@@ -234,8 +241,9 @@ class Buffers:
         self.memory = {step.node_id: _allocate(step.query, batch_size, num_slots) for step in plan.steps}
         self.shared = {step.node_id: _allocate(step.shared_query, batch_size, num_slots) for step in plan.steps}
         self.pages = np.empty((0, 0), dtype=np.uint8)
-        cuda = torch.cuda.is_available()
-        self.streams: list[Any] = [torch.cuda.Stream() if cuda else None for _ in range(num_slots)]
+        self.streams: list[torch.cuda.Stream] = []
+        if torch.cuda.is_available():
+            self.streams = [torch.cuda.Stream(plan.device) for _ in range(num_slots)]
 
     @staticmethod
     def key_of(plan: Plan, batch_size: int, num_slots: int) -> tuple[Any, ...]:
@@ -243,8 +251,24 @@ class Buffers:
         queries = ((_comparable(step.query), _comparable(step.shared_query)) for step in plan.steps)
         return batch_size, num_slots, *queries
 
+    def now(self) -> torch.cuda.Event | None:
+        """Mark what the calling thread has queued on the device so far, to be waited for by another thread."""
+        if not self.streams:
+            return None
+        event = torch.cuda.Event(blocking=True)
+        event.record(torch.cuda.current_stream(self.streams[0].device))
+        return event
+
+    def on_stream(self, slot: int) -> AbstractContextManager[None]:
+        """Return the context in which the slot's stream is the current one."""
+        return torch.cuda.stream(self.streams[slot]) if self.streams else nullcontext()
+
+    def join(self, slot: int) -> None:
+        """Let what the calling thread queues from now on wait for what was queued on the slot's stream."""
+        if self.streams:
+            torch.cuda.current_stream(self.streams[slot].device).wait_stream(self.streams[slot])
+
     def finish(self) -> None:
         """Wait until the device has done what was queued into the slots."""
         for stream in self.streams:
-            if stream is not None:
-                stream.synchronize()
+            stream.synchronize()
