@@ -127,7 +127,10 @@ def build_dali(folder: Path, size: int) -> Any:
     from nvidia.dali.plugin.base_iterator import LastBatchPolicy
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-    @pipeline_def(batch_size=BATCH_SIZE, num_threads=1, device_id=None)
+    # Nothing is prepared between passes, while it is another peer's turn.
+    @pipeline_def(
+        batch_size=BATCH_SIZE, num_threads=1, device_id=None, exec_async=False, exec_pipelined=False, exec_dynamic=False
+    )
     def build() -> Any:
         jpegs, labels = fn.readers.file(file_root=str(folder / "jpegs"), random_shuffle=True, name="reader")
         images = fn.decoders.image_random_crop(jpegs, device="cpu", random_area=(0.08, 1.0))
@@ -137,8 +140,9 @@ def build_dali(folder: Path, size: int) -> Any:
     pipeline = build()
     pipeline.build()
     return DALIGenericIterator(
-        pipeline, ["images", "labels"], reader_name="reader", auto_reset=True, last_batch_policy=LastBatchPolicy.PARTIAL
-    )
+        pipeline, ["images", "labels"], reader_name="reader", auto_reset=True, prepare_first_batch=False,
+        last_batch_policy=LastBatchPolicy.PARTIAL,
+    )  # fmt: skip
 
 
 def has_dali() -> bool:
