@@ -350,12 +350,9 @@ def test_a_second_process_loads_the_kernel_from_disk_wherever_the_library_lies(c
     library = tmp_path / "libturbojpeg-elsewhere.so"
     loaded = next(line.split()[-1] for line in open("/proc/self/maps") if "turbojpeg" in line)
     library.write_bytes(open(loaded, "rb").read())
-    results = []
-    for environment in ({}, {"TURBOJPEG": str(library)}):
-        variables = {**os.environ, **environment}
-        results.append(subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True))
-    assert [result.stderr for result in results] == ["", ""]
-    digests, hits, misses = zip(*(result.stdout.split() for result in results), strict=True)
     samples = Samples([photograph(100, 140)])
-    assert set(digests) == {hashlib.sha256(samples.decode(crop(RandomResizedCrop, 48))).hexdigest()}
-    assert hits == ("1", "1") and misses == ("0", "0")
+    expected = hashlib.sha256(samples.decode(crop(RandomResizedCrop, 48))).hexdigest()
+    environment = {**os.environ, "TURBOJPEG": str(library)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.stderr == ""
+    assert result.stdout.split() == [expected, "1", "0"]
