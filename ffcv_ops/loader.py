@@ -37,8 +37,9 @@ from ffcv.reader import Reader  # isort: skip
 from ffcv.traversal_order.base import TraversalOrder  # isort: skip
 
 _MIB = 1 << 20
-# How often a replacement is drawn for one bad sample before the data set is called bad.
-_MAX_REPLACEMENT_DRAWS = 1000
+# How often replacements of one batch may turn out bad, and how many draws look for a good one among few samples.
+_MAX_ROUNDS = 50
+_MAX_DRAWS = 1000
 
 
 @dataclass
@@ -118,19 +119,25 @@ class _Run:
         return _Prepared(slot, result, int(np.count_nonzero(ids != self.batches[number])))
 
     def _run_until_good(self, wanted: np.ndarray, copies: np.ndarray, slot: int) -> tuple[np.ndarray, tuple]:
-        """Run the pipelines, under ``on_error="skip"`` until no sample of the batch is a bad one."""
+        """Run the pipelines, under ``on_error="skip"`` until no sample of the batch is a bad one.
+
+        What is known of earlier batches is of no account: whether a sample is bad may depend on which part of it is
+        decoded, and a resumed epoch must make the same choices.
+        """
         loader = self.loader
-        while True:
-            ids = loader._without_bad(wanted, copies, self.epoch)
+        bad: dict[int, str] = {}
+        for attempt in range(1, _MAX_ROUNDS + 1):
+            ids = loader._without_bad(wanted, copies, self.epoch, bad) if bad else wanted
             batch = Batch(loader.seed, self.epoch, ids, self.pool, self.memory, copies)
             try:
                 return ids, loader._plan.run(batch, self.buffers, slot, self.memory.storage_state)
             except SampleError as error:
                 error.file = loader.fname
-                news = {sample: message for sample, message in error.failures if sample not in loader.skipped}
-                if loader.on_error == "raise" or not news:
+                if loader.on_error == "raise" or attempt == _MAX_ROUNDS or bad.keys() >= dict(error.failures).keys():
                     raise
-                loader.skipped.update(news)
+                bad.update(error.failures)
+                loader.skipped.update(error.failures)
+        raise AssertionError("the last attempt returns or raises")
 
 
 def _copied(part: Any) -> Any:
@@ -340,7 +347,7 @@ class Loader(StockLoader):
         self.wait_s = 0.0
         self.next_epoch = 0
         self._spare: Buffers | None = None
-        self._last_run: Callable[[], _Run | None] = lambda: None
+        self._runs: weakref.WeakSet[_Run] = weakref.WeakSet()
         self._closed = False
         self._stock_memory_manager: Any = None
 
@@ -458,13 +465,15 @@ class Loader(StockLoader):
         """
         if self._closed:
             raise ValueError(f"{self.fname}: the loader is closed")
-        ids, copies = self._draw(epoch)
+        ids, copies = self._draw(_at_least(0, "epoch", epoch))
         num_batches = self._num_batches(len(ids))
         if not 0 <= skip <= num_batches:
             raise ValueError(f"skip is {skip}; epoch {epoch} has {num_batches} batches")
         if os.stat(self.fname).st_size != self.beton.size_bytes:
             raise ValueError(f"{self.fname}: its size has changed since the loader was made: it was replaced or cut")
-        self._wait_for_last_run()
+        for run in list(self._runs):
+            if run.stopping:  # so that its buffers come back before others are made
+                run.thread.join()
         self._plan.declare()
         if self.recompile:
             self.generate_code()
@@ -474,7 +483,7 @@ class Loader(StockLoader):
         self.next_epoch = epoch + 1
         end = min(len(ids), num_batches * self.batch_size)
         run = _Run(self, epoch, ids[:end], copies[:end], skip)
-        self._last_run = weakref.ref(run)
+        self._runs.add(run)
         return EpochIterator(run)
 
     def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -482,10 +491,8 @@ class Loader(StockLoader):
         if isinstance(self.traversal_order, EpochOrder):
             ids, copies = self.traversal_order.draw(epoch)
         else:
-            ids, copies = (
-                _checked_ids(self.traversal_order.sample_order(epoch), self.beton, "the traversal order"),
-                None,
-            )
+            ids = _checked_ids(self.traversal_order.sample_order(epoch), self.beton, "the traversal order")
+            copies = None
         return ids, np.zeros(len(ids), dtype=np.int64) if copies is None else copies
 
     def next_traversal_order(self) -> np.ndarray:
@@ -495,12 +502,6 @@ class Loader(StockLoader):
     def _batches_of(self, ids: np.ndarray) -> list[np.ndarray]:
         end = self._num_batches(len(ids)) * self.batch_size
         return [ids[start : start + self.batch_size] for start in range(0, min(end, len(ids)), self.batch_size)]
-
-    def _wait_for_last_run(self) -> None:
-        """Let an epoch that was left return its buffers before others are made."""
-        run = self._last_run()
-        if run is not None and run.stopping and run.thread is not threading.current_thread():
-            run.thread.join()
 
     def _take_buffers(self) -> Buffers:
         """Take the last epoch's buffers if they fit and no other epoch has them, else make new ones."""
@@ -531,27 +532,20 @@ class Loader(StockLoader):
                 "order=OrderOption.QUASI_RANDOM (if it is already, less buffer_pages in order_kwargs), or os_cache=True"
             )
 
-    def _without_bad(self, ids: np.ndarray, copies: np.ndarray, epoch: int) -> np.ndarray:
-        """Replace the samples known to be bad by draws of (seed, epoch, sample id, copy)."""
-        bad = (
-            np.isin(ids, np.fromiter(self.skipped, dtype=np.int64)) if self.skipped else np.zeros(len(ids), dtype=bool)
-        )
-        if not bad.any():
-            return ids
+    def _without_bad(self, ids: np.ndarray, copies: np.ndarray, epoch: int, bad: Mapping[int, str]) -> np.ndarray:
+        """Replace bad samples by the first good one of the draws of (seed, epoch, sample id, copy)."""
         ids = ids.copy()
-        for i in np.flatnonzero(bad):
-            ids[i] = self._replacement(int(ids[i]), int(copies[i]), epoch)
+        for i in np.flatnonzero(np.isin(ids, list(bad))):
+            ids[i] = self._replacement(int(ids[i]), int(copies[i]), epoch, bad)
         return ids
 
-    def _replacement(self, sample_id: int, copy: int, epoch: int) -> int:
-        for draw in range(_MAX_REPLACEMENT_DRAWS):
+    def _replacement(self, sample_id: int, copy: int, epoch: int, bad: Mapping[int, str]) -> int:
+        for draw in range(_MAX_DRAWS):
             uniform = rng.uniform(self.seed, epoch, sample_id, copy, rng.REPLACEMENT, draw)
             candidate = int(self.indices[int(uniform * len(self.indices))])
-            if candidate not in self.skipped:
+            if candidate not in bad:
                 return candidate
-        raise SampleError(
-            [(sample_id, f"no replacement: {len(self.skipped)} of {len(self.indices)} samples are bad")], self.fname
-        )
+        raise SampleError([(sample_id, f"{bad[sample_id]}; no good sample to replace it was found")], self.fname)
 
     # ------------------------------------------------------------------ the rest
 
@@ -584,10 +578,9 @@ class Loader(StockLoader):
         return type(self)(**{**self._args, "indices": self.indices[np.array(kept)]})
 
     def close(self) -> None:
-        """End an epoch in progress, wait for its threads, and free buffers and what the operations hold."""
+        """End epochs in progress, wait for their threads, and free buffers and what the operations hold."""
         self._closed = True
-        run = self._last_run()
-        if run is not None:
+        for run in list(self._runs):
             run.stop()
             run.thread.join()
         self._spare = None

@@ -361,12 +361,29 @@ def test_bad_samples_are_replaced_by_a_function_of_seed_epoch_and_id(tmp_path, o
     assert len({tuple(other[i] for i in replaced) for other in others}) > 1
 
 
+def test_a_sample_bad_in_one_epoch_is_used_in_the_next(path):
+    def fail(batch):
+        bad = [
+            (sample_id, "bad today") for sample_id in batch.sample_ids.tolist() if (sample_id + batch.epoch) % 9 == 0
+        ]
+        if bad:
+            raise SampleError(bad)
+
+    def made(epochs):
+        with Loader(path, 10, 2, pipelines=observed(fail), seed=4, on_error="skip", drop_last=False) as loader:
+            return [ids_of(loader.epoch(epoch)) for epoch in epochs]
+
+    in_a_row = made(range(4))
+    assert in_a_row[3] == made([3])[0]
+    assert [i for i in range(NUM_SAMPLES) if in_a_row[3][i] != i] == list(range(6, NUM_SAMPLES, 9))
+
+
 def test_a_file_of_bad_samples_is_an_error_under_skip(tmp_path):
     path = write_images(tmp_path / "bad.beton", photographs(6))
     for sample_id in range(6):
         spoil(path, sample_id)
     with Loader(path, 3, 1, pipelines=crops(), on_error="skip") as loader:
-        with pytest.raises(SampleError, match="no replacement: 6 of 6 samples are bad"):
+        with pytest.raises(SampleError, match="sample [0-5]: .*; no good sample to replace it was found"):
             list(loader)
 
 
