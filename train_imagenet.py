@@ -26,8 +26,20 @@ from ffcv.transforms import ToDevice, ToTensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
-from ffcv_ops import Beton, CenterCrop, Label, Loader, Mix, Normalize, OrderOption, RandomResizedCrop, read_beton
-from ffcv_ops.rand_augment import RandAugment, RandomErasing, TrivialAugmentWide
+from ffcv_ops import (
+    Beton,
+    CenterCrop,
+    Label,
+    Loader,
+    Mix,
+    Normalize,
+    OrderOption,
+    RandAugment,
+    RandomErasing,
+    RandomResizedCrop,
+    TrivialAugmentWide,
+    read_beton,
+)
 from training import distributed
 from training.checkpoint import Checkpoints, TrainState, read_checkpoint
 from training.distributed import World
@@ -36,7 +48,7 @@ from training.loop import DTYPES, RunError, Trainer, evaluate, train_epoch
 from training.loss import build_loss
 from training.model import IMAGENET_MEAN, IMAGENET_STD, build_model
 from training.optim import build_ema, build_optimizer
-from training.preview import denormalized, draw_contact_sheet, take_images
+from training.preview import class_names, denormalized, draw_contact_sheet, take_images
 from training.recipe import Plan, Settings, courses, plan, read_recipe, refuse, summary
 from training.schedule import build_resolution, build_schedule
 
@@ -114,7 +126,8 @@ def draw_preview(recipe: Settings) -> None:
     if world.is_main:
         shown = denormalized(images, IMAGENET_MEAN, IMAGENET_STD)
         title = preview_title(recipe, crop.size)
-        draw_contact_sheet(shown, targets.numpy(), path, classes=data.classes, title=title)
+        names = class_names(data.classes, data.num_classes)
+        draw_contact_sheet(shown, targets.numpy(), path, names=names, title=title)
         print(f"{len(shown)} training images as the model gets them: {path}")
     distributed.stop()
 

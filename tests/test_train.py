@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from wandb.proto import wandb_internal_pb2
 
 import train_imagenet
+from training.model import IMAGENET_MEAN, IMAGENET_STD
 
 ROOT = Path(__file__).parent.parent
 NUM_TRAIN, NUM_VAL = 130, 37  # neither divides into batches of 16 on two ranks
@@ -32,6 +33,7 @@ lr: {lr_schedule_type: cosine, base_lr: 0.4, warmup_epochs: 1}
 training: {batch_size: 16, epochs: 3, bn_wd: 0, use_blurpool: 1, ema_decay: 0.9, precision: "32"}
 validation: {resolution: 32, crop_ratio: 1, batch_size: 16}
 logging: {log_every: 2}
+expected: {val_acc1: {2: 10, 3: 20}}
 """
 
 
@@ -125,6 +127,9 @@ def test_a_run_leaves_its_log_record_curve_and_checkpoints(whole_run):
         f"resnet18-epoch={best['epoch']:02d}-val_acc1={best['val/acc1']:.4f}.ckpt",
     }
     assert "0.4 x 16 / 256 = 0.025" in output
+    assert re.search(r"^epoch 0 .* expected val top-1 10 % after 2 epochs$", output, re.MULTILINE)
+    difference = 100 * records[2]["val/acc1"] - 20
+    assert re.search(rf"^epoch 2 .* expected val top-1 20.0 % \({difference:+.1f}\)$", output, re.MULTILINE)
 
 
 def test_a_checkpoint_tells_what_made_it(whole_run, data):
@@ -269,6 +274,11 @@ def test_mistakes_are_refused_before_anything_is_created(call, recipe, data, tmp
         ("--epochs", "many"): "epochs",
         ("--batch_size", "131"): "131",
         ("--resume", "none.ckpt"): "none.ckpt",
+        ("--augmentation.auto_augment=rand-x7",): "augmentation.auto_augment (command line): unknown part 'x7'",
+        ("--augmentation.auto_augment=rand-x7", "--dry_run"): "unknown part 'x7'",
+        ("--model.drop_path=0.1", "--dry_run"): "--model.library=timm",
+        ("--preview", "nowhere/out.png"): "there is no folder nowhere",
+        ("--preview", "out.png", "--data.train_dataset=none.beton"): "none.beton",
         ("--model.weights=none.pt",): "none.pt",
     }
     for arguments, expected in cases.items():
@@ -291,6 +301,40 @@ def test_dry_run_needs_no_data_and_creates_nothing(call):
     status, out, _, created = call("--config-file", ROOT / "rn50_configs" / "single_gpu_100ep.yaml", "--dry_run")
     assert (status, created) == (0, set())
     assert "0.5 x 128 / 256 = 0.25" in out and f"{1_281_167 // 128:,}" in out and "1,281,167" in out
+
+
+def test_a_preview_shows_what_the_model_gets_and_creates_nothing_else(call, recipe, tmp_path, monkeypatch):
+    options = ["--augmentation.auto_augment=rand-m7-mstd0.5-inc1", "--augmentation.erasing=0.5", "--training.seed=3"]
+    argv = ["--config-file", str(recipe), "--preview", "out.png", *options]
+    status, out, _, created = call(*argv)
+    assert (status, created) == (0, {tmp_path / "out.png"}) and "32 training images" in out
+    read = train_imagenet.read_recipe(argv)
+    crop = train_imagenet.random_crop(read, size=24)
+    with train_imagenet.train_loader(read, train_imagenet.distributed.start(), 1, torch.float32, crop) as loader:
+        images, targets = next(loader.epoch(0))
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    first = (images[0].permute(1, 2, 0) * std + mean).round().byte().numpy().repeat(7, axis=0).repeat(7, axis=1)
+    sheet = cv2.imread("out.png")[:, :, ::-1]
+    np.testing.assert_array_equal(sheet[60 : 60 + 168, 10 : 10 + 168], first)
+
+
+def test_every_part_of_the_published_recipes_runs(call, recipe):
+    common = [
+        "--config-file",
+        recipe,
+        "--no_wandb",
+        "--epochs",
+        "1",
+        "--lr.warmup_epochs=0",
+        "--expected.val_acc1=1:10",
+    ]
+    rsb = ["--training.optimizer=lamb", "--training.loss=bce", "--model.library=timm", "--model.drop_path=0.05"]
+    rsb += ["--augmentation.auto_augment=rand-m7-mstd0.5-inc1", "--augmentation.repeats=3", "--training.agc=0.01"]
+    v2 = ["--augmentation.auto_augment=trivial", "--augmentation.erasing=0.1", "--augmentation.repeats=4"]
+    v2 += ["--validation.resize=36", "--training.ema_every=2", "--training.ema_rescale=1", "--training.ema_decay=0.99"]
+    for options, told in ((rsb, "binary cross entropy"), (v2, "moving average 0.68 every 2 steps")):
+        status, out, err, _ = call(*common, *options)
+        assert status == 0 and told in out and "done: best" in out, (out, err)
 
 
 def test_a_loss_that_explodes_ends_the_run_with_its_remedies(call, recipe):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from timm.data import ImageNetInfo
 
 COLUMNS = 8
 NUM_IMAGES = 4 * COLUMNS
@@ -41,18 +42,26 @@ def take_images(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], num_batche
     return torch.cat(images), torch.cat(targets)
 
 
-def caption(target: np.ndarray, classes: Sequence[str] | None) -> str:
+def class_names(classes: Sequence[str] | None, num_classes: int) -> list[str]:
+    """Names to show for the classes of a data set: in words where they are numbers of ImageNet's WordNet."""
+    info = ImageNetInfo()
+    known = set(info.label_names())
+    names = [f"class {label}" for label in range(num_classes)] if classes is None else classes
+    return [info.label_name_to_description(name).split(",")[0] if name in known else name for name in names]
+
+
+def caption(target: np.ndarray, names: Sequence[str]) -> str:
     """The classes of a target, float (K,), that stand out from the rest, heaviest first: a line each, at most two."""
     lines = []
     for label in np.argsort(-target, kind="stable")[:2]:
         if target[label] > target.min() + 1e-4:
-            name = classes[label] if classes else f"class {label}"
-            lines.append(f"{name if len(name) <= 18 else name[:17] + '…'}  {target[label]:.3f}")
+            name = names[label]
+            lines.append(f"{target[label]:.3f} {name if len(name) <= 20 else name[:19] + '…'}")
     return "\n".join(lines)
 
 
 def draw_contact_sheet(
-    images: np.ndarray, targets: np.ndarray, path: Path, *, classes: Sequence[str] | None, title: str
+    images: np.ndarray, targets: np.ndarray, path: Path, *, names: Sequence[str], title: str
 ) -> None:
     """Draw images in rows of eight, pixel for pixel or magnified by a whole number, over their targets.
 
@@ -62,8 +71,8 @@ def draw_contact_sheet(
     targets : ndarray of float, shape (N, K)
     path : Path
         Of the PNG, replaced whole.
-    classes : sequence of str, optional
-        Names of the K classes.
+    names : sequence of str
+        Of the K classes.
     title : str
         Lines above the images.
     """
@@ -83,7 +92,7 @@ def draw_contact_sheet(
         row, column = divmod(number, COLUMNS)
         left, top = GAP_PX + column * (side + GAP_PX), GAP_PX + title_px + row * (side + CAPTION_PX)
         figure.figimage(image, left, height - top - side)
-        figure.text(left / width, 1 - (top + side + 3) / height, caption(target, classes), va="top", fontsize=8)
+        figure.text(left / width, 1 - (top + side + 3) / height, caption(target, names), va="top", fontsize=8)
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", dpi=100)
     os.replace(temporary, path)
