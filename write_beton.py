@@ -26,6 +26,7 @@ from fastargs import Config, Param, Section
 from tqdm import tqdm
 
 from ffcv_ops.beton import manifest_path
+from ffcv_ops.processes import WorkerKilled
 from ffcv_ops.verify import verify
 from ffcv_ops.writer import MODES, BadImage, WriteError, WriteSettings, show_bytes, write
 from training.recipe import Choice, Integer, Number, Switch, Text, read_settings, refuse
@@ -109,10 +110,10 @@ def main(argv: list[str]) -> int:
     progress = Progress()
     try:
         return run_verify(chosen, progress) if chosen.verify else run_write(chosen, progress)
-    except (ValueError, BadImage) as error:
+    except (ValueError, BadImage, ImportError) as error:
         progress.close()
         refuse(error)
-    except WriteError as error:
+    except (WriteError, WorkerKilled, OSError) as error:
         progress.close()
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -20,7 +20,8 @@ VERSION = 2
 MIN_PAGE_SIZE = 1 << 21
 MAX_PAGE_SIZE = 1 << 31
 MANIFEST_VERSION = 1
-CHECKSUM_TYPE = np.dtype("V4")  # the first bytes of a sample's SHA-256, by which the manifest knows each of them
+CHECKSUM_TYPE = np.dtype("<u4")
+"""The first bytes of a sample's SHA-256, by which the manifest knows each of them."""
 MODE_JPG, MODE_RAW = 0, 1
 FLOAT_FIELD, INT_FIELD, IMAGE_FIELD, BYTES_FIELD, NDARRAY_FIELD, JSON_FIELD, TENSOR_FIELD = range(7)
 CUSTOM_FIELD = 255

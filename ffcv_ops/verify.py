@@ -4,6 +4,7 @@ import itertools
 import os
 from base64 import b64decode
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -55,11 +56,12 @@ class Report:
 
 @dataclass(frozen=True)
 class _Page:
-    """One page: where it is, the values on it (n,) in order, and the images on it as rows of `_IMAGE_TYPE`."""
+    """One page: where it is, the values on it (n,) in order, their checksums, the images on it as `_IMAGE_TYPE`."""
 
     start: int
     stop: int
     values: np.ndarray
+    checksums: np.ndarray | None
     images: np.ndarray
 
 
@@ -92,23 +94,20 @@ def verify(
         What `read_beton` says of a file whose header or tables are damaged.
     """
     found = read_beton(path)
-    workers = Workers(num_cpus() if num_workers == -1 else num_workers, _Checker, found.path)
     expected = _expected_checksums(found)
     bad: dict[int, str] = {}
     pages: list[str] = []
     problems: list[str] = []
     done = 0
-    try:
-        asked, told = itertools.tee(_pages(found))
-        for page, (page_hash, checksums, failures, clean) in zip(told, map_in_order(workers, asked), strict=True):
+    with closing(Workers(num_cpus() if num_workers == -1 else num_workers, _Checker, found.path)) as workers:
+        asked, told = itertools.tee(_pages(found, expected))
+        for page, (page_hash, failures, clean) in zip(told, map_in_order(workers, asked), strict=True):
             if not clean:
                 problems.append(f"page {len(pages)} has data between its values")
             pages.append(page_hash)
-            bad |= _changed(page, checksums, expected) | failures
+            bad |= failures
             done += len(page.images)
             progress(done, found.num_samples)
-    finally:
-        workers.close()
     return _report(found, bad, pages, problems)
 
 
@@ -125,22 +124,21 @@ def _expected_checksums(found: Beton) -> np.ndarray | None:
     return expected
 
 
-def _changed(page: _Page, checksums: bytes, expected: np.ndarray | None) -> dict[int, str]:
-    """The samples on a page whose bytes are not those that were written."""
-    if expected is None:
-        return {}
-    ids = page.values["sample_id"].astype(np.int64)
-    changed = ids[np.frombuffer(checksums, beton.CHECKSUM_TYPE) != expected[ids]]
-    return dict.fromkeys(changed.tolist(), "its bytes are not those that were written")
-
-
-def _pages(found: Beton) -> Iterator[_Page]:
+def _pages(found: Beton, expected: np.ndarray | None) -> Iterator[_Page]:
     values = found.alloc_table[np.argsort(found.alloc_table["ptr"], kind="stable")]
     images = _images(found, values)
-    for start in range(found.data_start, found.alloc_table_ptr, found.page_size):
-        stop = start + found.page_size
-        parts = (rows[slice(*np.searchsorted(rows["ptr"], (start, stop)))] for rows in (values, images))
-        yield _Page(start, stop, *parts)
+    checksums = None if expected is None else expected[values["sample_id"].astype(np.int64)]
+    starts = np.arange(found.data_start, found.alloc_table_ptr + 1, found.page_size, dtype=np.uint64)
+    of_values, of_images = (np.searchsorted(np.ascontiguousarray(rows["ptr"]), starts) for rows in (values, images))
+    for number, start in enumerate(starts[:-1].tolist()):
+        on_page = slice(of_values[number], of_values[number + 1])
+        yield _Page(
+            start,
+            start + found.page_size,
+            values[on_page],
+            None if checksums is None else checksums[on_page],
+            images[of_images[number] : of_images[number + 1]],
+        )
 
 
 def _images(found: Beton, values: np.ndarray) -> np.ndarray:
@@ -158,31 +156,31 @@ def _images(found: Beton, values: np.ndarray) -> np.ndarray:
 
 
 class _Checker:
-    """Reads pages in a worker process; answers with hash, values' checksums, bad images, and if all else is zero."""
+    """Reads pages in a worker process; answers with the page's hash, its bad samples, and if all else on it is zero."""
 
     def __init__(self, path: Path):
         self._file = open(path, "rb")
 
-    def __call__(self, page: _Page) -> tuple[str, bytes, dict[int, str], bool]:
+    def __call__(self, page: _Page) -> tuple[str, dict[int, str], bool]:
         self._file.seek(page.start)
         content = self._file.read(page.stop - page.start)
-        page_hash, checksums, end, clean = sha256(), bytearray(), 0, True
-        for ptr, size in zip(page.values["ptr"].tolist(), page.values["size"].tolist(), strict=True):
+        page_hash, end, clean = sha256(), 0, True
+        bad: dict[int, str] = {}
+        for number, (sample_id, ptr, size) in enumerate(page.values.tolist()):
             start = ptr - page.start
             clean &= _is_zero(content[end:start])
             end = start + size
-            value_hash = sha256(content[start:end]).digest()
-            page_hash.update(value_hash)
-            checksums += value_hash[: beton.CHECKSUM_TYPE.itemsize]
+            digest = sha256(content[start:end]).digest()
+            page_hash.update(digest)
+            if page.checksums is not None and np.frombuffer(digest, beton.CHECKSUM_TYPE)[0] != page.checksums[number]:
+                bad[sample_id] = "its bytes are not those that were written"
         clean &= _is_zero(content[end:])
-        bad = {}
         for sample_id, ptr, size, mode, width, height in page.images.tolist():
             if mode == beton.MODE_JPG:
-                jpeg = np.frombuffer(content, np.uint8, size, ptr - page.start)
-                message = _check_jpeg(jpeg, width, height)
+                message = _check_jpeg(np.frombuffer(content, np.uint8, size, ptr - page.start), width, height)
                 if message:
                     bad[sample_id] = message
-        return page_hash.hexdigest(), bytes(checksums), bad, clean
+        return page_hash.hexdigest(), bad, clean
 
 
 def _is_zero(content: bytes) -> bool:
@@ -194,8 +192,8 @@ def _check_jpeg(jpeg: np.ndarray, width: int, height: int) -> str | None:
 
     try:
         image = decode(jpeg)
-    except ValueError as error:
-        return str(error)
+    except (ValueError, MemoryError) as error:
+        return str(error) or "its header asks for more memory than there is"
     if image.shape != (height, width, 3):
         return f"the JPEG has {image.shape[1]} x {image.shape[0]} px, the metadata {width} x {height}"
     return None
@@ -215,7 +213,7 @@ def _report(found: Beton, bad: dict[int, str], pages: list[str], problems: list[
 
 
 def _only_zeros(file: BinaryIO, end: int) -> bool:
-    while file.tell() < end:
+    for _ in range(file.tell(), end, _READ_BYTES):
         if not _is_zero(file.read(min(_READ_BYTES, end - file.tell()))):
             return False
     return True

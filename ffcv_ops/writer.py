@@ -11,6 +11,7 @@ import time
 from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from json import dumps
@@ -33,7 +34,7 @@ _SAMPLE_TYPE = np.dtype(
 )
 _HEAD_BYTES = beton.HEADER_TYPE.itemsize + 2 * beton.FIELD_TYPE.itemsize
 _CHUNK = 16
-_CHUNKS_A_WORKER = 8
+_CHUNKS_A_WORKER = 4
 _ESTIMATE_IMAGES = 16, 128
 _MAX_SIDE_PX = 65500
 # The two uses of the storage seed draw from different keys.
@@ -138,7 +139,12 @@ class Plan:
             size, mtime_ns = self.folder.stats[index]
             listing.update(b"%d %d %d " % (self.folder.labels[index], size, mtime_ns))
             listing.update(os.fsencode(self.folder.paths[index]) + b"\0")
-        return {"images": listing.hexdigest(), "libraries": library_versions(), **asdict(self.settings)}
+        return {
+            "format": beton.MANIFEST_VERSION,
+            "images": listing.hexdigest(),
+            "libraries": library_versions(),
+            **asdict(self.settings),
+        }
 
 
 def library_versions() -> dict[str, str]:
@@ -213,6 +219,8 @@ class _Encoder:
         for path, keep_raw in zip(message.paths, message.raw, strict=True):
             try:
                 mode, width, height, content = encode_image(load_image(self.root / path), self.settings, keep_raw)
+            except (MemoryError, ImportError):
+                raise  # not the image's fault
             except Exception as error:  # Pillow raises what its decoders happen to raise
                 entries.append(f"{type(error).__name__}: {error}")
                 continue
@@ -262,7 +270,7 @@ class _Page:
 
     start: int
     used: int = 0
-    record: list[list[int | str] | str] = field(default_factory=list)
+    record: list[list[int] | str] = field(default_factory=list)
     hashes: bytearray = field(default_factory=bytearray)
     unwritten: int = 0
 
@@ -307,10 +315,10 @@ class _Layout:
             self._pages.append(_Page(self._pages[-1].start + page_size))
         page = self._pages[-1]
         ptr = page.start + page.used
-        checksum = digest[: beton.CHECKSUM_TYPE.itemsize]
+        checksum = int(np.frombuffer(digest, beton.CHECKSUM_TYPE)[0])
         self.samples[self.position] = mode, width, height, ptr, size, checksum
         page.used += size
-        page.record.append([mode, width, height, size, checksum.hex()])
+        page.record.append([mode, width, height, size, checksum])
         page.hashes += digest
         return ptr
 
@@ -342,7 +350,7 @@ def _replay(plan: Plan, pages: Sequence[dict[str, Any]]) -> tuple[np.ndarray, di
                 reasons[position] = entry
             else:
                 mode, width, height, size, checksum = entry
-                samples[position] = mode, width, height, ptr, size, bytes.fromhex(checksum)
+                samples[position] = mode, width, height, ptr, size, checksum
                 ptr += size
             position += 1
     return samples, reasons, position
@@ -436,20 +444,21 @@ def _write(
     notice: Callable[[str], None],
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
+    settings, source = plan.settings, plan.folder.root
     try:
-        partial = journal.PartialFile(target, plan.identity(), plan.data_start, plan.settings.page_size)
+        partial = journal.PartialFile(target, plan.identity(), plan.data_start, settings.page_size)
     except OSError as error:
         raise ValueError(f"{target}.partial: cannot be written ({error.strerror})") from error
-    workers = Workers(num_workers, _Encoder, plan.settings, plan.folder.root, partial.path)
     try:
-        if partial.changed:
-            notice(f"starting over: since {partial.path} was begun, {', '.join(partial.changed)} changed")
-        layout = _Layout(plan, partial)
-        if layout.position:
-            notice(f"resuming: {layout.position} of {plan.num_images} images are on disk already")
-        _check_space(plan, layout.position, target, workers, notice)
-        _encode_rest(plan, layout, workers, on_error, progress)
-        return _finish(plan, layout, target)
+        with closing(partial), closing(Workers(num_workers, _Encoder, settings, source, partial.path)) as workers:
+            if partial.changed:
+                notice(f"starting over: since {partial.path} was begun, {', '.join(partial.changed)} changed")
+            layout = _Layout(plan, partial)
+            if layout.position:
+                notice(f"resuming: {layout.position} of {plan.num_images} images are on disk already")
+            _check_space(plan, layout.position, target, workers, notice)
+            _encode_rest(plan, layout, workers, on_error, progress)
+            return _finish(plan, layout, target)
     except BadImage:
         journal.remove_partial(target)
         raise
@@ -457,19 +466,16 @@ def _write(
         if not partial.page_hashes:
             journal.remove_partial(target)
         raise
-    except WorkerKilled as error:
+    except (WorkerKilled, MemoryError) as error:
         raise WriteError(
-            f"{error}, most often for want of memory: give the run more, or fewer --num_workers; the same command goes "
-            f"on from {partial.path}"
+            f"{error or 'out of memory'}; most often memory is short: give the run more, or fewer --num_workers; the "
+            f"same command goes on from {partial.path}"
         ) from None
     except OSError as error:
         raise WriteError(
             f"{partial.path}: writing stopped ({error.strerror or error}); once that is mended, the same command goes "
             "on from there"
         ) from error
-    finally:
-        workers.close()
-        partial.close()
 
 
 def _check_space(plan: Plan, done: int, target: Path, workers: Workers, notice: Callable[[str], None]) -> None:
