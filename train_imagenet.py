@@ -150,10 +150,7 @@ class Run:
 
     def __init__(self, recipe: Settings, world: World):
         self.recipe, self.world = recipe, world
-        expected = courses(recipe)
-        if any(max(course) > recipe.training.epochs for course in expected.values()):
-            expected = {}
-        self.log = RunLog(Path(recipe.logging.folder) / "logs", world.is_main, expected)
+        self.log = RunLog(Path(recipe.logging.folder) / "logs", world.is_main, courses(recipe))
         self.precision = recipe.training.precision
         if world.device.type == "cpu" and self.precision != "32":
             recipe.notices.append(f"no GPU is visible: training on the CPU, in 32-bit instead of {self.precision}")

@@ -113,6 +113,8 @@ def test_adaptive_clipping_bounds_each_unit_by_its_weights(data, tmp_path):
     moved = (weight - was).flatten(1).norm(dim=1)
     bound = 0.1 * 0.01 * was.flatten(1).norm(dim=1)
     assert (moved <= bound * 1.001).all() and moved.max() > 0.5 * bound.max()
+    head, was = model[-1].weight, before[-2]
+    assert ((head - was).norm(dim=1) > 0.1 * 0.01 * was.norm(dim=1)).any(), "the last layer is not clipped"
 
 
 def test_an_interrupted_epoch_goes_on_to_the_bit(data, tmp_path):

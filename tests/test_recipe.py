@@ -12,6 +12,7 @@ import pickle
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import fastargs
@@ -717,7 +718,32 @@ def settings_table():
     return "\n".join(rows)
 
 
-TABLES = {"settings": settings_table, "published": published_table}
+def budgets_table():
+    """The recipes after ffcv-imagenet's, value by value, as a Markdown table; where budgets differ, in their order."""
+    columns: dict[str, dict[str, list[str]]] = {}
+    for name, world_size in (("rn50", 8), ("rn18", 1)):
+        for epochs in BUDGETS:
+            with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+                file.write(ffcv_imagenet_yaml(name, epochs))
+                file.flush()
+                theirs = read_recipe(["-C", file.name])
+            ours = read_recipe(["-C", str(ROOT / f"{name}_configs/{name}_{epochs}ep.yaml")])
+            lr = plan(ours, world_size=world_size, **IMAGENET).lr
+            set_there = [key for key in theirs.flat() if theirs.source(key) != "default"]
+            for key in set_there:
+                if key.split(".")[0] in ("model", "resolution", "lr", "training", "validation"):
+                    row = columns.setdefault(key, {})
+                    row.setdefault(name, []).append(show(lr if key == "lr.lr" else ours.flat()[key]))
+                    row.setdefault(f"{name} source", []).append(show(theirs.flat()[key]))
+    names = ("rn50", "rn50 source", "rn18", "rn18 source")
+    rows = ["| setting | rn50_*ep | source | rn18_*ep | source |", "|---|---|---|---|---|"]
+    for key, row in columns.items():
+        cells = [", ".join(dict.fromkeys(row.get(name, [""]))) for name in names]
+        rows.append(f"| `{key}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+TABLES = {"settings": settings_table, "published": published_table, "budgets": budgets_table}
 
 
 @pytest.mark.parametrize("name", TABLES)

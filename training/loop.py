@@ -117,7 +117,7 @@ class Trainer:
         Batches per optimizer step.
     grad_clip, agc : float
         Largest norm of the whole gradient; largest ratio of each unit's gradient norm to its weights' norm (adaptive
-        gradient clipping, arXiv 2102.06171). 0 does not clip.
+        gradient clipping, arXiv 2102.06171), the last layer's weight and bias excepted, as there. 0 does not clip.
     channels_last : bool
         Memory format of the images.
     seed : int
@@ -170,7 +170,7 @@ class Trainer:
         if self.grad_clip or self.agc:
             self.scaler.unscale_(self.optimizer)
         if self.agc:
-            adaptive_clip_grad(self.model.parameters(), self.agc)
+            adaptive_clip_grad([*self.model.parameters()][:-2], self.agc)
         if self.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.scaler.step(self.optimizer)

@@ -727,10 +727,11 @@ def check_recipe(recipe: Settings) -> None:
 
 def _find_notices(recipe: Settings) -> Iterable[str]:
     lr, training, model = recipe.lr, recipe.training, recipe.model
-    if ends := {max(course) for course in courses(recipe).values() if max(course) > training.epochs}:
+    expected = _expected(recipe)
+    if expected and not courses(recipe):
         yield (
-            f"the expected accuracies are those of {max(ends)} epochs; this run has {training.epochs} and is not "
-            "compared with them"
+            f"the expected accuracies are those of {max(map(max, expected.values()))} epochs; this run has "
+            f"{training.epochs} and is not compared with them"
         )
     if recipe.data.gpu is not None:
         yield f"data.gpu={recipe.data.gpu} ({recipe.source('data.gpu')}) has no effect here"
@@ -743,14 +744,22 @@ def _find_notices(recipe: Settings) -> Iterable[str]:
         yield "evaluating untrained weights: model.weights, model.pretrained or --resume give others"
 
 
-def courses(recipe: Settings) -> dict[str, dict[int, float]]:
-    """The accuracies a recipe expects, in percent by epochs finished, under the names of the run's metrics."""
+def _expected(recipe: Settings) -> dict[str, dict[int, float]]:
     expected = {
         "train/acc1": recipe.expected.train_acc1,
         "val/acc1": recipe.expected.val_acc1,
         "val/acc5": recipe.expected.val_acc5,
     }
     return {name: course for name, course in expected.items() if course}
+
+
+def courses(recipe: Settings) -> dict[str, dict[int, float]]:
+    """The accuracies to compare a run with, in percent by epochs finished, under the names of the run's metrics.
+
+    None where they go beyond the run's epochs: a shorter schedule passes through other values.
+    """
+    expected = _expected(recipe)
+    return {} if any(max(course) > recipe.training.epochs for course in expected.values()) else expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
