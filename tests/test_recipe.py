@@ -573,10 +573,12 @@ def test_ffcv_imagenets_recipes_resolve_and_ours_agree(write, name, epochs):
     assert differing <= {
         "lr.lr", "lr.base_lr", "data.train_dataset", "data.val_dataset", "data.num_workers", "data.gpu",
         "training.distributed", "dist.world_size", "logging.folder", "logging.log_level",
+        "expected.global_batch_size", "expected.val_acc1", "expected.val_acc5",
     }  # fmt: skip
+    assert courses(ours).keys() == {"val/acc1", "val/acc5"} and list(ours.expected.val_acc1) == [epochs]
     plans = [plan(recipe, world_size=world_size, **IMAGENET) for recipe in (ours, theirs)]
     assert plans[0].lr == plans[1].lr == (0.5 if name == "rn18" else 1.7)
-    assert plans[0].total_steps == plans[1].total_steps
+    assert plans[0].total_steps == plans[1].total_steps and not plans[0].notices
     schedules = [build_schedule(recipe, planned) for recipe, planned in zip((ours, theirs), plans, strict=True)]
     for step in range(0, plans[0].total_steps, 997):
         assert schedules[0].lr(step) == schedules[1].lr(step)
