@@ -510,7 +510,9 @@ class Loader(StockLoader):
         if spare is not None and spare.key == Buffers.key_of(*wanted):
             return spare
         del spare  # before others are made
-        return Buffers(*wanted)
+        # Made under the consumer's inference mode, tensors could not be written in the loader's thread.
+        with torch.inference_mode(False):
+            return Buffers(*wanted)
 
     def _open_memory(self, batches: Sequence[np.ndarray], buffers: Buffers) -> MappedFile | PagedFile:
         if self._memory is not None:

@@ -88,7 +88,7 @@ def uniform(seed, epoch, sample_id, copy, stream, index):
 
 @nb.njit(cache=True, nogil=True)
 def _batch_id(sample_ids):
-    state = 0
+    state = np.int64(0)
     for position in range(len(sample_ids)):
         state = np.int64(philox(sample_ids[position], position, 0, 0, state, 0)[0])
     return state

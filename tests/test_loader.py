@@ -25,7 +25,7 @@ from ffcv.traversal_order.base import TraversalOrder
 from ffcv_ops import rng
 from ffcv_ops.crops import CenterCrop, RandomResizedCrop
 from ffcv_ops.loader import Loader, OrderOption
-from ffcv_ops.normalize import Label
+from ffcv_ops.normalize import Label, Normalize
 from ffcv_ops.pipeline import BatchOperation, SampleError
 from tests.betons import photographs, spoil, write_images, write_tables
 
@@ -145,7 +145,7 @@ def test_processes_take_rank_and_world_size_from_torch_distributed(path, tmp_pat
     script = """
         import sys, torch
         from ffcv_ops.loader import Loader, OrderOption
-        from ffcv_ops.normalize import Label
+        from ffcv_ops.normalize import Label, Normalize
         rank, path, store = int(sys.argv[1]), sys.argv[2], sys.argv[3]
         torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
         for order in OrderOption:
@@ -224,6 +224,15 @@ def test_stock_operations_run_by_their_own_convention(path):
     for expected, found in zip(stock, ours, strict=True):
         assert [part.shape for part in expected] == [part.shape for part in found]
         assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+
+
+def test_a_consumer_in_inference_mode_gets_the_same_batches(path):
+    pipelines = crops()
+    pipelines["image"].append(Normalize((120,) * 3, (60,) * 3, torch.float32))
+    with Loader(path, 4, num_workers=2, seed=1, pipelines=pipelines) as loader:
+        with torch.inference_mode():
+            seen = digests(loader.epoch(0))
+        assert seen == digests(loader.epoch(0))
 
 
 def test_pipelines_are_not_consumed(path):

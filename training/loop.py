@@ -304,7 +304,7 @@ def non_finite_message(state: TrainState, lr: float, precision: str) -> str:
     )
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     loader: Iterable,
