@@ -154,7 +154,8 @@ def main() -> None:
                     accuracies[name].append(train(name, data, Path(folder), seed, options))
                 print(f"RESULT seed {seed}, {name}: {accuracies[name][-1]:.1f} %", flush=True)
     versions = {package: version(package) for package in ("torch", "ffcv", "timm", "numba")}
-    print(f"{platform.machine()}, Python {platform.python_version()}, {versions}, {options.epochs} epochs at {options.size} px")
+    print(f"{platform.machine()}, Python {platform.python_version()}, {versions}")
+    print(f"{options.epochs} epochs at {options.size} px; top-1 on the validation split:")
     for name, values in accuracies.items():
         print(f"{name:<24} {statistics.mean(values):5.1f} %   {min(values):.1f} to {max(values):.1f}")
     ours, stock = accuracies["plain"], accuracies["plain, stock operations"]
