@@ -12,7 +12,9 @@ start to first batch at the second start.
 
 Cases: ``jpg500-224`` is JPEG of at most 500 px a side decoded to 224 px; ``raw256-224`` raw pixels of at most 256 px.
 Peers: ``stock`` (FFCV's writer and loader), ``stock-file`` (FFCV's file in our loader, against stock), ``torchvision``
-(ImageFolder and DataLoader on the same JPEGs), ``dali`` (CPU pipeline with image_random_crop; where installed).
+(ImageFolder and DataLoader on the same JPEGs), ``dali`` (CPU pipeline with image_random_crop; where installed). Two
+compare our loader with bicubic crops, RandAugment and Mixup or CutMix, as ResNet Strikes Back trains: ``timm`` does the
+same through Pillow and timm's own collation, ``augmented`` is stock FFCV with none of it.
 """
 
 import argparse
@@ -97,6 +99,38 @@ def build_stock_file(folder: Path, size: int) -> Any:
     return build_ours(folder, size, "stock.beton")
 
 
+AUGMENTATION = "rand-m7-mstd0.5-inc1"
+MIXING = {"mixup_alpha": 0.1, "cutmix_alpha": 1.0, "num_classes": 1000}
+
+
+def build_augmented(folder: Path, size: int) -> Any:
+    from ffcv.transforms import ToTensor
+
+    from ffcv_ops import Label, Loader, Mix, OrderOption, RandAugment, RandomResizedCrop
+
+    mix = Mix(**MIXING)
+    image = [RandomResizedCrop(size, interpolation="bicubic"), RandAugment(AUGMENTATION), mix.images(), ToTensor()]
+    pipelines = {"image": image, "label": [Label(), mix.targets()]}
+    file = folder / "ours.beton"
+    return Loader(file, BATCH_SIZE, num_workers=1, order=OrderOption.RANDOM, seed=0, pipelines=pipelines)
+
+
+def build_timm(folder: Path, size: int) -> Any:
+    import torch
+    from timm.data import FastCollateMixup, create_transform
+    from torchvision.datasets import ImageFolder
+
+    torch.set_num_threads(1)
+    steps = create_transform(
+        size, is_training=True, auto_augment=AUGMENTATION, interpolation="bicubic", use_prefetcher=True
+    )
+    images = ImageFolder(str(folder / "jpegs"), steps)
+    collate = FastCollateMixup(label_smoothing=0.0, **MIXING)
+    return torch.utils.data.DataLoader(
+        images, BATCH_SIZE, shuffle=True, num_workers=0, collate_fn=collate, drop_last=True
+    )
+
+
 def build_stock(folder: Path, size: int) -> Any:
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
@@ -149,12 +183,23 @@ def has_dali() -> bool:
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 
 
-PEERS: dict[str, Callable[[Path, int], Any]] = {
+BUILDERS: dict[str, Callable[[Path, int], Any]] = {
     "ours": build_ours,
     "stock-file": build_stock_file,
+    "augmented": build_augmented,
     "stock": build_stock,
     "torchvision": build_torchvision,
+    "timm": build_timm,
     "dali": build_dali,
+}
+# What each row compares: ours, and the other.
+PEERS = {
+    "stock": ("ours", "stock"),
+    "stock-file": ("stock-file", "stock"),
+    "torchvision": ("ours", "torchvision"),
+    "dali": ("ours", "dali"),
+    "timm": ("augmented", "timm"),
+    "augmented": ("augmented", "stock"),
 }
 
 
@@ -164,7 +209,7 @@ def count(batch: Any) -> int:
 
 def serve(peer: str, folder: Path, size: int) -> None:
     """A peer's process: report the first batch, then one pass for each line of input."""
-    loader = PEERS[peer](folder, size)
+    loader = BUILDERS[peer](folder, size)
     imported_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     batches = iter(loader)
     next(batches)
@@ -223,17 +268,22 @@ class Peer:
         return self.passes[-1]["peak_mb"]
 
 
+def builders_of(names: list[str]) -> list[str]:
+    """The builders that the peers' rows compare, each once."""
+    return list(dict.fromkeys(builder for name in names for builder in PEERS[name]))
+
+
 def measure(folder: Path, case: str, names: list[str], rounds: int, core: int) -> Iterator[dict[str, Any]]:
     """Let the peers take turns, compare."""
     size = parse(case)[2]
-    peers = {name: Peer(name, folder, size, core) for name in names}
+    peers = {name: Peer(name, folder, size, core) for name in builders_of(names)}
     for _ in range(rounds):
         for peer in peers.values():
             peer.run_pass()
     for peer in peers.values():
         peer.close()
-    for name in names[1:]:
-        ours, other = (peers["stock-file"], peers["stock"]) if name == "stock-file" else (peers["ours"], peers[name])
+    for name in names:
+        ours, other = (peers[builder] for builder in PEERS[name])
         yield {
             "case": case,
             "peer": name,
@@ -258,7 +308,7 @@ def describe_machine() -> str:
     if Path("/proc/cpuinfo").exists():
         lines = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
         model = next((value.strip() for key, value in lines if key.strip() == "model name"), model)
-    packages = ["ffcv", "numba", "numpy", "opencv-python", "torch", "torchvision"]
+    packages = ["ffcv", "numba", "numpy", "opencv-python", "pillow", "timm", "torch", "torchvision"]
     packages += ["nvidia-dali-cuda120"] if has_dali() else []
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     return f"{model}, {os.cpu_count()} CPUs, {platform.system()}, Python {platform.python_version()}\n{versions}"
@@ -281,7 +331,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of class folders of images")
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="cases to run (all)")
-    parser.add_argument("--peers", nargs="+", choices=list(PEERS)[1:], default=list(PEERS)[1:], help="peers (all)")
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), help="peers (all)")
     parser.add_argument("--num_images", type=int, default=2560, help="images a file holds (2560)")
     parser.add_argument("--rounds", type=int, default=5, help="passes of each peer (5)")
     parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)), help="CPU that all peers run on")
@@ -298,17 +348,13 @@ def main() -> None:
             written = {stored: tempfile.TemporaryDirectory()}
             write_files(options.data, Path(written[stored].name), mode, side, options.num_images)
         folder = Path(written[stored].name)
-        names = ["ours", *(peer for peer in PEERS if peer in options.peers)]
-        if "stock-file" in names and "stock" not in names:
-            names.append("stock")
+        names = [peer for peer in PEERS if peer in options.peers and (peer != "dali" or has_dali())]
         if mode != "jpg":
-            names = [name for name in names if name in ("ours", "stock")]
-        if not has_dali():
-            names = [name for name in names if name != "dali"]
-        for name in names:
-            if name not in started:  # what it keeps on disk between starts, it has from now on
-                Peer(name, folder, size=parse(case)[2], core=options.core).close()
-                started.add(name)
+            names = [name for name in names if name == "stock"]
+        for builder in builders_of(names):
+            if builder not in started:  # what it keeps on disk between starts, it has from now on
+                Peer(builder, folder, size=parse(case)[2], core=options.core).close()
+                started.add(builder)
         for row in measure(folder, case, names, options.rounds, options.core):
             results.append(row)
             print(show(row), flush=True)
