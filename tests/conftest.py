@@ -1,6 +1,7 @@
 """What every test relies on: no network, no window, and GPU tests only where there is a GPU."""
 
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "agg"
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and with them every process they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
