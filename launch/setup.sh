@@ -5,7 +5,8 @@
 # names them for apt, dnf, brew and conda and stops. It does nothing where .venv already fits pyproject.toml,
 # constraints.txt and this script.
 #
-#   PYTHON=python3.12   the interpreter to build on, 3.10 to 3.13; else the first of python3, python3.13 ... python3.10
+#   PYTHON=python3.12   the interpreter to build on, 3.10 to 3.13; else that of the .venv there is, else the first of
+#                       python3, python3.13 ... python3.10
 #   pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf, ...) hold as always.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -47,7 +48,7 @@ main() {
 # The interpreter to build on, or nothing where apt's python3 may be the remedy.
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}; do
+    for candidate in ${PYTHON:-.venv/bin/python python3 python3.13 python3.12 python3.11 python3.10}; do
         if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; then
             printf '%s' "$candidate"
             return
@@ -149,7 +150,8 @@ stop() {
 
 build_venv() {
     local python=$1
-    if [ ! -x .venv/bin/python ] || [ "$(interpreter .venv/bin/python)" != "$(interpreter "$python")" ]; then
+    if ! .venv/bin/python -c 'import pip' 2>/dev/null ||
+        [ "$(interpreter .venv/bin/python)" != "$(interpreter "$python")" ]; then
         printf 'setup: making .venv with %s\n' "$("$python" --version)"
         "$python" -m venv --clear .venv
     fi
