@@ -118,8 +118,7 @@ class Checkpoints:
         return self.folder / f"{self.arch}-weights.pt"
 
     def best(self, state: TrainState) -> Path:
-        name = f"{self.arch}-epoch={state.best_epoch:02d}-val_acc1={state.best_acc1:.4f}.ckpt"
-        return self.folder / name.replace("/", "_")
+        return self.folder / f"{self.arch}-epoch={state.best_epoch:02d}-val_acc1={state.best_acc1:.4f}.ckpt"
 
     def content(self, state: TrainState) -> dict[str, Any]:
         """All a run needs to go on, of types that ``torch.load(weights_only=True)`` admits."""
@@ -152,7 +151,7 @@ class Checkpoints:
 
     def _bests(self) -> list[Path]:
         """The checkpoints that this run has written as its best."""
-        pattern = re.compile(re.escape(self.arch.replace("/", "_")) + r"-epoch=\d+-val_acc1=\d\.\d{4}\.ckpt")
+        pattern = re.compile(re.escape(self.arch) + r"-epoch=\d+-val_acc1=\d\.\d{4}\.ckpt")
         return [path for path in self.folder.iterdir() if pattern.fullmatch(path.name)]
 
     def keep_earlier_run(self) -> list[Path]:
