@@ -58,6 +58,11 @@ class Plan:
         """float32 (N,): the image's own weight inside its box, a multiple of 2**-16."""
         return np.where(self.use_cutmix, np.float32(0), self.lam)
 
+    @property
+    def is_common(self) -> bool:
+        """Whether all images have the same box and weight."""
+        return bool((self.box == self.box[0]).all() and (self.own_weight == self.own_weight[0]).all())
+
 
 def draw_plan(
     seed: int,
@@ -138,6 +143,12 @@ def cut_boxes(lam: np.ndarray, centre: np.ndarray, size: tuple[int, int]) -> tup
     return box, np.rint((1.0 - area / (size[0] * size[1])) * 2.0**24) / 2.0**24
 
 
+def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy a small array to a device behind what its stream has queued; from memory that is not pinned it would wait."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def _channel_axis(shape: Sequence[int]) -> int:
     return -1 if shape[-1] == 3 else -3
 
@@ -205,9 +216,19 @@ def mix_tensor(images: torch.Tensor, plan: Plan) -> None:
         8-bit values come out as `mix_pairs` makes them: the exact mixture, halves rounded up.
     plan : Plan
     """
+    if images.is_floating_point() and plan.is_common:
+        # Nothing outside the box is read or written, and what is mixed is rounded once, whatever the dtype.
+        top, bottom, left, right = plan.box[0].tolist()
+        region = (
+            images[:, top:bottom, left:right]
+            if _channel_axis(images.shape) == -1
+            else images[:, :, top:bottom, left:right]
+        )
+        torch.lerp(region.flip(0), region, float(plan.own_weight[0]), out=region)
+        return
     height, width = _height_and_width(images.shape[1:])
-    box = torch.from_numpy(plan.box).to(images.device, non_blocking=True)
-    inner = torch.from_numpy(plan.own_weight).to(images.device, non_blocking=True).view(-1, 1, 1)
+    box = _upload(plan.box, images.device)
+    inner = _upload(plan.own_weight, images.device).view(-1, 1, 1)
     y = torch.arange(height, device=images.device)
     x = torch.arange(width, device=images.device)
     in_rows = (y >= box[:, :1]) & (y < box[:, 1:2])
@@ -234,7 +255,7 @@ def dense_targets_into(labels: torch.Tensor, plan: Plan | None, smoothing: float
     targets.fill_(smoothing / targets.shape[1])
     own = torch.ones(len(labels), device=labels.device)
     if plan is not None:
-        own = torch.from_numpy(plan.lam).to(labels.device, non_blocking=True)
+        own = _upload(plan.lam, labels.device)
         partner_labels = labels.flip(0)
         targets.scatter_add_(1, partner_labels[:, None], ((1.0 - smoothing) * (1.0 - own))[:, None])
     targets.scatter_add_(1, labels[:, None], ((1.0 - smoothing) * own)[:, None])

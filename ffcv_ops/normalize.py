@@ -43,6 +43,7 @@ class Normalize(BatchOperation):
         self.dtype = dtype
         self.scale = 1.0 / torch.tensor(std, dtype=torch.float64)
         self.shift = -torch.tensor(mean, dtype=torch.float64) * self.scale
+        self._constants: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         height, width, channels = previous_state.shape
@@ -55,7 +56,7 @@ class Normalize(BatchOperation):
         return replace(previous_state, jit_mode=False, shape=(channels, height, width), dtype=self.dtype), query
 
     def generate_code(self) -> Any:
-        constants: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        constants = self._constants  # copied to a device once, which waits for it, and not at every epoch
 
         def normalize(images: torch.Tensor, normalized: torch.Tensor, batch: Batch) -> torch.Tensor:
             if images.device not in constants:
@@ -69,13 +70,15 @@ class Normalize(BatchOperation):
 
 
 class Label(BatchOperation):
-    """Decoder of an IntField: int64 tensor (N,), with nothing to compile."""
+    """Decoder of an IntField: int64 tensor (N,), with nothing to compile; in pinned memory where there is a GPU."""
 
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
-        return replace(previous_state, jit_mode=False, shape=(), dtype=torch.int64), None
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
+        state = replace(previous_state, jit_mode=False, shape=(), dtype=torch.int64)
+        return state, AllocationQuery((), dtype=torch.int64, device=torch.device("cpu"))
 
     def generate_code(self) -> Any:
-        def decode_labels(sample_ids: np.ndarray, _: None, labels: np.ndarray, batch: Batch) -> torch.Tensor:
-            return torch.from_numpy(labels[sample_ids].astype(np.int64, copy=False))
+        def decode_labels(sample_ids: np.ndarray, decoded: torch.Tensor, labels: np.ndarray, _: Batch) -> torch.Tensor:
+            decoded.numpy()[:] = labels[sample_ids]
+            return decoded
 
         return decode_labels

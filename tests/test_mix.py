@@ -187,12 +187,16 @@ def test_operations_through_a_batch(num_workers):
             np.testing.assert_allclose(targets, mixed_targets(labels, plan, 4, 0.1), atol=1e-7)
 
 
+@pytest.mark.parametrize("per", ["batch", "element"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_float_tensors(dtype):
-    images = torch.randn(6, 3, *SIZE, generator=torch.Generator().manual_seed(0)).to(dtype)
-    for plan in plans("element", 6):
+def test_float_tensors(dtype, layout, per):
+    images = torch.randn(6, 3, *SIZE, generator=torch.Generator().manual_seed(0)).to(dtype, memory_format=layout)
+    for plan in plans(per, 6):
+        assert plan.is_common == (per == "batch")
         mixed = images.clone()
         mix_tensor(mixed, plan)
+        assert mixed.stride() == images.stride()
         for i, (top, bottom, left, right) in enumerate(plan.box):
             lam = float(plan.own_weight[i])
             expected = images[i].double()
@@ -212,6 +216,7 @@ def test_cuda_gives_the_same_bytes_without_waiting(per):
         torch.cuda.set_sync_debug_mode("error")
         try:
             mix_tensor(on_device, plan)
+            mix_tensor(on_device.half(), plan)
             dense_targets_into(labels, plan, 0.1, targets)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -80,8 +80,8 @@ def test_labels():
     operation = Label()
     start = State(jit_mode=True, device=torch.device("cpu"), shape=None, dtype=np.dtype("u1"))
     state, query = operation.declare_state_and_memory(start)
-    assert state.shape == () and state.dtype is torch.int64 and query is None
-    decoded = operation.generate_code()(ids, None, labels, BATCH)
+    assert state.shape == query.shape == () and state.dtype is query.dtype is torch.int64
+    decoded = operation.generate_code()(ids, torch.empty(3, dtype=torch.int64), labels, BATCH)
     assert decoded.dtype is torch.int64 and decoded.tolist() == [7, 5, 999]
     decoded[0] = -1
     assert labels[4] == 7
