@@ -17,6 +17,7 @@ import functools
 import platform
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,10 @@ from ffcv_ops import (
 from training import distributed
 from training.checkpoint import Checkpoints, TrainState, read_checkpoint
 from training.distributed import World
-from training.logs import RunLog, pace
-from training.loop import DTYPES, RunError, Trainer, evaluate, train_epoch
+from training.logs import RunLog, format_duration, pace
+from training.loop import DTYPES, Forecast, RunError, Trainer, allow_tf32, evaluate, train_epoch
 from training.loss import build_loss
-from training.model import IMAGENET_MEAN, IMAGENET_STD, build_model
+from training.model import IMAGENET_MEAN, IMAGENET_STD, build_model, compiled, gains_from_compilation
 from training.optim import build_ema, build_optimizer
 from training.preview import class_names, denormalized, draw_contact_sheet, take_images
 from training.recipe import Plan, Settings, courses, plan, read_recipe, refuse, summary
@@ -173,6 +174,7 @@ class Run:
         recipe, world, training = self.recipe, self.world, self.recipe.training
         torch.manual_seed(training.seed)
         torch.backends.cudnn.benchmark = True
+        allow_tf32(training.tf32)
         model = build_model(
             recipe.model.arch,
             library=recipe.model.library,
@@ -226,14 +228,59 @@ class Run:
             self.state = self.checkpoints.restore(checkpoint)
             recipe.notices.extend(differences(checkpoint, self.checkpoints.facts))
         self.eval_model = self.trainer.ema.module if self.trainer.ema is not None else model
+        self.compiles = training.compile
+        if self.compiles == "auto":
+            self.compiles = gains_from_compilation(world.device, self.plan.total_steps * training.accumulation)
+        self.compiled_px = 0
+        if self.compiles:
+            self.trainer.model = compiled(model)
         if world.world_size > 1:
-            devices = [world.local_rank] if world.device.type == "cuda" else None
-            self.trainer.model = DistributedDataParallel(model, device_ids=devices)
+            self.trainer.model = DistributedDataParallel(
+                self.trainer.model,
+                device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+                broadcast_buffers=False,  # training reads none of them, and evaluation takes rank 0's
+                gradient_as_bucket_view=True,
+                # Holds neither with no_sync() nor with the way dynamo splits a graph at the buckets.
+                static_graph=training.accumulation == 1 and not self.compiles,
+            )
+        recipe.notices.extend(self.speed_notices())
+        resolutions = [self.schedule.resolution(epoch) for epoch in range(training.epochs)]
+        eval_steps = self.val.num_samples / self.plan.global_batch_size
+        self.forecast = Forecast(resolutions, self.plan.steps_per_epoch, eval_steps)
         threads, dtype = num_workers(recipe, world), DTYPES[self.precision]
         self.val_loader = val_loader(recipe, world, threads, dtype)
         if not training.eval_only:
             self.crop = random_crop(recipe, self.schedule.resolution(self.state.epoch))
             self.loader = train_loader(recipe, world, threads, dtype, self.crop)
+
+    def speed_notices(self) -> list[str]:
+        """What the arithmetic of the run means on its GPU."""
+        training, notices = self.recipe.training, []
+        if self.world.device.type == "cuda" and self.precision == "32" and training.tf32:
+            notices.append("32-bit products are made in TF32 where this GPU can: --training.tf32=0 makes them in full")
+        if self.precision == "16-mixed" and training.optimizer == "lamb":
+            notices.append(
+                "LAMB under 16-mixed has the host wait for the GPU in every step, to learn whether the gradient "
+                "overflowed; --precision bf16-mixed has no such check"
+            )
+        return notices
+
+    def compile_for(self, size: int) -> None:
+        """Compile the model for images of a size before their first step; go on without where that fails."""
+        if not self.compiles or size == self.compiled_px:
+            return
+        if self.compiled_px:
+            torch.compiler.reset()  # a size that is past does not come again
+        started_s, self.compiled_px = time.perf_counter(), size
+        error = self.trainer.rehearse((self.recipe.training.batch_size, 3, size, size))
+        failures = distributed.sum_over_ranks(torch.tensor(int(error is not None), device=self.world.device))
+        if failures:
+            self.compiles = False
+            torch.compiler.set_stance("force_eager")
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if error else "on another rank"
+            self.log.say(f"note: torch.compile failed, training goes on without it ({reason})")
+        else:
+            self.log.say(f"compiled for {size} px in {time.perf_counter() - started_s:.0f} s")
 
     def facts(self) -> dict[str, Any]:
         """What makes the run repeatable, stored with its logs and every checkpoint."""
@@ -263,19 +310,24 @@ class Run:
         save = functools.partial(checkpoints.save, state)
         for epoch in range(state.epoch, epochs):
             self.crop.size = self.schedule.resolution(epoch)
+            self.compile_for(self.crop.size)
             values = train_epoch(
                 self.trainer,
                 self.loader,
                 state,
                 log,
                 steps_per_epoch=self.plan.steps_per_epoch,
-                epochs=epochs,
+                forecast=self.forecast,
                 log_every=recipe.logging.log_every if recipe.logging.log_level else 0,
                 save=save,
                 save_every_steps=recipe.training.save_every_steps,
             )
+            trained_s = time.perf_counter()
             if recipe.logging.log_level or epoch == epochs - 1:
                 values.update(self.evaluate())
+            self.forecast.between_s = time.perf_counter() - trained_s
+            left_s = self.forecast.remaining_s(epoch, self.plan.steps_per_epoch, values["step_s"])
+            values["remaining_s"] = left_s - self.forecast.between_s
             is_best = values.get("val/acc1", -1.0) > state.best_acc1
             if is_best:
                 state.best_acc1, state.best_epoch = values["val/acc1"], epoch
@@ -283,6 +335,7 @@ class Run:
             log.say(epoch_line(values, epoch, epochs, self.crop.size, pace(values, log.courses, epoch + 1)))
             log.epoch({"epoch": epoch, **values, "resolution": self.crop.size}, state.step)
             checkpoints.save(state, is_best=is_best)
+            self.forecast.between_s = time.perf_counter() - trained_s
         self.say_goodbye()
         log.close()
 
@@ -475,6 +528,11 @@ def epoch_line(values: dict[str, float], epoch: int, epochs: int, resolution: in
     if "val/acc1" in values:
         line += f"  val loss {values['val/loss']:.4f}  top-1 {values['val/acc1']:.2%}  top-5 {values['val/acc5']:.2%}"
     line += f"  {values['images_per_s']:,.0f} images/s  data wait {values['data_wait']:.1%}"
+    if "gpu_peak_allocated_bytes" in values:
+        allocated, reserved = (values[f"gpu_peak_{kind}_bytes"] / 2**30 for kind in ("allocated", "reserved"))
+        line += f"  GPU memory {allocated:.1f} GiB ({reserved:.1f} reserved)"
+    if values["remaining_s"]:
+        line += f"  {format_duration(values['remaining_s'])} to go"
     return f"{line}  {expected}" if expected else line
 
 

@@ -144,7 +144,7 @@ def cut_boxes(lam: np.ndarray, centre: np.ndarray, size: tuple[int, int]) -> tup
 
 
 def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copy a small array to a device behind what its stream has queued; from memory that is not pinned it would wait."""
+    """Copy a small array to a device without waiting for it, which takes pinned memory."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 

@@ -1,5 +1,7 @@
 """The loop on tensors: gradients, accumulation, metrics, faults."""
 
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,18 @@ from torch import nn
 from training.checkpoint import TrainState
 from training.distributed import World
 from training.logs import RunLog
-from training.loop import FiniteCheck, Meter, RunError, Trainer, evaluate, metrics, train_epoch
+from training.loop import (
+    Clock,
+    FiniteCheck,
+    Forecast,
+    Meter,
+    RunError,
+    Trainer,
+    allow_tf32,
+    evaluate,
+    metrics,
+    train_epoch,
+)
 from training.loss import soft_target_cross_entropy
 from training.optim import build_optimizer
 
@@ -23,9 +36,6 @@ class Batches:
 
     def epoch(self, epoch, skip=0):
         return iter(self.batches[skip:])
-
-    def take_wait_s(self):
-        return 0.0
 
 
 def small_model():
@@ -48,7 +58,7 @@ def make_trainer(model, **options):
 
 
 def run_epoch(trainer, batches, state, tmp_path, steps, **options):
-    options = {"save": lambda: None, "log_every": 0, "epochs": 1, **options}
+    options = {"save": lambda: None, "log_every": 0, "forecast": Forecast([8], steps), **options}
     return train_epoch(trainer, batches, state, RunLog(tmp_path, True), steps_per_epoch=steps, **options)
 
 
@@ -164,7 +174,8 @@ def test_only_losses_in_a_row_stop_a_run():
 def test_progress_is_said_and_steps_end_with_the_plan(data, tmp_path, capsys):
     images, targets, _ = data
     state = TrainState()
-    run_epoch(make_trainer(small_model()), Batches(images, targets, 4), state, tmp_path, steps=5, log_every=2, epochs=2)
+    options = {"log_every": 2, "forecast": Forecast([8, 8], 5)}
+    run_epoch(make_trainer(small_model()), Batches(images, targets, 4), state, tmp_path, steps=5, **options)
     lines = capsys.readouterr().out.splitlines()
     assert state.step == 5
     assert [line.split()[3] for line in lines] == ["2/5", "4/5"]
@@ -200,3 +211,60 @@ def test_fewer_than_five_classes():
     logits, labels = torch.eye(3), torch.arange(3)
     meter.add(F.cross_entropy(logits, labels), logits, labels)
     assert metrics(meter.totals(), "val")["val/acc5"] == 1.0
+
+
+def test_images_in_the_weights_format_are_not_copied():
+    channels_last = torch.randn(2, 8, 8, 3).permute(0, 3, 1, 2)
+    trainer = make_trainer(small_model())
+    assert trainer.laid_out(channels_last).data_ptr() == channels_last.data_ptr()
+    plain = make_trainer(small_model(), channels_last=False).laid_out(channels_last)
+    assert plain.is_contiguous() and torch.equal(plain, channels_last)
+
+
+def test_waits_are_those_between_batches():
+    def slow():
+        for number in range(3):
+            time.sleep(0.1)
+            yield number
+
+    clock = Clock(torch.device("cpu"))
+    for number in clock.watch(slow()):
+        clock.num_images, clock.num_steps = 10 * (number + 1), number + 1
+        time.sleep(0.2)
+    rates = clock.rates()
+    assert 0.3 <= clock.wait_s < 0.5
+    assert rates["data_wait"] == pytest.approx(clock.wait_s / (3 * rates["step_s"]), rel=0.01)
+    assert rates["images_per_s"] == pytest.approx(10 / rates["step_s"])
+    assert clock.peak_memory() == {}
+
+
+def test_the_forecast_counts_evaluations_and_larger_images():
+    forecast = Forecast([100, 100, 200], steps_per_epoch=10, eval_steps=4)
+    assert forecast.remaining_s(0, 5, step_s=2.0) == (5 + 10 + 40) * 2 + 3 * 4 * 2
+    forecast.between_s = 100.0
+    assert forecast.remaining_s(1, 10, step_s=2.0) == 40 * 2 + 2 * 100
+    assert forecast.remaining_s(2, 10, step_s=8.0) == 100
+
+
+def test_tf32_is_what_the_recipe_says():
+    try:
+        for allowed in (True, False):
+            allow_tf32(allowed)
+            assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == allowed
+            if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+                assert (torch.backends.cuda.matmul.fp32_precision == "tf32") == allowed
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
+
+
+def test_a_rehearsal_leaves_no_trace(data, tmp_path):
+    images, targets, _ = data
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    trainer = make_trainer(network)
+    assert trainer.rehearse((4, 3, 8, 8)) is None
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert not trainer.optimizer.state
+    assert "expected input" in str(trainer.rehearse((4, 2, 8, 8)))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

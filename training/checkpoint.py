@@ -82,8 +82,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside DistributedDataParallel, or the model itself."""
-    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+    """The model inside DistributedDataParallel and torch.compile, or the model itself."""
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        model = model.module
+    return getattr(model, "_orig_mod", model)
 
 
 @dataclass

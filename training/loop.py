@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,13 @@ class RunError(RuntimeError):
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The autocast context of a precision; off for ``"32"``."""
     return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "32")
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether GPUs may round the factors of 32-bit products, in convolutions and linear layers, to TF32's 10 bits."""
+    # Of PyTorch's two interfaces the older: what is set by it can be read by both, what by the newer by that alone.
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def count_hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -85,7 +92,7 @@ class FiniteCheck:
 
     def fails(self, loss: torch.Tensor) -> bool:
         """Count a step's loss (scalar), and tell whether too many in a row were not finite."""
-        self.run_length = torch.where(torch.isfinite(loss.detach()), 0, self.run_length + 1)
+        self.run_length = (self.run_length + 1) * ~torch.isfinite(loss.detach())
         copy, event = self.run_length, None
         if self.on_gpu:
             copy = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(self.run_length, non_blocking=True)
@@ -119,7 +126,7 @@ class Trainer:
         Largest norm of the whole gradient; largest ratio of each unit's gradient norm to its weights' norm (adaptive
         gradient clipping, arXiv 2102.06171), the last layer's weight and bias excepted, as there. 0 does not clip.
     channels_last : bool
-        Memory format of the images.
+        Memory format of the images, as of the weights; a loader whose images have it costs no copy.
     seed : int
         Of what the model itself draws (dropout, drop path): a function of (seed, step, rank).
     """
@@ -138,6 +145,10 @@ class Trainer:
     ema_every: int = 1
     channels_last: bool = True
     seed: int = 0
+
+    def laid_out(self, images: torch.Tensor) -> torch.Tensor:
+        """The images in the memory format of the weights; themselves where they have it."""
+        return images.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
     def gradient(self, images: torch.Tensor, targets: torch.Tensor, *, last: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Add one batch's share to the gradient; ranks exchange gradients with the step's last batch only.
@@ -180,6 +191,39 @@ class Trainer:
             self.ema.update_parameters(unwrapped(self.model))
         return lr
 
+    def rehearse(self, shape: tuple[int, int, int, int]) -> Exception | None:
+        """Pass a batch of zeros forward and back, and leave no trace: this is when a compiled model is compiled.
+
+        Parameters
+        ----------
+        shape : tuple of int
+            Of a batch's images, (N, 3, H, W).
+
+        Returns
+        -------
+        Exception or None
+            What went wrong, other than a want of memory, which is raised.
+        """
+        self.model.train()
+        kept = [buffer.clone() for buffer in self.model.buffers()]
+        images = self.laid_out(torch.zeros(shape, dtype=DTYPES[self.precision], device=self.world.device))
+        # No rank waits for another here, so that one that fails leaves none behind.
+        alone = self.model.no_sync() if dist.is_initialized() else contextlib.nullcontext()  # type: ignore[operator]
+        try:
+            with alone:
+                with autocast(self.world.device, self.precision):
+                    logits = self.model(images)
+                logits.float().sum().backward()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # dynamo, inductor, Triton and the C++ compiler raise many kinds
+            return error
+        finally:
+            for buffer, value in zip(self.model.buffers(), kept, strict=True):
+                buffer.copy_(value)
+            self.optimizer.zero_grad(set_to_none=True)
+        return None
+
     def seed_step(self, step: int) -> None:
         """Make what the model draws in a step a function of (seed, step, rank), the same after any resume."""
         torch.manual_seed(hash((self.seed, step, self.world.rank)) % 2**63)
@@ -192,7 +236,7 @@ def train_epoch(
     log: RunLog,
     *,
     steps_per_epoch: int,
-    epochs: int,
+    forecast: "Forecast",
     log_every: int,
     save: Callable[[], None],
     save_every_steps: int = 0,
@@ -207,8 +251,9 @@ def train_epoch(
     state : TrainState
         Moved on with every batch; the epoch number is left for the caller.
     log : RunLog
-    steps_per_epoch, epochs : int
-        For progress and the expected end.
+    steps_per_epoch : int
+    forecast : Forecast
+        Of the run's end.
     log_every : int
         Steps between progress lines; the only moments, beside saves, at which the host waits for the device.
     save, save_every_steps : callable, int
@@ -218,7 +263,8 @@ def train_epoch(
     -------
     dict
         ``train/loss``, ``train/acc1``, ``train/acc5`` (against each image's heavier label where images are mixed),
-        ``lr``, ``images_per_s``, ``data_wait`` (share of the time spent waiting for batches).
+        ``lr``, ``images_per_s``, ``data_wait`` (share of the time that was spent waiting for batches, by the GPU where
+        there is one), ``step_s``; on a GPU ``gpu_peak_allocated_bytes``, ``gpu_peak_reserved_bytes``.
 
     Raises
     ------
@@ -230,13 +276,12 @@ def train_epoch(
     meter, finite = Meter(world.device), FiniteCheck(world.device)
     meter.restore(state.totals, world)
     state.totals = []
-    clock = Clock(loader)
+    clock = Clock(world.device)
     lr, end = 0.0, state.step + steps_per_epoch - state.batch // trainer.accumulation
-    for images, targets in loader.epoch(state.epoch, skip=state.batch):
+    for images, targets in clock.watch(loader.epoch(state.epoch, skip=state.batch)):
         if state.step == end:
             break
-        if trainer.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = trainer.laid_out(images)
         last = (state.batch + 1) % trainer.accumulation == 0
         trainer.seed_step(state.step * trainer.accumulation + state.batch % trainer.accumulation)
         loss, logits = trainer.gradient(images, targets, last=last)
@@ -253,35 +298,106 @@ def train_epoch(
         done = steps_per_epoch - (end - state.step)
         if log_every and done % log_every == 0:
             now = {**metrics(meter.sums.tolist(), "train"), "lr": lr, **clock.rates()}
-            remaining = (epochs - state.epoch) * steps_per_epoch - done
-            log.say(progress_line(state.epoch, done, steps_per_epoch, now, clock.expect_s(remaining)))
+            remaining_s = forecast.remaining_s(state.epoch, done, now["step_s"])
+            log.say(progress_line(state.epoch, done, steps_per_epoch, now, remaining_s))
             log.metrics({"step/loss": now["train/loss"], "lr": lr, "images_per_s": now["images_per_s"]}, state.step)
         if save_every_steps and state.step % save_every_steps == 0 and state.step < end:
             state.totals = meter.totals()
             save()
             state.totals = []
     totals = meter.totals()
-    return {**metrics(totals, "train"), "lr": lr, **clock.rates()}
+    return {**metrics(totals, "train"), "lr": lr, **clock.rates(), **clock.peak_memory()}
 
 
 class Clock:
-    """Images per second over all ranks, and the share of the time this rank waited for data."""
+    """Images per second over all ranks, the share of the time this rank waited for data, and its GPU's memory.
 
-    def __init__(self, loader: Any):
-        self.loader = loader
+    On a GPU the wait is the GPU's own, between the end of one batch's work and the arrival of the next batch, both
+    marked in its queue. The host runs ahead of the GPU and may wait for a batch while the GPU still has work.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.on_gpu = device, device.type == "cuda"
         self.num_images = self.num_steps = 0
         self.wait_s = 0.0
-        loader.take_wait_s()
-        self.start_s = time.monotonic()
+        self.waits: collections.deque[tuple[Any, Any]] = collections.deque()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        self.start_s = time.perf_counter()
+
+    def _mark(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches as they come, with the waits for them marked."""
+        iterator = iter(batches)
+        while True:
+            asked = self._mark()
+            batch = next(iterator, None)
+            if batch is None:
+                return
+            self.waits.append((asked, self._mark()))
+            self._add_waits()
+            yield batch
+
+    def _add_waits(self) -> None:
+        """Add up the waits that are over; on a GPU those of some steps ago."""
+        while self.waits and (not self.on_gpu or self.waits[0][1].query()):
+            asked, came = self.waits.popleft()
+            self.wait_s += asked.elapsed_time(came) / 1000 if self.on_gpu else came - asked
 
     def rates(self) -> dict[str, float]:
-        elapsed_s = max(time.monotonic() - self.start_s, 1e-9)
-        self.wait_s += self.loader.take_wait_s()
-        return {"images_per_s": self.num_images / elapsed_s, "data_wait": min(self.wait_s / elapsed_s, 1.0)}
+        """``images_per_s``, ``data_wait`` in [0, 1], ``step_s`` so far: exact where the device has been waited for."""
+        elapsed_s = max(time.perf_counter() - self.start_s, 1e-9)
+        self._add_waits()
+        return {
+            "images_per_s": self.num_images / elapsed_s,
+            "data_wait": min(self.wait_s / elapsed_s, 1.0),
+            "step_s": elapsed_s / max(self.num_steps, 1),
+        }
 
-    def expect_s(self, num_steps: int) -> float:
-        """Seconds that so many further steps will take at the pace so far."""
-        return (time.monotonic() - self.start_s) / self.num_steps * num_steps
+    def peak_memory(self) -> dict[str, int]:
+        """What tensors took of the GPU's memory at most, and what PyTorch held of it; nothing on a CPU."""
+        if not self.on_gpu:
+            return {}
+        return {
+            "gpu_peak_allocated_bytes": torch.cuda.max_memory_allocated(self.device),
+            "gpu_peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device),
+        }
+
+
+class Forecast:
+    """When a run will end: steps at their present pace, in proportion to their pixels, and what lies between epochs.
+
+    Parameters
+    ----------
+    resolutions : list of int
+        Side of the images, px, in each epoch.
+    steps_per_epoch : int
+    eval_steps : float
+        An evaluation's images in steps of training, which it is taken for until one has been timed.
+
+    Attributes
+    ----------
+    between_s : float or None
+        Time from the end of an epoch's last step to the next epoch: evaluation, logs, checkpoint.
+    """
+
+    def __init__(self, resolutions: list[int], steps_per_epoch: int, eval_steps: float = 0.0):
+        self.resolutions, self.steps_per_epoch, self.eval_steps = resolutions, steps_per_epoch, eval_steps
+        self.between_s: float | None = None
+
+    def remaining_s(self, epoch: int, done: int, step_s: float) -> float:
+        """Seconds left when ``done`` steps of an epoch are over, each of which took ``step_s``."""
+        between_s = self.eval_steps * step_s if self.between_s is None else self.between_s
+        here = self.resolutions[epoch]
+        later = sum((size / here) ** 2 for size in self.resolutions[epoch + 1 :])
+        steps = self.steps_per_epoch * (1 + later) - done
+        return steps * step_s + between_s * (len(self.resolutions) - epoch)
 
 
 def progress_line(epoch: int, done: int, steps: int, now: dict[str, float], remaining_s: float) -> str:
@@ -341,9 +457,9 @@ def evaluate(
     share_buffers(model)
     model.eval()
     meter = Meter(world.device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     for images, labels in loader:
-        if channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=layout)
         with autocast(world.device, precision):
             logits = model(images).float()
             if flip:

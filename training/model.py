@@ -1,6 +1,7 @@
 """Architectures of torchvision and timm, their weights, and BlurPool."""
 
 import difflib
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+# A compilation takes about a minute; what a shorter run would gain from it is less.
+MIN_STEPS_TO_COMPILE = 2000
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
@@ -148,6 +151,24 @@ def _plain_name(name: str, own: dict[str, torch.Tensor]) -> str:
         name = name.removeprefix(prefix)
     unwrapped = name.removesuffix(".conv.weight") + ".weight"
     return unwrapped if name not in own and unwrapped in own else name
+
+
+def gains_from_compilation(device: torch.device, num_steps: int) -> bool:
+    """Whether compiling a model is worth its while: on a GPU that Triton knows, in a run of some length."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (7, 0)
+        and importlib.util.find_spec("triton") is not None
+        and num_steps >= MIN_STEPS_TO_COMPILE
+    )
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """A module that shares a model's tensors and runs it compiled, each size of images on its own.
+
+    The model itself stays as it is: its state dict has the plain names, and calling it compiles nothing.
+    """
+    return torch.compile(model, dynamic=False)  # type: ignore[return-value]
 
 
 class BlurPoolConv2d(nn.Conv2d):

@@ -2,7 +2,7 @@
 
 import torch
 from timm.optim import Lamb
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float, bn_wd: float | None = None) -> list[dict]:
@@ -49,6 +49,11 @@ def build_optimizer(
         trained); AdamW. SGD and AdamW are fused where the parameters lie on a GPU.
     momentum, nesterov
         Of SGD alone.
+
+    Notes
+    -----
+    Under a gradient scaler the fused ones skip a step that overflowed on the GPU itself; LAMB has the host wait for the
+    verdict in every step.
     """
     groups = parameter_groups(model, weight_decay, bn_wd)
     fused = all(parameter.is_cuda for parameter in model.parameters())
@@ -59,11 +64,37 @@ def build_optimizer(
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
 
 
-def build_ema(model: torch.nn.Module, decay: float) -> AveragedModel | None:
-    """Exponential moving average of a model's parameters and buffers, None for a decay of 0.
+class MovingAverage(AveragedModel):
+    """Exponential moving average of a model's parameters and buffers; buffers of integers are copied.
 
     As torchvision's references: the first update copies, each later one does ``ema = decay ema + (1 - decay) model``.
+    The update of `AveragedModel` itself copies its count to the GPU, and the host waits for that.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        On its device.
+    decay : float
     """
-    if decay == 0:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    def __init__(self, model: torch.nn.Module, decay: float):
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: torch.nn.Module) -> None:
+        """Take in the model as it is now, without waiting for its device."""
+        weight = 1.0 - self.decay if self.n_averaged else 1.0  # the count lies in the host's memory
+        averages, values = ([*module.parameters(), *module.buffers()] for module in (self.module, model))
+        pairs = list(zip(averages, values, strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        others = [pair for pair in pairs if not pair[0].is_floating_point()]
+        torch._foreach_lerp_([pair[0] for pair in floats], [pair[1] for pair in floats], weight)
+        if others:
+            torch._foreach_copy_([pair[0] for pair in others], [pair[1] for pair in others])
+        self.n_averaged += 1
+
+
+def build_ema(model: torch.nn.Module, decay: float) -> MovingAverage | None:
+    """The moving average of a model, None for a decay of 0."""
+    return MovingAverage(model, decay) if decay else None

@@ -101,6 +101,16 @@ class Switch(validation.Checker):
         return "1 or 0"
 
 
+class Auto(Switch):
+    """``auto``, or a `Switch`."""
+
+    def check(self, value: Any) -> Any:
+        return "auto" if str(value).strip().lower() == "auto" else super().check(value)
+
+    def help(self) -> str:
+        return "auto, 1 or 0"
+
+
 @dataclass(frozen=True)
 class Text(validation.Checker):
     """Text that is not empty. An integer counts (YAML takes a bare 12355 for one); other YAML types do not."""
@@ -584,6 +594,12 @@ _section(
     distributed=Param(Switch(), "start dist.world_size processes, where torchrun has not", default=0),
     use_blurpool=Param(Switch(), "blur before strided convolutions", default=0),
     precision=Param(Choice("16-mixed", "bf16-mixed", "32"), "arithmetic", default="16-mixed"),
+    tf32=Param(
+        Switch(), "products of 32-bit numbers in TF32 (10 bits of mantissa) where the GPU's tensor cores can", default=1
+    ),
+    compile=Param(
+        Auto(), "torch.compile the model; auto: on a GPU, for runs long enough to gain from it", default="auto"
+    ),
     grad_clip=Param(Number(min=0), "largest norm of the gradient; 0: no clipping", default=0.0),
     agc=Param(
         Number(min=0),
