@@ -10,8 +10,12 @@ import torch
 from betons import photographs, write_images
 from ffcv.transforms import ToDevice, ToTensor
 
+import train_imagenet
 from ffcv_ops import Label, Loader, Mix, Normalize, OrderOption, RandomResizedCrop
+from training.checkpoint import TrainState
+from training.loop import Forecast, train_epoch
 from training.model import IMAGENET_MEAN, IMAGENET_STD
+from training.recipe import read_recipe
 
 ROOT = Path(__file__).parent.parent
 NUM_CLASSES = 4
@@ -73,6 +77,46 @@ def test_a_run_and_its_resumption(beton, tmp_path, precision):
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4]
     assert all(0 < row["val/loss"] < 10 and 0 <= row["data_wait"] <= 1 for row in rows)
     assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+
+
+class Guarded:
+    """A loader that lets nothing wait for the device while its batches 3 to 7 are trained on, and ends long after."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def epoch(self, epoch, skip=0):
+        for number, batch in enumerate(self.loader.epoch(epoch, skip)):
+            torch.cuda.set_sync_debug_mode("error" if 3 <= number < 8 else "default")
+            yield batch
+
+
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [
+        ("16-mixed", []),
+        ("16-mixed", ["--training.optimizer=adamw", "--training.grad_clip=1", "--training.accumulation=2"]),
+        ("bf16-mixed", ["--training.optimizer=lamb", "--training.loss=bce", "--training.agc=0.01"]),
+        ("32", ["--training.use_blurpool=1", "--training.compile=1"]),
+    ],
+)
+def test_steps_wait_for_nothing(beton, tmp_path, precision, options):
+    settings = ["--model.arch=resnet18", f"--model.num_classes={NUM_CLASSES}", "--batch_size=6", "--epochs=1"]
+    settings += [f"--data.train_dataset={beton}", f"--data.val_dataset={beton}", f"--logging.folder={tmp_path}"]
+    settings += ["--resolution.min_res=64", "--resolution.max_res=64", "--lr.lr_peak_epoch=0", "--lr=0.01"]
+    settings += ["--augmentation.mixup_alpha=0.2", "--augmentation.cutmix_alpha=1.0", "--training.ema_decay=0.9"]
+    recipe = read_recipe([*settings, f"--precision={precision}", *options])
+    run = train_imagenet.Run(recipe, train_imagenet.join(recipe))
+    run.compile_for(64)
+    assert run.compiles == ("--training.compile=1" in options)
+    forecast = Forecast([64], run.plan.steps_per_epoch)
+    steps = {"steps_per_epoch": run.plan.steps_per_epoch, "log_every": 0, "save": lambda: None}
+    try:
+        values = train_epoch(run.trainer, Guarded(run.loader), TrainState(), run.log, forecast=forecast, **steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert 0 <= values["data_wait"] <= 1
+    assert 0 < values["gpu_peak_allocated_bytes"] <= values["gpu_peak_reserved_bytes"]
 
 
 def test_out_of_memory_names_the_batch_size_to_try(beton, tmp_path):

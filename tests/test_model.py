@@ -1,12 +1,16 @@
 """Architectures, weights in and out, BlurPool."""
 
+import copy
+import shutil
+
 import pytest
 import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
 
-from training.model import BlurPoolConv2d, build_model, find_library
+from training.checkpoint import unwrapped
+from training.model import BlurPoolConv2d, build_model, compiled, find_library, gains_from_compilation
 
 IMAGES = torch.linspace(-2, 2, 2 * 3 * 64 * 64).reshape(2, 3, 64, 64)
 
@@ -108,3 +112,30 @@ def test_unusable_weights_say_why(tmp_path):
     torch.save(build_model("resnet34").state_dict(), tmp_path / "resnet34.pt")
     with pytest.raises(ValueError, match=r"do not fit.*unexpected \(layer1.2.bn1.bias"):
         build_model("resnet18", weights=tmp_path / "resnet34.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_a_compiled_model_is_the_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        BlurPoolConv2d(torch.nn.Conv2d(3, 16, 3, stride=2)), torch.nn.BatchNorm2d(16), torch.nn.AdaptiveAvgPool2d(1)
+    )
+    twin, fast = copy.deepcopy(model), compiled(model)
+    images = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    fast(images).square().sum().backward()
+    twin(images).square().sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert unwrapped(fast) is model and model.state_dict().keys() == twin.state_dict().keys()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with torch.inference_mode():
+        model.eval()(images[:3])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "evaluation compiles nothing"
+
+
+def test_where_compilation_gains():
+    assert not gains_from_compilation(torch.device("cpu"), 10**6)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -118,6 +119,8 @@ def test_a_run_leaves_its_log_record_curve_and_checkpoints(whole_run):
     for record in records:
         for name in ("train/loss", "train/acc1", "train/acc5", "val/loss", "val/acc1", "val/acc5", "lr"):
             assert np.isfinite(record[name]), name
+        assert 0 < record["data_wait"] < 1 and record["step_s"] > 0
+    assert records[0]["remaining_s"] > records[1]["remaining_s"] > records[2]["remaining_s"] == 0
     assert cv2.imread(str(png)).std() > 0
     best = max(records, key=lambda record: record["val/acc1"])
     names = {path.name for path in (folder / "checkpoints").iterdir()}
@@ -242,6 +245,46 @@ def test_a_recipe_that_asks_for_processes_gets_them(recipe, tmp_path):
     options += ["--epochs", "1", "--lr.warmup_epochs=0"]
     output = finish(run_script("--config-file", recipe, *options, folder=tmp_path))
     assert "0.4 x 32 / 256 = 0.05" in output and output.count("done: best") == 1
+
+
+@pytest.mark.slow
+def test_a_run_without_a_compiler_goes_on_without_compiling(recipe, whole_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    output = finish(run_script("--config-file", recipe, "--no_wandb", "--training.compile=1", folder=tmp_path))
+    (note,) = (line for line in output.splitlines() if "torch.compile failed" in line)
+    assert "training goes on without it (InvalidCxxCompiler: No working C++ compiler" in note
+    ours, theirs = (torch.load(p / "checkpoints" / "last.ckpt", weights_only=True) for p in (tmp_path, whole_run[0]))
+    assert all(torch.equal(ours["model"][name], value) for name, value in theirs["model"].items())
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_compiled_runs_resume_to_the_bit(recipe, tmp_path, monkeypatch, num_processes):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_processes}"]
+    launcher += [f"--master_port={29551 + num_processes}"]
+    options = ["--config-file", recipe, "--no_wandb", "--training.compile=1", "--training.save_every_steps=2"]
+    folders = [tmp_path / "whole", tmp_path / "cut"]
+    for folder in folders:
+        folder.mkdir()
+        process = run_script(*options, folder=folder, launcher=launcher)
+        if folder.name == "cut":
+            for line in process.stdout:
+                if line.startswith("epoch 1  step 4/"):
+                    process.terminate()
+                    break
+            process.communicate(timeout=600)
+            process = run_script(*options, "--resume", "checkpoints/last.ckpt", folder=folder, launcher=launcher)
+        output, _ = process.communicate(timeout=1200)
+        assert process.returncode == 0, output
+        assert "compiled for 32 px" in output
+    whole, cut = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in folders)
+    for part in ("model", "ema"):
+        assert all(torch.equal(cut[part][name], value) for name, value in whole[part].items())
+    weights = torch.load(folders[0] / "checkpoints" / "resnet18-weights.pt", weights_only=True)
+    torchvision.models.resnet18(num_classes=10).load_state_dict(weights)
 
 
 @pytest.fixture
