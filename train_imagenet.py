@@ -228,21 +228,7 @@ class Run:
             self.state = self.checkpoints.restore(checkpoint)
             recipe.notices.extend(differences(checkpoint, self.checkpoints.facts))
         self.eval_model = self.trainer.ema.module if self.trainer.ema is not None else model
-        self.compiles = training.compile
-        if self.compiles == "auto":
-            self.compiles = gains_from_compilation(world.device, self.plan.total_steps * training.accumulation)
-        self.compiled_px = 0
-        if self.compiles:
-            self.trainer.model = compiled(model)
-        if world.world_size > 1:
-            self.trainer.model = DistributedDataParallel(
-                self.trainer.model,
-                device_ids=[world.local_rank] if world.device.type == "cuda" else None,
-                broadcast_buffers=False,  # training reads none of them, and evaluation takes rank 0's
-                gradient_as_bucket_view=True,
-                # Holds neither with no_sync() nor with the way dynamo splits a graph at the buckets.
-                static_graph=training.accumulation == 1 and not self.compiles,
-            )
+        self.trainer.model = self.wrapped(model)
         recipe.notices.extend(self.speed_notices())
         resolutions = [self.schedule.resolution(epoch) for epoch in range(training.epochs)]
         eval_steps = self.val.num_samples / self.plan.global_batch_size
@@ -252,6 +238,25 @@ class Run:
         if not training.eval_only:
             self.crop = random_crop(recipe, self.schedule.resolution(self.state.epoch))
             self.loader = train_loader(recipe, world, threads, dtype, self.crop)
+
+    def wrapped(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model as a step calls it: compiled where that gains, and exchanging gradients between ranks."""
+        training, world = self.recipe.training, self.world
+        self.compiled_px, self.compiles = 0, training.compile
+        if self.compiles == "auto":
+            self.compiles = gains_from_compilation(world.device, self.plan.total_steps * training.accumulation)
+        if self.compiles:
+            model = compiled(model)
+        if world.world_size == 1:
+            return model
+        return DistributedDataParallel(
+            model,
+            device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+            broadcast_buffers=False,  # training reads none of them, and evaluation takes rank 0's
+            gradient_as_bucket_view=True,
+            # Holds neither with no_sync() nor with the way dynamo splits a graph at the buckets.
+            static_graph=training.accumulation == 1 and not self.compiles,
+        )
 
     def speed_notices(self) -> list[str]:
         """What the arithmetic of the run means on its GPU."""

@@ -105,9 +105,6 @@ class StockBatches:
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return iter(self)
 
-    def take_wait_s(self) -> float:
-        return 0.0
-
 
 def train(name: str, data: Path, folder: Path, seed: int, options: argparse.Namespace) -> float:
     """Train one recipe with one seed; returns the last epoch's top-1 on the validation split, in percent."""
