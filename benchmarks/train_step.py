@@ -338,7 +338,7 @@ def summarize(events: list[dict[str, Any]], main_thread: int, elapsed_s: float, 
     host_s: dict[str, float] = collections.defaultdict(float)
     for event in ranges:
         host_s[event["name"].removeprefix("part:")] += event["dur"] / 1e6
-    launches = {e["args"]["correlation"]: e for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver")}
+    launches = {e["args"].get("correlation"): e for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver")}
     work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     by_main = collections.Counter(
         e["args"]["stream"] for e in work if launches.get(e["args"]["correlation"], {}).get("tid") == main_thread
