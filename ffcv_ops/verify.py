@@ -2,10 +2,12 @@
 
 import itertools
 import os
+import socket
 from base64 import b64decode
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +17,7 @@ import numpy as np
 from ffcv_ops import beton
 from ffcv_ops.beton import Beton, read_beton
 from ffcv_ops.processes import Workers, map_in_order, num_cpus
+from ffcv_ops.ranks import Leader
 
 _READ_BYTES = 1 << 24
 _IMAGE_TYPE = np.dtype(
@@ -69,6 +72,7 @@ def verify(
     path: str | os.PathLike[str],
     *,
     num_workers: int = -1,
+    leader: Leader | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Read a file from its first byte to its last and decode every image in it.
@@ -80,7 +84,9 @@ def verify(
     ----------
     path : path
     num_workers : int
-        Processes that decode; -1: as many as CPUs allowed.
+        Processes of this one that decode; -1: as many as CPUs allowed.
+    leader : Leader, optional
+        Of the other ranks, which lend their workers (see `ffcv_ops.ranks`).
     progress : callable
         Is called with the images checked and the images in all.
 
@@ -99,7 +105,10 @@ def verify(
     pages: list[str] = []
     problems: list[str] = []
     done = 0
-    with closing(Workers(num_cpus() if num_workers == -1 else num_workers, _Checker, found.path)) as workers:
+    stat = os.stat(path)
+    identity = stat.st_size, stat.st_mtime_ns
+    num_workers = num_cpus() if num_workers == -1 else num_workers
+    with closing(Workers(num_workers, _Checker, found.path.absolute(), identity, leader=leader)) as workers:
         asked, told = itertools.tee(_pages(found, expected))
         for page, (page_hash, failures, clean) in zip(told, map_in_order(workers, asked), strict=True):
             if not clean:
@@ -158,8 +167,17 @@ def _images(found: Beton, values: np.ndarray) -> np.ndarray:
 class _Checker:
     """Reads pages in a worker process; answers with the page's hash, its bad samples, and if all else on it is zero."""
 
-    def __init__(self, path: Path):
-        self._file = open(path, "rb")
+    def __init__(self, path: Path, identity: tuple[int, int]):
+        self.path, self.identity = path, identity
+
+    @cached_property
+    def _file(self) -> BinaryIO:
+        """The file, opened for the first page so that who asked for it learns what is wrong."""
+        file = open(self.path, "rb")
+        stat = os.fstat(file.fileno())
+        if (stat.st_size, stat.st_mtime_ns) != self.identity:
+            raise OSError(f"{self.path}: another file on {socket.gethostname()}; all machines must see the same one")
+        return file
 
     def __call__(self, page: _Page) -> tuple[str, dict[int, str], bool]:
         self._file.seek(page.start)
