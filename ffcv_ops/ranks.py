@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from ffcv_ops.processes import WorkerKilled, fork_server, serve
@@ -181,46 +182,43 @@ def lead(versions: Callable[[], Mapping[str, str]]) -> Iterator[Leader | None]:
 
 def lend_workers(num_workers: int, versions: Callable[[], Mapping[str, str]]) -> int:
     """Let rank 0 have workers of this rank until it is done; return the exit status to leave with."""
-    store = _store()
     hello = _Hello(rank(), socket.gethostname(), num_workers, versions())
-    address, control = _report(store, hello)
-    processes: list[Any] = []
+    address, control = _report(hello)
+    processes: dict[int, BaseProcess] = {}
     try:
-        job = control.recv()
-        if isinstance(job, _Job):
-            context = fork_server(job.build)
-            for _ in range(num_workers):
-                process = context.Process(
-                    target=_serve_rank_0, args=(address, str(hello), job.build, job.args), daemon=True
-                )
-                process.start()
-                processes.append(process)
-        done = job if isinstance(job, bool) else _wait(control, processes)
+        done = _work(control, processes, address, hello)
     except (EOFError, OSError):
         print(f"{hello}: rank 0 ended before its work was done", file=sys.stderr, flush=True)
         done = False
     finally:
-        for process in processes:
+        for process in processes.values():
             process.terminate()
-        for process in processes:
+        for process in processes.values():
             process.join()
     if not done:
         time.sleep(_AFTER_RANK_0_S)
     return 0 if done else 1
 
 
-def _wait(control: Connection, processes: list[Any]) -> bool:
-    """Return what rank 0 says at the end; WorkerKilled if a worker ends otherwise than because rank 0 hung up."""
-    running = {process.sentinel: process for process in processes}
+def _work(control: Connection, processes: dict[int, BaseProcess], address: _Address, hello: _Hello) -> bool:
+    """Do jobs until rank 0 says whether all was done; WorkerKilled if a worker ends before rank 0 has hung up on it."""
     while True:
-        ready = multiprocessing.connection.wait([control, *running])
-        if control in ready:
-            return control.recv()
-        for sentinel in ready:
-            process = running.pop(sentinel)
+        ready = multiprocessing.connection.wait([control, *processes])
+        for sentinel in processes.keys() & set(ready):
+            process = processes.pop(sentinel)
             process.join()
             if process.exitcode:
-                raise WorkerKilled(f"a worker process of rank {rank()} ended with exit code {process.exitcode}")
+                raise WorkerKilled(f"a worker process of {hello} ended with exit code {process.exitcode}")
+        if control in ready:
+            message = control.recv()
+            if isinstance(message, bool):
+                return message
+            context = fork_server(message.build)
+            for _ in range(hello.num_workers):
+                args = address, str(hello), message.build, message.args
+                process = context.Process(target=_serve_rank_0, args=args, daemon=True)
+                process.start()
+                processes[process.sentinel] = process
 
 
 def _serve_rank_0(address: _Address, name: str, build: Callable[..., Callable[[Any], Any]], args: tuple) -> None:
@@ -251,9 +249,9 @@ def _own_host() -> str:
     return master if own == peer[0] or ipaddress.ip_address(own.split("%")[0]).is_loopback else own
 
 
-def _report(store: Any, hello: _Hello) -> tuple[_Address, Connection]:
+def _report(hello: _Hello) -> tuple[_Address, Connection]:
     """Connect to rank 0. Where torchrun has restarted the ranks, the store may still know the rank 0 of before."""
-    deadline_s = time.monotonic() + _JOIN_S
+    store, deadline_s = _store(), time.monotonic() + _JOIN_S
     while True:
         host, port, token = json.loads(store.get(_STORE_KEY))
         address = _Address(host, port, bytes.fromhex(token))
