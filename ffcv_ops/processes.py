@@ -95,8 +95,8 @@ class Workers:
     def receive(self) -> tuple[int, Any]:
         """Wait for the next answer of any worker; raises what its function raised, or WorkerKilled."""
         if not self._ready:
-            ranks = [connection for _, connection in self._leader.ranks] if self._leader else []
-            ready = multiprocessing.connection.wait([*self._connections, *ranks])
+            others = [connection for _, connection in self._leader.ranks] if self._leader else []
+            ready = multiprocessing.connection.wait([*self._connections, *others])
             if self._leader:
                 self._leader.check(ready)
             self._ready.extend(ready)

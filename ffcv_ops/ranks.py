@@ -188,7 +188,11 @@ def lend_workers(num_workers: int, versions: Callable[[], Mapping[str, str]]) ->
     try:
         done = _work(control, processes, address, hello)
     except (EOFError, OSError):
-        print(f"{hello}: rank 0 ended before its work was done", file=sys.stderr, flush=True)
+        print(
+            f"{hello}: rank 0 ended before its work was done, or cannot be reached any more",
+            file=sys.stderr,
+            flush=True,
+        )
         done = False
     finally:
         for process in processes.values():
