@@ -5,11 +5,16 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.context
 import os
+import pickle
 import signal
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ffcv_ops.journal import write_all
 
 if TYPE_CHECKING:
     from ffcv_ops import ranks
@@ -103,7 +108,7 @@ class Workers:
         connection = self._ready.popleft()
         worker = self._connections.index(connection)
         try:
-            answer, error = connection.recv()
+            answer, error = _receive(connection)
         except (EOFError, OSError):
             raise self._killed(worker) from None
         self._outstanding[worker] -= 1
@@ -151,7 +156,30 @@ def serve(
                 reply: tuple[Any, Exception | None] = answer(message), None
             except Exception as error:
                 reply = None, error
-            connection.send(reply)
+            _send(connection, reply)
+
+
+def _send(connection: multiprocessing.connection.Connection, message: Any) -> None:
+    """Send a message, the buffers in it (`pickle.PickleBuffer`) behind it: not copied on the way, they cost half."""
+    buffers: list[pickle.PickleBuffer] = []
+    content = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
+    views = [buffer.raw() for buffer in buffers]
+    connection.send((content, [view.nbytes for view in views]))
+    for view in views:
+        write_all(connection.fileno(), view)
+
+
+def _receive(connection: multiprocessing.connection.Connection) -> Any:
+    content, sizes = connection.recv()
+    ends = np.cumsum(sizes, dtype=np.int64).tolist()
+    buffer = np.empty(sum(sizes), np.uint8).data
+    rest = buffer
+    while rest:
+        received = os.readv(connection.fileno(), [rest])
+        if not received:
+            raise EOFError
+        rest = rest[received:]
+    return pickle.loads(content, buffers=[buffer[end - size : end] for size, end in zip(sizes, ends, strict=True)])
 
 
 def map_in_order(workers: Workers, messages: Iterable[Any]) -> Iterator[Any]:

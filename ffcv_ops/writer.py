@@ -19,6 +19,7 @@ from functools import cached_property
 from hashlib import sha256
 from json import dumps
 from pathlib import Path
+from pickle import PickleBuffer
 from typing import Any
 
 import numpy as np
@@ -217,7 +218,7 @@ class _Placed:
 
     chunk: int
     ptr: list[int]
-    contents: list[bytes]
+    contents: list[Any]
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ class _Encoder:
     def _place(self, message: _Place) -> _Placed:
         contents = self._kept.pop(message.chunk)
         if message.hand_over:
-            return _Placed(message.chunk, message.ptr, [bytes(content) for content in contents])
+            return _Placed(message.chunk, message.ptr, [PickleBuffer(content) for content in contents])
         for ptr, content in zip(message.ptr, contents, strict=True):
             journal.write_all(self._file, content, ptr)
         return _Placed(message.chunk, [], [])
