@@ -4,31 +4,35 @@
     python write_beton.py --split val        # /fsx/ns1/val   -> /fsx/ns1/val.beton
     python write_beton.py --split train --source DATA/train --target FAST_DISK/train.beton
     python write_beton.py --verify /fsx/ns1/train.beton
+    torchrun --nnodes=4 --rdzv_backend=c10d --rdzv_endpoint=HEAD:29500 write_beton.py --split train    # on each of 4
 
 The folder has one subfolder of images a class. Beside the file appears its manifest, FILE.json: classes, counts,
 settings, digest. Killed at any moment, the same command goes on where it was and makes the same bytes; until the file
-is whole, its name ends in .partial. --verify reads a file whole, decodes every image and lists the bad ones.
+is whole, its name ends in .partial. --verify reads a file whole, decodes every image and lists the bad ones. Under
+torchrun the machines share the work, and make the same bytes as one.
 
 Exit status: 0 done, or the verified file is sound; 1 stopped under way, or the verified file is damaged; 2 something to
-put right first; 130 Ctrl-C.
+put right first; 130 Ctrl-C; 143 SIGTERM.
 """
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastargs import Config, Param, Section
 from tqdm import tqdm
 
+from ffcv_ops import ranks
 from ffcv_ops.beton import manifest_path
-from ffcv_ops.processes import WorkerKilled
+from ffcv_ops.processes import WorkerKilled, num_cpus
 from ffcv_ops.verify import verify
-from ffcv_ops.writer import MODES, BadImage, WriteError, WriteSettings, show_bytes, write
+from ffcv_ops.writer import MODES, BadImage, WriteError, WriteSettings, encoder_versions, show_bytes, write
 from training.recipe import Choice, Integer, Number, Switch, Text, read_settings, refuse
 
 ROOT = Path("/fsx/ns1")
@@ -51,7 +55,9 @@ Section("write", "what is written, from what, how", config_descriptor=CONFIG).pa
     ),
     max_side=Param(Integer(min=0), "shrink images whose longer side exceeds this (px); 0: keep sizes", default=500),
     quality=Param(Integer(min=1), "JPEG quality, 1 to 100", default=90),
-    num_workers=Param(Integer(min=-1), "processes that encode or verify; -1: all CPUs allowed", default=-1),
+    num_workers=Param(
+        Integer(min=-1), "processes that encode or verify, in each rank; -1: all CPUs allowed", default=-1
+    ),
     raw_share=Param(Number(min=0, max=1), "with --mode proportion: share of the images kept raw", default=0.5),
     smart_threshold=Param(Integer(min=0), "with --mode smart: bytes of pixels above which an image becomes JPEG"),
     subset=Param(
@@ -105,11 +111,25 @@ class Progress:
             self._bar.close()
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which launchers and schedulers send, ends a run as Ctrl-C does."""
+
+
+def terminate(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
+
+
 def main(argv: list[str]) -> int:
     chosen = read_settings(CONFIG, argv, flags=FLAGS, description=__doc__ or "").write
+    signal.signal(signal.SIGTERM, terminate)
     progress = Progress()
     try:
-        return run_verify(chosen, progress) if chosen.verify else run_write(chosen, progress)
+        if ranks.rank() > 0:
+            num_workers = num_cpus() if chosen.num_workers == -1 else chosen.num_workers
+            return ranks.lend_workers(num_workers, encoder_versions)
+        with ranks.lead(encoder_versions) as leader:
+            return (run_verify if chosen.verify else run_write)(chosen, leader, progress)
     except (ValueError, BadImage, ImportError) as error:
         progress.close()
         refuse(error)
@@ -117,13 +137,15 @@ def main(argv: list[str]) -> int:
         progress.close()
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         progress.close()
-        print("stopped by Ctrl-C; the same command goes on from what is on disk", file=sys.stderr)
-        return 130
+        name, status = ("SIGTERM", 143) if isinstance(stop, Terminated) else ("Ctrl-C", 130)
+        if ranks.rank() == 0:
+            print(f"stopped by {name}; the same command goes on from what is on disk", file=sys.stderr)
+        return status
 
 
-def run_write(chosen: Any, progress: Progress) -> int:
+def run_write(chosen: Any, leader: ranks.Leader | None, progress: Progress) -> int:
     """Write one split and sum up what was made."""
     source, target = paths(chosen)
     settings = WriteSettings(**{field.name: getattr(chosen, field.name) for field in fields(WriteSettings)})
@@ -136,6 +158,7 @@ def run_write(chosen: Any, progress: Progress) -> int:
         on_error=chosen.on_error,
         overwrite=chosen.overwrite,
         classes=train_classes(chosen, target, notice),
+        leader=leader,
         notice=notice,
         progress=progress,
     )
@@ -178,14 +201,14 @@ def train_classes(chosen: Any, target: Path, notice: Callable[[str], None]) -> l
         raise ValueError(f"{path}: not a readable manifest; name the training split's with --train_manifest") from None
 
 
-def run_verify(chosen: Any, progress: Progress) -> int:
+def run_verify(chosen: Any, leader: ranks.Leader | None, progress: Progress) -> int:
     """Check a file whole and say what is wrong with it."""
     path = Path(chosen.verify)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     start_s = time.monotonic()
     try:
-        report = verify(path, num_workers=chosen.num_workers, progress=progress)
+        report = verify(path, num_workers=chosen.num_workers, leader=leader, progress=progress)
     except ValueError as error:
         print(f"damaged: {error}", file=sys.stderr)
         return 1

@@ -68,10 +68,15 @@ def _scan_class(root: Path, name: str) -> list[tuple[str, int, int]]:
         for file in sorted(files):
             if file.lower().endswith(EXTENSIONS):
                 path = os.path.join(folder, file)
-                # The stat of a link without a target is a bad image's, for the encoder to report.
-                stat = os.stat(path) if os.path.exists(path) else os.lstat(path)
-                images.append((os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns))
+                images.append((os.path.relpath(path, root), *stat_image(path)))
     return images
+
+
+def stat_image(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return an image file's size in bytes and time of its last change in ns."""
+    # That of a link without a target is a bad image's, for the encoder to report.
+    stat = os.stat(path) if os.path.exists(path) else os.lstat(path)
+    return stat.st_size, stat.st_mtime_ns
 
 
 def load_image(path: str | os.PathLike[str]) -> np.ndarray:

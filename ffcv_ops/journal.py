@@ -84,6 +84,10 @@ class PartialFile:
         os.fsync(self._journal)
         _sync_folder(self.path)
 
+    def write(self, content: bytes | memoryview, offset: int) -> None:
+        """Write into the file; what is on a page comes before the note of that page."""
+        write_all(self._file, content, offset)
+
     def append_page(self, sha256: str, record: dict[str, Any], num_bytes: int) -> None:
         """Take note of the next page, whose `num_bytes` have been written; it is put on disk in the background."""
         number = len(self.page_hashes)

@@ -3,12 +3,21 @@
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.context
 import os
+import pickle
 import signal
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ffcv_ops.journal import write_all
+
+if TYPE_CHECKING:
+    from ffcv_ops import ranks
 
 # One message to work on and one to begin with when that is answered.
 MESSAGES_A_WORKER = 2
@@ -20,8 +29,10 @@ class WorkerKilled(RuntimeError):
 
 
 def num_cpus() -> int:
-    """The number of CPUs this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The number of CPUs this process may run on, shared out between the processes that torchrun started here."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    number, of = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, allowed * (number + 1) // of - allowed * number // of)
 
 
 class Workers:
@@ -36,27 +47,42 @@ class Workers:
     num_workers : int
     build : callable
         Called once in each process with `args`; returns the function of messages. Both are importable by name.
+    leader : Leader, optional
+        Of other ranks, whose workers count as well, behind the `num_workers` of this process.
     """
 
-    def __init__(self, num_workers: int, build: Callable[..., Callable[[Any], Any]], *args: Any):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([build.__module__, "cv2", "PIL.Image", "ffcv_ops.jpeg"])
-        self._outstanding = [0] * num_workers
+    def __init__(
+        self,
+        num_workers: int,
+        build: Callable[..., Callable[[Any], Any]],
+        *args: Any,
+        leader: "ranks.Leader | None" = None,
+    ):
+        context = fork_server(build)
+        self._leader = leader
         self._connections: list[multiprocessing.connection.Connection] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._ready: deque[Any] = deque()
         for _ in range(num_workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, build, args), daemon=True)
+            process = context.Process(target=serve, args=(theirs, build, args), daemon=True)
             process.start()
             theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
+        lent = leader.hire(build, args) if leader else []
+        self._lenders = [lender for lender, _ in lent]
+        self._connections += [connection for _, connection in lent]
+        self._outstanding = [0] * len(self._connections)
 
     @property
     def num_workers(self) -> int:
-        """How many processes there are."""
-        return len(self._processes)
+        """How many processes there are, those of other ranks included."""
+        return len(self._connections)
+
+    def is_lent(self, worker: int) -> bool:
+        """Whether a worker is another rank's, on another machine perhaps."""
+        return worker >= len(self._processes)
 
     def idle(self) -> int | None:
         """The worker with the fewest messages to answer; None if all have enough."""
@@ -74,11 +100,15 @@ class Workers:
     def receive(self) -> tuple[int, Any]:
         """Wait for the next answer of any worker; raises what its function raised, or WorkerKilled."""
         if not self._ready:
-            self._ready.extend(multiprocessing.connection.wait(self._connections))
+            others = [connection for _, connection in self._leader.ranks] if self._leader else []
+            ready = multiprocessing.connection.wait([*self._connections, *others])
+            if self._leader:
+                self._leader.check(ready)
+            self._ready.extend(ready)
         connection = self._ready.popleft()
         worker = self._connections.index(connection)
         try:
-            answer, error = connection.recv()
+            answer, error = _receive(connection)
         except (EOFError, OSError):
             raise self._killed(worker) from None
         self._outstanding[worker] -= 1
@@ -87,6 +117,8 @@ class Workers:
         return worker, answer
 
     def _killed(self, worker: int) -> WorkerKilled:
+        if self.is_lent(worker):
+            return WorkerKilled(f"a worker process of {self._lenders[worker - len(self._processes)]} ended")
         self._processes[worker].join(1)
         return WorkerKilled(f"a worker process ended with exit code {self._processes[worker].exitcode}")
 
@@ -100,9 +132,17 @@ class Workers:
             process.join()
 
 
-def _serve(
+def fork_server(build: Callable[..., Any]) -> multiprocessing.context.ForkServerContext:
+    """Return what starts processes that call `build`, with its module and the codecs imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([build.__module__, "cv2", "PIL.Image", "ffcv_ops.jpeg"])
+    return context
+
+
+def serve(
     connection: multiprocessing.connection.Connection, build: Callable[..., Callable[[Any], Any]], args: tuple[Any, ...]
 ) -> None:
+    """Answer messages with the function that `build` returns, until the connection's other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")  # Pillow's, about metadata that nobody reads
     import cv2
@@ -116,7 +156,30 @@ def _serve(
                 reply: tuple[Any, Exception | None] = answer(message), None
             except Exception as error:
                 reply = None, error
-            connection.send(reply)
+            _send(connection, reply)
+
+
+def _send(connection: multiprocessing.connection.Connection, message: Any) -> None:
+    """Send a message, the buffers in it (`pickle.PickleBuffer`) behind it: not copied on the way, they cost half."""
+    buffers: list[pickle.PickleBuffer] = []
+    content = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
+    views = [buffer.raw() for buffer in buffers]
+    connection.send((content, [view.nbytes for view in views]))
+    for view in views:
+        write_all(connection.fileno(), view)
+
+
+def _receive(connection: multiprocessing.connection.Connection) -> Any:
+    content, sizes = connection.recv()
+    ends = np.cumsum(sizes, dtype=np.int64).tolist()
+    buffer = np.empty(sum(sizes), np.uint8).data
+    rest = buffer
+    while rest:
+        received = os.readv(connection.fileno(), [rest])
+        if not received:
+            raise EOFError
+        rest = rest[received:]
+    return pickle.loads(content, buffers=[buffer[end - size : end] for size, end in zip(sizes, ends, strict=True)])
 
 
 def map_in_order(workers: Workers, messages: Iterable[Any]) -> Iterator[Any]:

@@ -2,10 +2,12 @@
 
 import itertools
 import os
+import socket
 from base64 import b64decode
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +17,7 @@ import numpy as np
 from ffcv_ops import beton
 from ffcv_ops.beton import Beton, read_beton
 from ffcv_ops.processes import Workers, map_in_order, num_cpus
+from ffcv_ops.ranks import Leader
 
 _READ_BYTES = 1 << 24
 _IMAGE_TYPE = np.dtype(
@@ -55,7 +58,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Page:
+class Page:
     """One page: where it is, the values on it (n,) in order, their checksums, the images on it as `_IMAGE_TYPE`."""
 
     start: int
@@ -64,11 +67,26 @@ class _Page:
     checksums: np.ndarray | None
     images: np.ndarray
 
+    def check(self, content: bytes) -> tuple[str, list[int], bool]:
+        """Return the hash of the page, the samples that the manifest knows by other bytes, and if all else is zero."""
+        page_hash, end, clean = sha256(), 0, True
+        changed = []
+        for number, (sample_id, ptr, size) in enumerate(self.values.tolist()):
+            start = ptr - self.start
+            clean &= _is_zero(content[end:start])
+            end = start + size
+            digest = sha256(content[start:end]).digest()
+            page_hash.update(digest)
+            if self.checksums is not None and np.frombuffer(digest, beton.CHECKSUM_TYPE)[0] != self.checksums[number]:
+                changed.append(sample_id)
+        return page_hash.hexdigest(), changed, clean and _is_zero(content[end:])
+
 
 def verify(
     path: str | os.PathLike[str],
     *,
     num_workers: int = -1,
+    leader: Leader | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Read a file from its first byte to its last and decode every image in it.
@@ -80,7 +98,9 @@ def verify(
     ----------
     path : path
     num_workers : int
-        Processes that decode; -1: as many as CPUs allowed.
+        Processes of this one that decode; -1: as many as CPUs allowed.
+    leader : Leader, optional
+        Of the other ranks, which lend their workers (see `ffcv_ops.ranks`).
     progress : callable
         Is called with the images checked and the images in all.
 
@@ -94,13 +114,15 @@ def verify(
         What `read_beton` says of a file whose header or tables are damaged.
     """
     found = read_beton(path)
-    expected = _expected_checksums(found)
     bad: dict[int, str] = {}
     pages: list[str] = []
     problems: list[str] = []
     done = 0
-    with closing(Workers(num_cpus() if num_workers == -1 else num_workers, _Checker, found.path)) as workers:
-        asked, told = itertools.tee(_pages(found, expected))
+    stat = os.stat(path)
+    identity = stat.st_size, stat.st_mtime_ns
+    num_workers = num_cpus() if num_workers == -1 else num_workers
+    with closing(Workers(num_workers, _Checker, found.path.absolute(), identity, leader=leader)) as workers:
+        asked, told = itertools.tee(pages_of(found))
         for page, (page_hash, failures, clean) in zip(told, map_in_order(workers, asked), strict=True):
             if not clean:
                 problems.append(f"page {len(pages)} has data between its values")
@@ -124,7 +146,9 @@ def _expected_checksums(found: Beton) -> np.ndarray | None:
     return expected
 
 
-def _pages(found: Beton, expected: np.ndarray | None) -> Iterator[_Page]:
+def pages_of(found: Beton) -> Iterator[Page]:
+    """Yield the pages of a file, in order; ValueError where the manifest's checksums are damaged."""
+    expected = _expected_checksums(found)
     values = found.alloc_table[np.argsort(found.alloc_table["ptr"], kind="stable")]
     images = _images(found, values)
     checksums = None if expected is None else expected[values["sample_id"].astype(np.int64)]
@@ -132,7 +156,7 @@ def _pages(found: Beton, expected: np.ndarray | None) -> Iterator[_Page]:
     of_values, of_images = (np.searchsorted(np.ascontiguousarray(rows["ptr"]), starts) for rows in (values, images))
     for number, start in enumerate(starts[:-1].tolist()):
         on_page = slice(of_values[number], of_values[number + 1])
-        yield _Page(
+        yield Page(
             start,
             start + found.page_size,
             values[on_page],
@@ -158,29 +182,29 @@ def _images(found: Beton, values: np.ndarray) -> np.ndarray:
 class _Checker:
     """Reads pages in a worker process; answers with the page's hash, its bad samples, and if all else on it is zero."""
 
-    def __init__(self, path: Path):
-        self._file = open(path, "rb")
+    def __init__(self, path: Path, identity: tuple[int, int]):
+        self.path, self.identity = path, identity
 
-    def __call__(self, page: _Page) -> tuple[str, dict[int, str], bool]:
+    @cached_property
+    def _file(self) -> BinaryIO:
+        """The file, opened for the first page so that who asked for it learns what is wrong."""
+        file = open(self.path, "rb")
+        stat = os.fstat(file.fileno())
+        if (stat.st_size, stat.st_mtime_ns) != self.identity:
+            raise OSError(f"{self.path}: another file on {socket.gethostname()}; all machines must see the same one")
+        return file
+
+    def __call__(self, page: Page) -> tuple[str, dict[int, str], bool]:
         self._file.seek(page.start)
         content = self._file.read(page.stop - page.start)
-        page_hash, end, clean = sha256(), 0, True
-        bad: dict[int, str] = {}
-        for number, (sample_id, ptr, size) in enumerate(page.values.tolist()):
-            start = ptr - page.start
-            clean &= _is_zero(content[end:start])
-            end = start + size
-            digest = sha256(content[start:end]).digest()
-            page_hash.update(digest)
-            if page.checksums is not None and np.frombuffer(digest, beton.CHECKSUM_TYPE)[0] != page.checksums[number]:
-                bad[sample_id] = "its bytes are not those that were written"
-        clean &= _is_zero(content[end:])
+        page_hash, changed, clean = page.check(content)
+        bad = dict.fromkeys(changed, "its bytes are not those that were written")
         for sample_id, ptr, size, mode, width, height in page.images.tolist():
             if mode == beton.MODE_JPG:
                 message = _check_jpeg(np.frombuffer(content, np.uint8, size, ptr - page.start), width, height)
                 if message:
                     bad[sample_id] = message
-        return page_hash.hexdigest(), bad, clean
+        return page_hash, bad, clean
 
 
 def _is_zero(content: bytes) -> bool:

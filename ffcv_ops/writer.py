@@ -1,28 +1,33 @@
 """Write an image folder as one ``.beton`` file: workers encode, one place lays out, nothing is lost on the way.
 
 The bytes are a function of the images, the settings and the versions of the libraries that encode: not of the number of
-workers, nor of how often the run was interrupted. ``docs/WRITING.md`` tells what is on disk while a run is under way.
+workers or machines, nor of how often the run was interrupted. ``docs/WRITING.md`` tells what is on disk while a run is
+under way.
 """
 
 import os
 import platform
 import shutil
+import socket
 import time
 from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from json import dumps
 from pathlib import Path
+from pickle import PickleBuffer
 from typing import Any
 
 import numpy as np
 
 from ffcv_ops import beton, journal
-from ffcv_ops.folder import ImageFolder, class_difference, load_image, scan
+from ffcv_ops.folder import ImageFolder, class_difference, load_image, scan, stat_image
 from ffcv_ops.processes import WorkerKilled, Workers, map_in_order, num_cpus
+from ffcv_ops.ranks import Leader
 
 MODES = ("jpg", "raw", "proportion", "smart")
 _ROW_TYPE = np.dtype([("", beton.IMAGE_TYPE), ("", "<i8")], align=True)
@@ -155,6 +160,18 @@ def library_versions() -> dict[str, str]:
     return {"numpy": np.__version__, "opencv": cv2.__version__, "pillow": PIL.__version__}
 
 
+def encoder_versions() -> dict[str, str]:
+    """What must be the same on all machines that encode for one file: the libraries, and what they make of an image."""
+    from ffcv_ops import jpeg
+
+    wave = np.arange(240, dtype=np.int64) ** 2 // 97
+    image = ((wave[:, None, None] + wave[None, :, None] * np.arange(1, 4)) % 256).astype(np.uint8)
+    _, _, _, content = encode_image(image, WriteSettings(max_side=199), keep_raw=False)
+    made = sha256(content)
+    made.update(jpeg.decode(np.frombuffer(content, np.uint8)).tobytes())
+    return {**library_versions(), "what becomes of an image": made.hexdigest()[:16]}
+
+
 def build_plan(folder: ImageFolder, settings: WriteSettings) -> Plan:
     """Choose the images, the order in which they are stored and, for ``proportion``, those that stay raw."""
     total = len(folder.paths)
@@ -182,15 +199,26 @@ class _Encode:
 
     chunk: int | None
     paths: list[str]
+    stats: list[list[int]]
     raw: list[bool]
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Write the images of an encoded run to these offsets; of a bad one there is nothing to write."""
+    """Write the images of an encoded run to these offsets, or hand them over; of a bad one there is nothing."""
 
     chunk: int
     ptr: list[int]
+    hand_over: bool
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """The answer to `_Place`: what was handed over, and to which offsets it is to be written."""
+
+    chunk: int
+    ptr: list[int]
+    contents: list[Any]
 
 
 @dataclass(frozen=True)
@@ -205,18 +233,29 @@ class _Encoder:
     """Answers messages in a worker process."""
 
     def __init__(self, settings: WriteSettings, root: Path, partial_path: Path):
-        self.settings, self.root = settings, root
-        self._file = os.open(partial_path, os.O_WRONLY)
+        self.settings, self.root, self.partial_path = settings, root, partial_path
         self._kept: dict[int, list[memoryview]] = {}
 
-    def __call__(self, message: _Encode | _Place) -> _Encoded | _Place:
-        if isinstance(message, _Place):
-            for ptr, content in zip(message.ptr, self._kept.pop(message.chunk), strict=True):
-                journal.write_all(self._file, content, ptr)
-            return message
+    @cached_property
+    def _file(self) -> int:
+        return os.open(self.partial_path, os.O_WRONLY)
+
+    def __call__(self, message: _Encode | _Place) -> _Encoded | _Placed:
+        return self._place(message) if isinstance(message, _Place) else self._encode(message)
+
+    def _place(self, message: _Place) -> _Placed:
+        contents = self._kept.pop(message.chunk)
+        if message.hand_over:
+            return _Placed(message.chunk, message.ptr, [PickleBuffer(content) for content in contents])
+        for ptr, content in zip(message.ptr, contents, strict=True):
+            journal.write_all(self._file, content, ptr)
+        return _Placed(message.chunk, [], [])
+
+    def _encode(self, message: _Encode) -> _Encoded:
         entries: list[Entry | str] = []
         contents = []
-        for path, keep_raw in zip(message.paths, message.raw, strict=True):
+        for path, stat, keep_raw in zip(message.paths, message.stats, message.raw, strict=True):
+            self._check_same(self.root / path, stat)
             try:
                 mode, width, height, content = encode_image(load_image(self.root / path), self.settings, keep_raw)
             except (MemoryError, ImportError):
@@ -229,6 +268,18 @@ class _Encoder:
         if message.chunk is not None:
             self._kept[message.chunk] = contents
         return _Encoded(message.chunk, entries)
+
+    def _check_same(self, path: Path, stat: list[int]) -> None:
+        """Refuse another image than was listed, such as another machine may have under the same name."""
+        try:
+            same = list(stat_image(path)) == stat
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise ValueError(
+                f"{path}: on {socket.gethostname()} not the file that was listed (size or time of change differ, or it "
+                "is gone); leave the images alone while they are written, and let all machines see the same ones"
+            )
 
 
 def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
@@ -285,8 +336,8 @@ class _Layout:
         self._pages_of_chunk: dict[int, list[_Page]] = {}
         partial.resumed.clear()
 
-    def place(self, encoded: _Encoded) -> _Place:
-        """Say where the images of the next run go."""
+    def place(self, encoded: _Encoded, hand_over: bool) -> _Place:
+        """Say where the images of the next run go, and whether whoever encoded them writes them."""
         assert encoded.chunk is not None
         before = len(self._pages)
         ptr = []
@@ -301,7 +352,7 @@ class _Layout:
         for page in pages:
             page.unwritten += 1
         self._pages_of_chunk[encoded.chunk] = pages
-        return _Place(encoded.chunk, ptr)
+        return _Place(encoded.chunk, ptr, hand_over)
 
     def _add(self, entry: Entry) -> int:
         mode, width, height, size, digest = entry
@@ -322,9 +373,11 @@ class _Layout:
         page.hashes += digest
         return ptr
 
-    def written(self, chunk: int) -> None:
-        """Take note that the images of a run are where `place` said."""
-        for page in self._pages_of_chunk.pop(chunk):
+    def written(self, placed: _Placed) -> None:
+        """Take note that the images of a run are where `place` said, once those that were handed over are, too."""
+        for ptr, content in zip(placed.ptr, placed.contents, strict=True):
+            self.partial.write(content, ptr)
+        for page in self._pages_of_chunk.pop(placed.chunk):
             page.unwritten -= 1
         while len(self._pages) > 1 and not self._pages[0].unwritten:
             self._note(self._pages.popleft())
@@ -365,6 +418,7 @@ def write(
     on_error: str = "stop",
     overwrite: bool = False,
     classes: Sequence[str] | None = None,
+    leader: Leader | None = None,
     notice: Callable[[str], None] = print,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
@@ -378,14 +432,16 @@ def write(
         The file to make. ``<target>.partial`` and its journal hold the unfinished work.
     settings : WriteSettings, optional
     num_workers : int
-        Processes that encode; -1: as many as CPUs allowed. They are started, not forked: a script that calls this
-        needs the guard ``if __name__ == "__main__"``.
+        Processes of this one that encode; -1: as many as CPUs allowed. They are started, not forked: a script that
+        calls this needs the guard ``if __name__ == "__main__"``.
     on_error : {"stop", "skip"}
         A bad image stops the run, and what was written is deleted; or it is left out and listed in the manifest.
     overwrite : bool
         Replace an existing file, once the new one is whole.
     classes : sequence of str, optional
         The classes that the folder must have, in order, such as those of the training split's manifest.
+    leader : Leader, optional
+        Of the other ranks, which lend their workers (see `ffcv_ops.ranks`).
     notice : callable
         Is given what the user should know, a line each.
     progress : callable
@@ -423,7 +479,8 @@ def write(
         return manifest
     if target.exists() and not overwrite:
         raise ValueError(f"{target}: exists already; use --overwrite to replace it")
-    return _write(plan, target, num_cpus() if num_workers == -1 else num_workers, on_error, notice, progress)
+    num_workers = num_cpus() if num_workers == -1 else num_workers
+    return _write(plan, target, num_workers, leader, on_error, notice, progress)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -440,17 +497,23 @@ def _write(
     plan: Plan,
     target: Path,
     num_workers: int,
+    leader: Leader | None,
     on_error: str,
     notice: Callable[[str], None],
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    settings, source = plan.settings, plan.folder.root
+    settings, source = plan.settings, plan.folder.root.absolute()
     try:
         partial = journal.PartialFile(target, plan.identity(), plan.data_start, settings.page_size)
     except OSError as error:
         raise ValueError(f"{target}.partial: cannot be written ({error.strerror})") from error
     try:
-        with closing(partial), closing(Workers(num_workers, _Encoder, settings, source, partial.path)) as workers:
+        with (
+            closing(partial),
+            closing(Workers(num_workers, _Encoder, settings, source, partial.path, leader=leader)) as workers,
+        ):
+            if leader:
+                notice(f"{workers.num_workers} workers on {len(leader.hosts)} machine(s)")
             if partial.changed:
                 notice(f"starting over: since {partial.path} was begun, {', '.join(partial.changed)} changed")
             layout = _Layout(plan, partial)
@@ -506,7 +569,8 @@ def show_bytes(size_bytes: float) -> str:
 
 
 def _encode(plan: Plan, chunk: int | None, positions: np.ndarray) -> _Encode:
-    return _Encode(chunk, [plan.path(position) for position in positions], plan.raw[positions].tolist())
+    paths = [plan.path(position) for position in positions]
+    return _Encode(chunk, paths, plan.folder.stats[plan.order[positions]].tolist(), plan.raw[positions].tolist())
 
 
 def _encode_rest(
@@ -527,8 +591,8 @@ def _encode_rest(
             sent += 1
             continue
         worker, answer = workers.receive()
-        if isinstance(answer, _Place):
-            layout.written(answer.chunk)
+        if isinstance(answer, _Placed):
+            layout.written(answer)
             written += 1
             continue
         encoded[answer.chunk] = worker, answer
@@ -537,7 +601,7 @@ def _encode_rest(
             bad = [number for number, entry in enumerate(run.entries) if isinstance(entry, str)]
             if bad and on_error == "stop":
                 raise _bad_image(plan, layout.position + bad[0], str(run.entries[bad[0]]))
-            workers.send(owner, layout.place(run))
+            workers.send(owner, layout.place(run, hand_over=workers.is_lent(owner)))
             placed += 1
             progress(layout.position, plan.num_images)
     layout.close()

@@ -194,17 +194,20 @@ def test_killed_runs_go_on_and_make_the_same_bytes(large, tmp_path):
     assert len(digests) == 1
 
 
-def test_ctrl_c_ends_the_run_in_seconds(large, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "name", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
+)
+def test_a_signal_ends_the_run_in_seconds(large, tmp_path, number, name, status):
     """The signal reaches every process of the terminal, as when somebody presses the keys."""
     target = tmp_path / "file.beton"
     process = begin(large, target, start_new_session=True)
     wait_for(in_progress(target, 8 << 20), process)
     start_s = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     output = process.communicate(timeout=20)[0]
     assert time.monotonic() - start_s < 5
-    assert process.returncode == 130
-    assert "the same command goes on" in output and "Traceback" not in output
+    assert process.returncode == status
+    assert f"stopped by {name}; the same command goes on" in output and "Traceback" not in output
     assert not target.exists() and Path(f"{target}.partial.journal").exists()
 
 

@@ -433,6 +433,23 @@ def test_changed_images_start_over(many, tmp_path):
     assert "starting over" in notices[0] and "images changed" in notices[0]
 
 
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+@pytest.mark.parametrize("change", [spoil, os.remove])
+def test_images_that_change_under_way_stop_the_run(many, tmp_path, change, on_error):
+    """As do those of which another machine has another version, or none."""
+    shutil.copytree(many, tmp_path / "data")
+    settings = WriteSettings("raw", page_size=PAGE_SIZE)
+    changed = Path(sources(tmp_path / "data", settings)[59])
+
+    def progress(done, total):
+        if not done:
+            change(changed)
+
+    with pytest.raises(ValueError, match=f"{changed}: on .* not the file that was listed"):
+        quiet(tmp_path / "data", tmp_path / "file.beton", settings, on_error=on_error, progress=progress)
+    assert not (tmp_path / "file.beton").exists()
+
+
 def test_a_run_killed_before_its_manifest_writes_that_alone(folder, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
