@@ -105,8 +105,8 @@ class Progress:
             self._bar.close()
 
 
-def main(argv: list[str]) -> int:
-    chosen = read_settings(CONFIG, argv, flags=FLAGS, description=__doc__ or "").write
+def main(argv: list[str] | None = None) -> int:
+    chosen = read_settings(CONFIG, sys.argv[1:] if argv is None else argv, flags=FLAGS, description=__doc__ or "").write
     progress = Progress()
     try:
         return run_verify(chosen, progress) if chosen.verify else run_write(chosen, progress)
@@ -212,4 +212,4 @@ def notice(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
