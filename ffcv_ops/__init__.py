@@ -19,8 +19,12 @@ Operations of a pipeline, in the order in which they stand there:
 - `Mix`: Mixup and CutMix of a batch: ``mix.images()`` and ``mix.targets()``.
 - `Label`: decode class numbers.
 
+`python -m ffcv_ops.doctor` tells whether a machine has what they need.
+
 Names are imported on first use, so that the writer's processes pay for neither torch nor Numba.
 """
+
+from __future__ import annotations  # the doctor is to be read by older Pythons too
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
