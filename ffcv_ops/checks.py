@@ -354,9 +354,7 @@ def check_data(options: Options) -> Iterator[Finding]:
         try:
             beton = read_beton(file)
         except ValueError as error:
-            text = (
-                str(error).replace("; write it again with write_beton.py", "").replace("; write_beton.py makes it", "")
-            )
+            text = re.sub("; write.*", "", str(error).replace(f"{file}: ", ""))
             yield "error", file.name, text, f"python write_beton.py --source FOLDER --target {file} --overwrite"
             continue
         sound.append(beton)

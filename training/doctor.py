@@ -1,45 +1,50 @@
-"""What the doctor looks at on the way from batch to checkpoint: entry points of ``ffcv_ops.doctor``.
+"""What the doctor looks at on the way from batch to checkpoint; an entry point of ``ffcv_ops.doctor`` names it.
 
-A check is a function of the doctor's options that yields (status, name, text) or (status, name, text, remedy).
+A check yields (status, name, text) or (status, name, text, remedy).
 """
 
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+Findings = Iterator[tuple[str, ...]]
 
-def check_models(options: Any) -> Iterator[tuple[str, ...]]:
-    """torchvision's and timm's import, which fails where they were built for another PyTorch."""
-    import timm
-    import torch
-    import torchvision
 
+def check_training(options: Any) -> Findings:
+    """All checks of this file; together, because importing PyTorch is what takes them time."""
+    yield from check_models()
+    yield from check_network()
+    yield from check_wandb()
+
+
+def check_models() -> Findings:
+    """torchvision's import, which fails where it was built for another PyTorch."""
     try:
-        torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
-    except (RuntimeError, AttributeError) as error:
-        text = f"torchvision {torchvision.__version__} does not fit PyTorch {torch.__version__}: {error}".splitlines()[
-            0
-        ]
-        yield "error", "models", text, "pip install --force-reinstall --no-deps torchvision"
+        import torchvision  # noqa: F401
+    except Exception as error:
+        text = f"torchvision {version('torchvision')} with PyTorch {version('torch')}: {error}".splitlines()[0]
+        yield "error", "models", text, f"pip install --force-reinstall torchvision torch=={version('torch')}"
         return
-    yield "ok", "models", f"torchvision {torchvision.__version__}, timm {timm.__version__}"
+    yield "ok", "models", f"torchvision {version('torchvision')}, timm {version('timm')}"
 
 
-def check_wandb(options: Any) -> Iterator[tuple[str, ...]]:
+def check_wandb() -> Findings:
+    """Whether runs go to Weights & Biases or stay here."""
+    if mode := os.environ.get("WANDB_MODE"):
+        yield "ok", "W&B", f"WANDB_MODE={mode}"
+        return
     from training.logs import has_wandb_key
 
-    mode = os.environ.get("WANDB_MODE")
-    if mode is not None:
-        yield "ok", "W&B", f"WANDB_MODE={mode}"
-    elif has_wandb_key():
+    if has_wandb_key():
         yield "ok", "W&B", "there is an API key"
     else:
         text = "no API key: runs are recorded offline, for `wandb sync` to upload later"
         yield "warning", "W&B", text, "bash launch/setup_wandb.sh, or --no_wandb to record nothing"
 
 
-def check_network(options: Any) -> Iterator[tuple[str, ...]]:
+def check_network() -> Findings:
     """NCCL, and Amazon's EFA beneath it, where there are several GPUs."""
     import torch
 
