@@ -9,7 +9,6 @@
 #
 #   PYTHON=python3.12   the interpreter to build on, 3.10 to 3.13; else that of the .venv there is, else the first of
 #                       python3, python3.13 ... python3.10
-#   --build-needs       install what building FFCV needs and print the interpreter, no more; for launch/ffcv_wheel.sh
 #   pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf, ...) hold as always.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -32,11 +31,6 @@ xcb            libxcb1                           libxcb                 -       
 
 main() {
     python=$(find_python)
-    if [ "${1:-}" = --build-needs ]; then
-        meet_needs >&2
-        printf '%s\n' "$python"
-        return
-    fi
     if [ -n "$python" ] && fits "$python"; then
         return
     fi
@@ -50,6 +44,7 @@ main() {
 # The interpreter and, where there is one that fits it, the wheel of FFCV in dist/.
 python= wheel=
 
+# Install what the machine lacks, or stop.
 meet_needs() {
     local needs
     needs=$(missing "$python")
@@ -203,4 +198,5 @@ build_venv() {
         stop "the packages are installed, but do not import: see the error above."
 }
 
-main "$@"
+# launch/ffcv_wheel.sh takes the functions alone.
+[ "${BASH_SOURCE[0]}" != "$0" ] || main
