@@ -183,12 +183,14 @@ def check_pytorch(options: Options) -> Iterator[Finding]:
         yield "error", "PyTorch", *trouble
         return
     driver = _driver()
+    no_driver = driver is None and not Path("/dev/nvidiactl").exists()
+    driver = driver or "driver unknown"
     about = f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA")
     if torch.cuda.is_available():
-        yield "ok", "PyTorch", f"{about}; {driver or 'driver unknown'}"
+        yield "ok", "PyTorch", f"{about}; {driver}"
         for number in range(torch.cuda.device_count()):
             yield _gpu(torch, number)
-    elif driver is None and not Path("/dev/nvidiactl").exists():
+    elif no_driver:
         yield "ok", "PyTorch", about
         text = "no NVIDIA GPU to be seen: everything runs on the CPU"
         yield "warning", "GPU", text, "none on a machine without one; in a container: docker run --gpus all"
@@ -229,7 +231,7 @@ def _gpu_remedy(torch: Any) -> str:
 
 
 def _gpu(torch: Any, number: int) -> Finding:
-    """A GPU: its name, its memory, whether it computes, what is known of its JPEG decoder."""
+    """A GPU: its name, its memory, whether it computes, what is known of its JPEG engine."""
     properties = torch.cuda.get_device_properties(number)
     name = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
     try:
@@ -237,20 +239,17 @@ def _gpu(torch: Any, number: int) -> Finding:
         assert (ones @ ones)[0, 0].item() == 256
     except Exception as error:
         return "error", f"GPU {number}", f"{name}: does not compute: {_one_line(error)}", _gpu_remedy(torch)
-    return "ok", f"GPU {number}", f"{name}, {_jpeg_decoder(number)}"
+    return "ok", f"GPU {number}", f"{name}{_jpeg_engine(number)}"
 
 
-def _jpeg_decoder(number: int) -> str:
-    """Whether a GPU has an engine for JPEGs; the driver counts the use of one where there is."""
+def _jpeg_engine(number: int) -> str:
+    """What the driver tells of an engine for JPEGs: it counts the use of one, or says nothing."""
     try:
         command = ["nvidia-smi", "-q", "-d", "UTILIZATION", "-i", str(number)]
         said = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.TimeoutExpired):
         said = ""
-    use = re.search(r"JPEG *: *(.*)", said)
-    if use is None:
-        return "hardware JPEG decoder unknown"
-    return f"{'no ' if 'N/A' in use[1] else ''}hardware JPEG decoder"
+    return ", the driver counts a JPEG engine" if re.search(r"JPEG *: *\d", said) else ""
 
 
 def check_cpus(options: Options) -> Iterator[Finding]:
@@ -391,7 +390,8 @@ def _reading(beton: Any, num_workers: int, fits: bool) -> Finding:
         )
         decoded = _load_rate(beton, workers)
     except Exception as error:
-        return "error", name, _one_line(error), f"python write_beton.py --verify {beton.path}"
+        remedy = f"python write_beton.py --verify {beton.path}"
+        return "error", name, _one_line(error), install_command() if isinstance(error, ImportError) else remedy
     text = (
         f"images/s: {decoded:,.0f} decoded by {workers} CPUs; from the disk, past the cache, {pages:,.0f} by pages, "
         f"{images:,.0f} one by one"

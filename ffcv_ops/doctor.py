@@ -4,7 +4,7 @@
     python -m ffcv_ops.doctor --data /data/train.beton /data/val.beton --num_workers 16
     python -m ffcv_ops.doctor --json
 
-Writes nothing but a temporary folder. Exit status: 0 all in order, or only warnings; 1 an error; 2 a wrong option.
+Writes nothing but a temporary folder. Exit status: 0 all in order, or only warnings; 1 an error; 2 a wrong option; 130 Ctrl-C.
 
 The checks are in `ffcv_ops.checks`; other packages add theirs as entry points of the group ``ffcv_ops.doctor``. Each
 runs in a process of its own, because a library that is broken may crash or hang, and one that is missing must not keep
@@ -48,10 +48,13 @@ class Finding(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     findings = []
-    for finding in examine(options):
-        findings.append(finding)
-        if not options.json:
-            print(_line(finding), flush=True)
+    try:
+        for finding in examine(options):
+            findings.append(finding)
+            if not options.json:
+                print(_line(finding), flush=True)
+    except KeyboardInterrupt:
+        return 130
     counts = {status: sum(finding.status == status for finding in findings) for status in STATUSES}
     if options.json:
         worst = max((finding.status for finding in findings), key=STATUSES.index)
