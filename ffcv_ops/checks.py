@@ -33,8 +33,10 @@ _MIN_MEMORY_BYTES = 4e9
 _MIN_SHARED_BYTES_A_GPU = 1 << 28
 # Smaller files say nothing about a disk.
 _MIN_MEASURED_BYTES = 1 << 26
-_IMAGE_BLOCK_BYTES, _PAGE_BLOCK_BYTES = 1 << 17, 1 << 23
-_PAGE_READERS = 12
+_PAGE_BYTES, _PAGE_READERS = 1 << 23, 12
+_UPDATE_DRIVER = (
+    "update the driver, or install a PyTorch for its CUDA: https://pytorch.org/get-started/previous-versions"
+)
 
 Finding = tuple
 Options = argparse.Namespace
@@ -227,7 +229,7 @@ def _gpu_remedy(torch: Any) -> str:
         return "unset CUDA_VISIBLE_DEVICES"
     if torch.version.cuda is None:
         return f"{_short(sys.executable)} -m pip install --force-reinstall torch torchvision"
-    return "update the driver, or install a PyTorch for its CUDA: https://pytorch.org/get-started/previous-versions"
+    return _UPDATE_DRIVER
 
 
 def _gpu(torch: Any, number: int) -> Finding:
@@ -238,14 +240,14 @@ def _gpu(torch: Any, number: int) -> Finding:
         ones = torch.ones(256, 256, device=f"cuda:{number}", dtype=torch.float16)
         assert (ones @ ones)[0, 0].item() == 256
     except Exception as error:
-        return "error", f"GPU {number}", f"{name}: does not compute: {_one_line(error)}", _gpu_remedy(torch)
-    return "ok", f"GPU {number}", f"{name}{_jpeg_engine(number)}"
+        return "error", f"GPU {number}", f"{name}: does not compute: {_one_line(error)}", _UPDATE_DRIVER
+    return "ok", f"GPU {number}", f"{name}{_jpeg_engine(properties.uuid)}"
 
 
-def _jpeg_engine(number: int) -> str:
+def _jpeg_engine(uuid: object) -> str:
     """What the driver tells of an engine for JPEGs: it counts the use of one, or says nothing."""
     try:
-        command = ["nvidia-smi", "-q", "-d", "UTILIZATION", "-i", str(number)]
+        command = ["nvidia-smi", "-q", "-d", "UTILIZATION", "-i", f"GPU-{uuid}"]
         said = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.TimeoutExpired):
         said = ""
@@ -332,12 +334,8 @@ def check_data(options: Options) -> Iterator[Finding]:
     given = [Path(path) for path in options.data]
     paths = given or [Path(path) for path in DATA if os.path.exists(path)]
     if not paths:
-        yield (
-            "warning",
-            "data",
-            f"{' and '.join(DATA)} are not there",
-            "python write_beton.py --split train  # or --data FILE ..., where it is elsewhere",
-        )
+        remedy = "python write_beton.py --split train  # or --data FILE ..., where it is elsewhere"
+        yield "warning", "data", f"{' and '.join(DATA)} are not there", remedy
         return
     files = []
     for path in paths:
@@ -374,8 +372,8 @@ def _empty_folder(path: Path) -> Finding:
     kind, mount = storage.filesystem(path)
     text = f"no .beton file, {_size(shutil.disk_usage(path).free)} free on {kind} ({mount})"
     if not os.access(path, os.W_OK):
-        return "error", path.name, f"{text}, and not to be written to", f"sudo chown $USER {path}"
-    return "warning", path.name, text, f"python write_beton.py --source FOLDER --target {path}/train.beton"
+        return "error", str(path), f"{text}, and not to be written to", f"sudo chown $USER {path}"
+    return "warning", str(path), text, f"python write_beton.py --source FOLDER --target {path}/train.beton"
 
 
 def _reading(beton: Any, num_workers: int, fits: bool) -> Finding:
@@ -383,11 +381,9 @@ def _reading(beton: Any, num_workers: int, fits: bool) -> Finding:
     name = f"{beton.path.stem} rate"
     workers = min(num_workers, len(os.sched_getaffinity(0))) if num_workers > 0 else len(os.sched_getaffinity(0))
     image_bytes = (beton.alloc_table_ptr - beton.data_start) / beton.num_samples
+    ways = (-(-int(image_bytes) // 4096) * 4096, workers), (_PAGE_BYTES, _PAGE_READERS)
     try:
-        images, pages = (
-            storage.cold_read_rate(beton.path, block_bytes, num_threads) / image_bytes
-            for block_bytes, num_threads in ((_IMAGE_BLOCK_BYTES, workers), (_PAGE_BLOCK_BYTES, _PAGE_READERS))
-        )
+        images, pages = (storage.cold_read_rate(beton.path, *way) / image_bytes for way in ways)
         decoded = _load_rate(beton, workers)
     except Exception as error:
         remedy = f"python write_beton.py --verify {beton.path}"
@@ -397,12 +393,8 @@ def _reading(beton: Any, num_workers: int, fits: bool) -> Finding:
         f"{images:,.0f} one by one"
     )
     if fits and images < decoded:
-        return (
-            "warning",
-            name,
-            f"{text}: the first epoch waits for it",
-            f"cat {beton.path} >/dev/null  # into the cache",
-        )
+        remedy = f"cat {beton.path} >/dev/null  # brings it into memory"
+        return "warning", name, f"{text}: the first epoch waits for it", remedy
     if not fits and pages < decoded:
         return "warning", name, f"{text}: every epoch waits for it", "a faster disk, or write_beton.py --max_side 400"
     return "ok", name, text

@@ -4,7 +4,8 @@
     python -m ffcv_ops.doctor --data /data/train.beton /data/val.beton --num_workers 16
     python -m ffcv_ops.doctor --json
 
-Writes nothing but a temporary folder. Exit status: 0 all in order, or only warnings; 1 an error; 2 a wrong option; 130 Ctrl-C.
+Writes nothing but a temporary folder. Exit status: 0 all in order, or only warnings; 1 an error; 2 a wrong option;
+130 Ctrl-C.
 
 The checks are in `ffcv_ops.checks`; other packages add theirs as entry points of the group ``ffcv_ops.doctor``. Each
 runs in a process of its own, because a library that is broken may crash or hang, and one that is missing must not keep

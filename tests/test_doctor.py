@@ -5,6 +5,7 @@ import ast
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from betons import photographs, write_images
 
 import write_beton
-from ffcv_ops import checks, doctor, storage
+from ffcv_ops import checks, doctor, read_beton, storage
 from training.doctor import efa_adapters
 from training.recipe import RECIPE
 
@@ -116,6 +117,17 @@ def test_data_that_is_cut_missing_or_not_there_yet(data, tmp_path):
     assert damaged.text.startswith("damaged or not a .beton file: ") and missing.text == "no such file"
     assert damaged.remedy == f"python write_beton.py --source FOLDER --target {cut} --overwrite"
     assert folder.status == "warning" and " free on " in folder.text and folder.remedy.endswith(f"{empty}/train.beton")
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_disk_is_compared_with_the_cpus(data, fits):
+    status, name, text, *remedy = checks._reading(read_beton(data), 1, fits)
+    rates = re.fullmatch(
+        r"images/s: (\S+) decoded by 1 CPUs; from the disk, past the cache, (\S+) by pages, (\S+) one by one(.*)", text
+    )
+    decoded, pages, images = (int(rate.replace(",", "")) for rate in rates.groups()[:3])
+    assert name == "train rate" and min(decoded, pages, images) > 0
+    assert (status == "warning") == ((images if fits else pages) < decoded) == bool(remedy) == bool(rates[4])
 
 
 def test_no_data_at_all(monkeypatch):
