@@ -2,9 +2,11 @@
 # make test    set up, then run the tests
 # make check   set up, then check format, lint and types
 # make format  set up, then format the code and mend what lint can mend
+# make doctor  say what this machine lacks, and what mends it; DOCTOR_ARGS="--data FILE --json" passes arguments on
+# make ffcv-wheel  build FFCV into dist/ with OpenCV and TurboJPEG inside, for machines without compiler or root
 # make setup   make .venv (PYTHON=python3.12 picks the interpreter); does nothing where that is done
 
-.PHONY: demo test check format setup
+.PHONY: demo test check format doctor ffcv-wheel setup
 .DEFAULT_GOAL := demo
 python := .venv/bin/python
 
@@ -22,6 +24,13 @@ check: setup
 format: setup
 	$(python) -m ruff format .
 	$(python) -m ruff check --fix .
+
+# Works before and without setup.
+doctor:
+	$(if $(wildcard $(python)),$(python),python3) -m ffcv_ops.doctor $(DOCTOR_ARGS)
+
+ffcv-wheel:
+	@bash launch/ffcv_wheel.sh
 
 setup:
 	@bash launch/setup.sh

@@ -56,6 +56,7 @@ from training.schedule import build_resolution, build_schedule
 IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL = 1_281_167, 50_000
 
 
+@record
 def main() -> None:
     recipe = read_recipe(sys.argv[1:])
     try:
@@ -567,8 +568,11 @@ def out_of_memory_message(recipe: Settings, planned: Plan) -> str:
 
 def git_commit() -> str | None:
     """The commit of the code that runs, with ``+`` where files were changed since; None outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parent)]
     try:
+        # An installed copy may lie within another repository, which does not know it.
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
     except (OSError, subprocess.CalledProcessError):
@@ -577,4 +581,4 @@ def git_commit() -> str | None:
 
 
 if __name__ == "__main__":
-    record(main)()
+    main()

@@ -120,8 +120,8 @@ def terminate(*_: object) -> NoReturn:
     raise Terminated
 
 
-def main(argv: list[str]) -> int:
-    chosen = read_settings(CONFIG, argv, flags=FLAGS, description=__doc__ or "").write
+def main(argv: list[str] | None = None) -> int:
+    chosen = read_settings(CONFIG, sys.argv[1:] if argv is None else argv, flags=FLAGS, description=__doc__ or "").write
     signal.signal(signal.SIGTERM, terminate)
     progress = Progress()
     try:
@@ -235,4 +235,4 @@ def notice(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

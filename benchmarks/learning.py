@@ -123,7 +123,7 @@ def train(name: str, data: Path, folder: Path, seed: int, options: argparse.Name
     }.items():
         argv.append(f"--{key}={value}")
     recipe = read_recipe(argv)
-    run = train_imagenet.Run(recipe, train_imagenet.join(recipe))
+    run: Any = train_imagenet.Run(recipe, train_imagenet.join(recipe))
     if "stock" in name:
         run.loader, run.val_loader = StockBatches(recipe, train=True), StockBatches(recipe, train=False)
     run.train()

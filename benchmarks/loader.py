@@ -100,7 +100,7 @@ def build_stock_file(folder: Path, size: int) -> Any:
 
 
 AUGMENTATION = "rand-m7-mstd0.5-inc1"
-MIXING = {"mixup_alpha": 0.1, "cutmix_alpha": 1.0, "num_classes": 1000}
+MIXING: dict[str, Any] = {"mixup_alpha": 0.1, "cutmix_alpha": 1.0, "num_classes": 1000}
 
 
 def build_augmented(folder: Path, size: int) -> Any:

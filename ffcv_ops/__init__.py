@@ -1,11 +1,58 @@
 """The data path: from an image folder to a ``.beton`` file, and from the file to a batch.
 
+The file:
+
+- `read_beton`: check header, tables and manifest of a file, and give them as a `Beton`.
+- `Beton`: what a file holds: samples, classes, sizes, digest.
+
+The loader:
+
+- `Loader`: ffcv's, with errors raised, threads freed, epochs resumable, and draws that are functions of the seed.
+- `OrderOption`: the order of the samples: ``SEQUENTIAL``, ``RANDOM``, ``QUASI_RANDOM``.
+- `SampleError`: raised for a sample that cannot be decoded; names it and the file.
+
+Operations of a pipeline, in the order in which they stand there:
+
+- `RandomResizedCrop`, `CenterCrop`: decode the part of an image that is needed, and resample it.
+- `RandAugment`, `TrivialAugmentWide`, `RandomErasing`: change 8-bit images.
+- `Normalize`: 8-bit images to normalised floats, on the CPU or the GPU.
+- `Mix`: Mixup and CutMix of a batch: ``mix.images()`` and ``mix.targets()``.
+- `Label`: decode class numbers.
+
+`python -m ffcv_ops.doctor` tells whether a machine has what they need.
+
 Names are imported on first use, so that the writer's processes pay for neither torch nor Numba.
 """
 
-from importlib import import_module
-from typing import Any
+from __future__ import annotations  # the doctor is to be read by older Pythons too
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ffcv_ops.beton import Beton, read_beton
+    from ffcv_ops.crops import CenterCrop, RandomResizedCrop
+    from ffcv_ops.loader import Loader, OrderOption
+    from ffcv_ops.mix import Mix
+    from ffcv_ops.normalize import Label, Normalize
+    from ffcv_ops.pipeline import SampleError
+    from ffcv_ops.rand_augment import RandAugment, RandomErasing, TrivialAugmentWide
+
+__all__ = [
+    "Beton",
+    "CenterCrop",
+    "Label",
+    "Loader",
+    "Mix",
+    "Normalize",
+    "OrderOption",
+    "RandAugment",
+    "RandomErasing",
+    "RandomResizedCrop",
+    "SampleError",
+    "TrivialAugmentWide",
+    "read_beton",
+]
 _HOMES = {
     "Beton": "beton",
     "CenterCrop": "crops",
@@ -21,10 +68,13 @@ _HOMES = {
     "TrivialAugmentWide": "rand_augment",
     "read_beton": "beton",
 }
-__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -193,7 +193,7 @@ def turbojpeg() -> ctypes.CDLL:
         except (OSError, AttributeError) as error:
             tried.append(f"  {path}: {error}")
     raise ImportError(
-        "TurboJPEG 2.1 or later was not found. Install it (Debian, Ubuntu: apt install libturbojpeg0; conda: conda "
+        "TurboJPEG 2.1 or later was not found. Install it (Debian, Ubuntu: apt install libturbojpeg0-dev; conda: conda "
         "install libjpeg-turbo) or set TURBOJPEG to the library's path. Tried:\n" + "\n".join(tried)
     )
 

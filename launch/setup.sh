@@ -5,6 +5,8 @@
 # names them for apt, dnf, brew and conda and stops. It does nothing where .venv already fits pyproject.toml,
 # constraints.txt and this script.
 #
+# Where dist/ has a wheel of FFCV that fits (make ffcv-wheel), it is installed, and nothing needs to be compiled.
+#
 #   PYTHON=python3.12   the interpreter to build on, 3.10 to 3.13; else that of the .venv there is, else the first of
 #                       python3, python3.13 ... python3.10
 #   pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf, ...) hold as always.
@@ -28,21 +30,29 @@ xcb            libxcb1                           libxcb                 -       
 '
 
 main() {
-    local python needs
     python=$(find_python)
     if [ -n "$python" ] && fits "$python"; then
         return
     fi
-    needs=$(missing "$python")
-    if [ -n "$needs" ]; then
-        install_system "$python" $needs
-        python=$(find_python)
-        needs=$(missing "$python")
-        [ -z "$needs" ] || give_up "apt installed its packages, but not what is needed" "$python" $needs
-    fi
+    [ -z "$python" ] || wheel=$(find_wheel "$python")
+    meet_needs
     build_venv "$python"
     fingerprint "$python" >"$stamp"
     printf 'setup: .venv is ready.\n'
+}
+
+# The interpreter and, where there is one that fits it, the wheel of FFCV in dist/.
+python= wheel=
+
+# Install what the machine lacks, or stop.
+meet_needs() {
+    local needs
+    needs=$(missing "$python")
+    [ -n "$needs" ] || return 0
+    install_system "$python" $needs
+    python=$(find_python)
+    needs=$(missing "$python")
+    [ -z "$needs" ] || give_up "apt installed its packages, but not what is needed" "$python" $needs
 }
 
 # The interpreter to build on, or nothing where apt's python3 may be the remedy.
@@ -57,6 +67,20 @@ find_python() {
     [ -z "${PYTHON:-}" ] || stop "PYTHON=$PYTHON is no Python from 3.10 to 3.13."
     [ ! -x /usr/bin/python3 ] ||
         stop "no Python from 3.10 to 3.13 on the PATH: install one and name it, as in make setup PYTHON=python3.12"
+}
+
+# The wheel of FFCV in dist/ for this interpreter, processor and C library, if there is one.
+find_wheel() {
+    "$1" - <<'END'
+import glob, platform, re, sys
+
+python = "cp%d%d" % sys.version_info[:2]
+glibc = [int(part) for part in re.findall(r"\d+", platform.libc_ver()[1])[:2]]
+for path in glob.glob(f"dist/ffcv-*-{python}-{python}-manylinux_*_{platform.machine()}.whl"):
+    if [int(part) for part in re.search(r"manylinux_(\d+)_(\d+)_", path).groups()] <= glibc:
+        print(path)
+        break
+END
 }
 
 # What .venv was made from. It is made anew or brought up to date when this changes.
@@ -81,11 +105,14 @@ missing() {
         printf 'python libGL glib xcb '
     else
         "$python" -c 'import ensurepip, venv' 2>/dev/null || printf 'venv '
-        "$python" -c 'import pathlib, sysconfig; (pathlib.Path(sysconfig.get_path("include")) / "Python.h").open()' \
-            2>/dev/null || printf 'python-headers '
         loads "$python" libGL.so.1 || printf 'libGL '
         loads "$python" libgthread-2.0.so.0 || printf 'glib '
         loads "$python" libxcb.so.1 || printf 'xcb '
+    fi
+    [ -z "$wheel" ] || return 0
+    if [ -n "$python" ]; then
+        "$python" -c 'import pathlib, sysconfig; (pathlib.Path(sysconfig.get_path("include")) / "Python.h").open()' \
+            2>/dev/null || printf 'python-headers '
     fi
     command -v "${CXX:-c++}" >/dev/null || printf 'compiler '
     if command -v pkg-config >/dev/null; then
@@ -139,6 +166,10 @@ give_up() {
         printf '  brew   brew install %s\n' "$(named 4 "$python" "$@")"
         printf '  conda  conda install -c conda-forge %s\n' "$(named 5 "$python" "$@")"
         printf 'setup: and run make setup again.\n'
+        if [[ "$*" =~ compiler|headers|pkg-config|opencv|turbojpeg ]]; then
+            printf 'setup: Or have FFCV built elsewhere: run make ffcv-wheel on a machine that has these, with the same\n'
+            printf 'setup: Python and no newer C library, copy its dist/ here, and run make setup again.\n'
+        fi
     } >&2
     exit 1
 }
@@ -158,6 +189,7 @@ build_venv() {
     printf 'setup: installing the Python packages (several GB the first time, most of it PyTorch)\n'
     [ -t 1 ] || export PIP_QUIET=1
     .venv/bin/python -m pip install --constraint constraints.txt pip setuptools
+    [ -z "$wheel" ] || .venv/bin/python -m pip install --constraint constraints.txt "$wheel"
     # Link ffcv against the few libraries it calls rather than all of OpenCV: it loads faster and breaks less often.
     [ "$(uname)" != Linux ] || export LDFLAGS="-Wl,--as-needed ${LDFLAGS:-}"
     .venv/bin/python -m pip install --constraint constraints.txt --build-constraint constraints.txt \
@@ -166,4 +198,5 @@ build_venv() {
         stop "the packages are installed, but do not import: see the error above."
 }
 
-main
+# launch/ffcv_wheel.sh takes the functions alone.
+[ "${BASH_SOURCE[0]}" != "$0" ] || main

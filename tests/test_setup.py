@@ -1,6 +1,7 @@
 """The set-up script says what it needs, and leaves alone what is done; the demo's data is the same every time."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,49 @@ def test_without_root_or_sudo_it_asks_only_for_what_is_missing(clone: Path) -> N
     assert "you are not root, and there is no sudo" in done.stderr
     assert "pkg-config libopencv-dev" in done.stderr
     assert "g++" not in done.stderr
+
+
+def wheel_name(glibc: str) -> str:
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    return f"ffcv-1.0.2-{python}-{python}-manylinux_{glibc}_{platform.machine()}.whl"
+
+
+@pytest.mark.parametrize(("glibc", "fits"), [("2_17", True), ("2_99", False)])
+def test_a_wheel_of_ffcv_that_fits_spares_what_building_needs(clone: Path, glibc: str, fits: bool) -> None:
+    (clone / "dist").mkdir()
+    (clone / "dist" / wheel_name(glibc)).touch()
+    asked = (
+        f"source {clone}/launch/setup.sh; wheel=$(find_wheel {sys.executable}); echo [$wheel]; missing {sys.executable}"
+    )
+    found = subprocess.run(
+        ["bash", "-c", asked], env={**os.environ, "CXX": "no-compiler"}, capture_output=True, text=True
+    )
+    wheel, _, needs = found.stdout.partition("\n")
+    assert wheel == (f"[dist/{wheel_name(glibc)}]" if fits else "[]")
+    assert ("compiler" in needs) is not fits
+
+
+def test_who_lacks_a_compiler_is_told_of_the_wheel(clone: Path) -> None:
+    assert "run make ffcv-wheel on a machine that has these" in set_up(clone).stderr
+
+
+@pytest.mark.soak
+def test_the_wheel_of_ffcv_brings_its_libraries(clone: Path, tmp_path: Path) -> None:
+    """Needs a compiler, the libraries' headers and a package index."""
+    shutil.copy(ROOT / "launch/ffcv_wheel.sh", clone / "launch")
+    subprocess.run(["bash", clone / "launch/ffcv_wheel.sh"], env={**os.environ, "PYTHON": sys.executable}, check=True)
+    (wheel,) = clone.glob("dist/*.whl")
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path, wheel]
+    subprocess.run(pip, check=True)
+    code = "import ffcv; from ffcv_ops import jpeg; print(jpeg.turbojpeg()._name); jpeg.open_decompressor()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert Path(said.stdout.strip()).parent == tmp_path / "ffcv.libs"
+    (extension,) = tmp_path.glob("ffcv/_libffcv*.so")
+    linked = subprocess.run(["ldd", extension], capture_output=True, text=True, check=True).stdout
+    for library in ("opencv_core", "opencv_imgproc", "turbojpeg"):
+        (line,) = (line for line in linked.splitlines() if library in line)
+        assert "ffcv.libs" in line.split("=>")[1]
 
 
 def test_an_interpreter_that_does_not_fit_is_refused(clone: Path) -> None:

@@ -28,6 +28,8 @@ LR_BATCH_SIZE = 256
 # Under repeated augmentation an epoch is a multiple of this many images, as that of timm's RepeatAugSampler.
 REPEATED_ROUND = 256
 SECONDS_TO_SPEAK = 5
+# Recipes lie beside the packages, in a checkout as where they are installed.
+PACKAGED = Path(__file__).resolve().parents[1]
 
 
 class Mistake(ValueError):
@@ -260,7 +262,9 @@ def read_settings(
     """Collect settings from files and a command line, strictly.
 
     Later wins: the defaults, each ``--config-file FILE`` in order, then ``--section.key VALUE`` and short flags in
-    order (``--name=VALUE`` and ``--name VALUE`` are the same). ``None`` or ``null`` sets a key back to its default.
+    order (``--name=VALUE`` and ``--name VALUE`` are the same). ``None`` or ``null`` sets a key back to its default. A
+    file such as ``rn50_configs/rsb_a1.yaml`` that is not in the current folder is taken from the recipes that come with
+    the code.
 
     Parameters
     ----------
@@ -368,10 +372,27 @@ def _read_command_line(
             if value.startswith("--"):
                 raise Mistake(f"{where} needs a value: --{name}=VALUE")
         if is_file:
-            files.append(Path(value))
+            files.append(_find_file(Path(value)))
         else:
             given.append((target, value, where))
     return files, given
+
+
+def _find_file(path: Path) -> Path:
+    """A configuration file as it is named; where there is none, the recipe of that name that comes with the code."""
+    packaged = PACKAGED / path
+    return packaged if packaged.is_file() and not path.exists() else path
+
+
+def _hint_at_files(path: Path) -> str:
+    """``"; did you mean ...?"`` for the file of the nearest name, there or among the recipes, else what there is."""
+    recipes = [recipe.relative_to(PACKAGED) for recipe in sorted(PACKAGED.glob("*_configs/*.yaml"))]
+    files = {file.stem: file for file in [*recipes, *sorted(path.parent.glob("*.y*ml"))]}
+    near = difflib.get_close_matches(path.stem, files, n=1)
+    if near:
+        return f"; did you mean {files[near[0]]}?"
+    there = [str(file) for file in files.values() if file.parent == path.parent]
+    return f"; there are {', '.join(there)}" if there else ""
 
 
 def _read_file(parameters: Mapping[str, Param], path: Path) -> list[tuple[str, Any, str]]:
@@ -383,9 +404,7 @@ def _read_file(parameters: Mapping[str, Param], path: Path) -> list[tuple[str, A
             raise Mistake(f"{path}: not a mapping of sections to settings, such as\ntraining:\n  epochs: 100")
         return list(_walk(parameters, path, loader, root, "", {}))
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.y*ml")], n=1)
-        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
-        raise Mistake(f"--config-file {path}: no such file{hint}") from None
+        raise Mistake(f"--config-file {path}: no such file{_hint_at_files(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise Mistake(f"--config-file {path}: cannot be read: {error}") from None
     except yaml.MarkedYAMLError as error:
