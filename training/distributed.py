@@ -1,11 +1,17 @@
-"""The processes of a run: torchrun's environment, the process group, and sums over all ranks."""
+"""The processes of a run: torchrun's environment, the process group, sums over all ranks, and who has failed."""
 
+import json
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -124,3 +130,73 @@ def share_buffers(model: torch.nn.Module) -> None:
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
+
+
+def decided_by_main(decide: Callable[[], Value]) -> Value:
+    """What rank 0 decides, on every rank; a value that can be pickled."""
+    if not dist.is_initialized():
+        return decide()
+    decision = [decide() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(decision, src=0)
+    return decision[0]  # type: ignore[return-value]
+
+
+def wait_for_all() -> None:
+    """Wait until every rank has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error says no more than that another rank is gone."""
+    texts = ("connection closed", "connection reset", "broken pipe", "remote process exited", "timed out waiting")
+    told = str(error).lower()
+    return isinstance(error, dist.DistError) or ("gloo" in told and any(text in told for text in texts))
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What the first rank to fail says."""
+
+    rank: int
+    message: str
+
+
+class Board:
+    """Notes that the ranks of a job leave each other.
+
+    They are kept in the store that torchrun shares with its workers, and so outlive a restart of the workers. Without
+    a launcher they are this process's own.
+    """
+
+    def __init__(self) -> None:
+        self._store: dist.Store = dist.HashStore()
+        if under_torchrun():
+            server = dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
+                timeout=timedelta(seconds=30),
+            )
+            self._store = dist.PrefixStore("train_imagenet", server)
+        self._attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+    def read(self, key: str) -> str:
+        """A note, "" where there is none."""
+        return self._store.get(key).decode() if self._store.check([key]) else ""
+
+    def write(self, key: str, text: str) -> None:
+        self._store.set(key, text)
+
+    def announce(self, failure: Failure) -> Failure:
+        """Tell the other ranks of a failure; returns the one that came first, which all believe to be the cause."""
+        told = json.dumps(asdict(failure))
+        return Failure(**json.loads(self._store.compare_set(f"failure {self._attempt}", "", told)))
+
+    def failure(self) -> Failure | None:
+        """The first failure since the workers were started last, where there is one and its store can be reached."""
+        try:
+            told = self.read(f"failure {self._attempt}")
+        except RuntimeError:  # torchrun is ending, and with it this process
+            return None
+        return Failure(**json.loads(told)) if told else None
