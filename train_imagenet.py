@@ -191,10 +191,11 @@ class Run:
     def __init__(self, recipe: Settings, world: World):
         self.recipe, self.world = recipe, world
         self.log = RunLog(Path(recipe.logging.folder) / "logs", world.is_main, courses(recipe))
-        self.board = distributed.Board()
+        self.board = distributed.Board(world)
         if reason := self.board.read("given up"):
             raise ValueError(f"the run is not tried again, since it would fail again: {reason}")
         self.stop = StopRequest(world, self.board, self.tell_failure)
+        self.told_failure = False
         self.precision = recipe.training.precision
         if world.device.type == "cpu" and self.precision != "32":
             recipe.notices.append(f"no GPU is visible: training on the CPU, in 32-bit instead of {self.precision}")
@@ -421,8 +422,10 @@ class Run:
         return f"epoch {self.state.epoch}, batch {self.state.batch} (step {self.state.step})"
 
     def tell_failure(self, failure: Failure) -> None:
-        """Say on rank 0, and in its log, that another rank has failed, and of what."""
-        self.log.say(f"error: the run ends, because rank {failure.rank} has failed: {failure.message}")
+        """Say on rank 0, and in its log, that another rank has failed, and of what; once."""
+        if not self.told_failure:
+            self.told_failure = True
+            self.log.say(f"error: the run ends, because rank {failure.rank} has failed: {failure.message}")
 
     def say_goodbye(self) -> None:
         """Say how the run ended and where everything lies."""

@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 Value = TypeVar("Value")
+_MEETING_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class World:
         Number of processes in the run and on this node.
     device : torch.device
         The GPU of this process, or the CPU where there is none.
+    meeting : str
+        What these processes, since they were started last, call themselves; "" for one process.
     """
 
     rank: int
@@ -33,6 +38,7 @@ class World:
     world_size: int
     local_world_size: int
     device: torch.device
+    meeting: str = ""
 
     @property
     def is_main(self) -> bool:
@@ -100,15 +106,56 @@ def start() -> World:
                 f"start torchrun with --nproc_per_node={torch.cuda.device_count()}"
             )
         torch.cuda.set_device(device)
+    meeting = ""
     if under_torchrun() and world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend, rank = "nccl" if device.type == "cuda" else "gloo", int(os.environ["RANK"])
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = _launcher_store()
+            meeting = _meet(store, rank, world_size)
+            dist.init_process_group(backend, store=dist.PrefixStore(meeting, store), rank=rank, world_size=world_size)
+        else:
+            dist.init_process_group(backend)
     return World(
         rank=int(os.environ.get("RANK", 0)),
         local_rank=local_rank(),
         world_size=world_size,
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         device=device,
+        meeting=meeting,
     )
+
+
+def _launcher_store() -> dist.TCPStore:
+    """The store of whoever started this process, which workers share."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, timeout=_MEETING_TIMEOUT)
+
+
+def _meet(store: dist.Store, rank: int, world_size: int) -> str:
+    """Agree with the other ranks on a name for this start of theirs.
+
+    torchrun's store outlives a restart of its workers with all that they wrote, such as the addresses at which they
+    could be reached. The nodes do not count restarts alike, so nothing in the environment tells old from new. A rank
+    believes the answer to a question that only it can have asked.
+    """
+    if rank:
+        question = uuid.uuid4().hex
+        store.set(f"question of rank {rank}", question)
+        meeting = store.get(f"answer to {question}").decode()
+        store.set(f"{meeting} has rank {rank}", "")
+        return meeting
+    meeting, missing = uuid.uuid4().hex, set(range(1, world_size))
+    end_s = time.monotonic() + _MEETING_TIMEOUT.total_seconds()
+    while missing:
+        for other in missing:
+            if store.check([f"question of rank {other}"]):
+                question = store.get(f"question of rank {other}").decode()
+                store.set(f"answer to {question}", meeting)
+        time.sleep(0.02)
+        missing = {other for other in missing if not store.check([f"{meeting} has rank {other}"])}
+        if time.monotonic() > end_s:
+            raise ValueError(f"{len(missing)} of {world_size} processes did not come, the first of them {min(missing)}")
+    return meeting
 
 
 def stop() -> None:
@@ -169,17 +216,11 @@ class Board:
     a launcher they are this process's own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world: World) -> None:
         self._store: dist.Store = dist.HashStore()
         if under_torchrun():
-            server = dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=False,
-                timeout=timedelta(seconds=30),
-            )
-            self._store = dist.PrefixStore("train_imagenet", server)
-        self._attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self._store = dist.PrefixStore("board", _launcher_store())
+        self._failure = f"failure in {world.meeting}"
 
     def read(self, key: str) -> str:
         """A note, "" where there is none."""
@@ -191,12 +232,12 @@ class Board:
     def announce(self, failure: Failure) -> Failure:
         """Tell the other ranks of a failure; returns the one that came first, which all believe to be the cause."""
         told = json.dumps(asdict(failure))
-        return Failure(**json.loads(self._store.compare_set(f"failure {self._attempt}", "", told)))
+        return Failure(**json.loads(self._store.compare_set(self._failure, "", told)))
 
     def failure(self) -> Failure | None:
         """The first failure since the workers were started last, where there is one and its store can be reached."""
         try:
-            told = self.read(f"failure {self._attempt}")
+            told = self.read(self._failure)
         except RuntimeError:  # torchrun is ending, and with it this process
             return None
         return Failure(**json.loads(told)) if told else None

@@ -61,6 +61,7 @@ class StopRequest:
         self.world, self.board, self.on_failure = world, board, on_failure
         self.exit_status = 0
         self._signal_status = 0
+        self._failing = False
         self._answer: Callable[[], list[int]] | None = None
         self._interval, self._calls, self._asked_s = 1, 0, time.monotonic()
         self._before: dict[int, Any] = {}
@@ -76,7 +77,10 @@ class StopRequest:
         self._watcher.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if self.world.world_size > 1 and kind not in (None, Stopped):
+            self._failing = True  # the watcher stays, to end the process with the others
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._before_fd)
@@ -149,24 +153,29 @@ class StopRequest:
         first_s = 0.0
         while True:
             ready, _, _ = select.select([self._receiver], [], [], _LOOK_S)
-            for number in self._receiver.recv(64) if ready else b"":
-                if number == 0:
-                    return
-                if number not in self._before:
-                    continue
-                if not first_s:
-                    first_s = time.monotonic()
-                    self._notice(signal.Signals(number))
-                elif time.monotonic() - first_s > _SAME_S:
-                    self._speak("a second signal: ending at once, with what was saved before")
-                    os._exit(128 + number)
+            received = self._receiver.recv(64) if ready else b""
+            if 0 in received:
+                return
+            signals = [signal.Signals(number) for number in received if number in self._before]
             failure = self.board.failure() if self.world.world_size > 1 else None
             if failure is not None and failure.rank != self.world.rank:
                 self.on_failure(failure)
-                if select.select([self._receiver], [], [], _END_S)[0] and b"\0" in self._receiver.recv(64):
-                    return  # the main thread has an error too, and ends the process
-                sys.stdout.flush()
-                os._exit(1)
+                self._end(1, after_s=0 if signals or first_s else _END_S)
+            for number in signals:
+                if self._failing:
+                    self._end(1)
+                if not first_s:
+                    first_s = time.monotonic()
+                    self._notice(number)
+                elif time.monotonic() - first_s > _SAME_S:
+                    self._speak("a second signal: ending at once, with what was saved before")
+                    self._end(128 + number)
+
+    def _end(self, status: int, after_s: float = 0.0) -> None:
+        """End the process, at the latest after a time and before that at a signal."""
+        select.select([self._receiver], [], [], after_s)
+        sys.stdout.flush()
+        os._exit(status)
 
     def _notice(self, number: signal.Signals) -> None:
         self._signal_status = INTERRUPTED if number == signal.SIGINT else PREEMPTED
