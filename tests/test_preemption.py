@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -306,6 +307,68 @@ def test_torchrun_restarts_a_killed_worker_and_the_run_ends_as_if_undisturbed(un
     output += torchrun.communicate(timeout=180)[0]
     assert torchrun.returncode == 0, output
     assert "torchrun has restarted the run: it goes on from its own checkpoints/last.ckpt" in output
+    assert_same_run(tmp_path, undisturbed[2])
+
+
+def two_machine_command():
+    """The command of docs/MULTI_NODE_TRAINING.md for two machines, as printed there."""
+    text = (ROOT / "docs" / "MULTI_NODE_TRAINING.md").read_text()
+    section = text.partition("## Two machines")[2].partition("\n## ")[0]
+    (command,) = re.findall(r"^    (torchrun (?:.*\\\n)*.*)$", section, re.MULTILINE)
+    return command.replace("\\\n", " ")
+
+
+@pytest.fixture
+def hosts():
+    """Two hosts as network namespaces, a cable between them, each with a name that leads the other to it."""
+    addresses = {"first": "10.213.0.1", "second": "10.213.0.2"}
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("needs root and iproute2")
+    commands = ["link add first0 type veth peer name second0"]
+    for host, address in addresses.items():
+        folder = Path("/etc/netns") / host
+        folder.mkdir(parents=True)
+        lines = ["127.0.0.1 localhost", *(f"{there} {name}" for name, there in addresses.items())]
+        (folder / "hosts").write_text("\n".join(lines) + "\n")
+        commands += [f"netns add {host}", f"link set {host}0 netns {host}"]
+        commands += [f"-n {host} addr add {address}/24 dev {host}0"]
+        commands += [f"-n {host} link set {device} up" for device in (f"{host}0", "lo")]
+    try:
+        for command in commands:
+            subprocess.run(["ip", *command.split()], check=True)
+        yield list(addresses)
+    finally:
+        for host in addresses:
+            subprocess.run(["ip", "netns", "delete", host])
+            shutil.rmtree(Path("/etc/netns") / host)
+
+
+@pytest.mark.soak
+def test_the_two_machine_command_works_as_printed(hosts, undisturbed, data, tmp_path):
+    command = two_machine_command()
+    for printed, ours in (
+        ("HEAD", hosts[0]),
+        ("--nproc_per_node=8", "--nproc_per_node=1"),
+        ("rn50_configs/single_gpu_100ep.yaml", str(data / "recipe.yaml")),
+    ):
+        assert command.count(printed) == 1
+        command = command.replace(printed, ours)
+    command += f" --batch_size=16 --logging.folder={tmp_path}"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    processes = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", f"hostname {host} && exec {command}"],
+            cwd=ROOT,
+            env={**environment(), "PATH": path},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for host in reversed(hosts)
+    ]
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sum("done: best" in output for output in outputs) == 1, "rank 0 speaks, on one machine"
     assert_same_run(tmp_path, undisturbed[2])
 
 
