@@ -70,7 +70,7 @@ class Job:
 
     def wait_for(self, text, count=1):
         """Wait until the ranks have printed a text so many times."""
-        end_s = time.monotonic() + 180
+        end_s = time.monotonic() + 400
         while self.output().count(text) < count:
             assert time.monotonic() < end_s, self.output()
             time.sleep(0.005)
@@ -304,7 +304,7 @@ def test_torchrun_restarts_a_killed_worker_and_the_run_ends_as_if_undisturbed(un
         if line.startswith("epoch 1  step 3/4"):
             os.kill(workers(torchrun)[1], signal.SIGKILL)
             break
-    output += torchrun.communicate(timeout=180)[0]
+    output += torchrun.communicate(timeout=400)[0]
     assert torchrun.returncode == 0, output
     assert "torchrun has restarted the run: it goes on from its own checkpoints/last.ckpt" in output
     assert_same_run(tmp_path, undisturbed[2])

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.launcher.api import LaunchConfig
 
 Value = TypeVar("Value")
 _MEETING_TIMEOUT = timedelta(minutes=10)
@@ -82,6 +83,8 @@ def relaunch(world_size: int, address: str, port: str | int) -> None:
             + (", or --training.distributed=0" if num_gpus == 1 else "")
         )
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world_size}"]
+    if hasattr(LaunchConfig, "signals_to_handle"):  # without SIGUSR1 it would die of it, and leave its workers running
+        launcher.append("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cpus() // world_size)))
     os.execv(
         sys.executable,
@@ -109,7 +112,7 @@ def start() -> World:
     meeting = ""
     if under_torchrun() and world_size > 1:
         backend, rank = "nccl" if device.type == "cuda" else "gloo", int(os.environ["RANK"])
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if _has_agent_store():
             store = _launcher_store()
             meeting = _meet(store, rank, world_size)
             dist.init_process_group(backend, store=dist.PrefixStore(meeting, store), rank=rank, world_size=world_size)
@@ -125,8 +128,13 @@ def start() -> World:
     )
 
 
+def _has_agent_store() -> bool:
+    """Whether torchrun shares its store with its workers."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _launcher_store() -> dist.TCPStore:
-    """The store of whoever started this process, which workers share."""
+    """The store that all ranks share: torchrun's, or without torchrun that of rank 0."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(address, port, is_master=False, timeout=_MEETING_TIMEOUT)
 
@@ -212,13 +220,13 @@ class Failure:
 class Board:
     """Notes that the ranks of a job leave each other.
 
-    They are kept in the store that torchrun shares with its workers, and so outlive a restart of the workers. Without
-    a launcher they are this process's own.
+    They are kept in the store that torchrun shares with its workers, and so outlive a restart of the workers. Of a
+    single process they are its own.
     """
 
     def __init__(self, world: World) -> None:
         self._store: dist.Store = dist.HashStore()
-        if under_torchrun():
+        if _has_agent_store() or dist.is_initialized():
             self._store = dist.PrefixStore("board", _launcher_store())
         self._failure = f"failure in {world.meeting}"
 
