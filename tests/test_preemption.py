@@ -11,11 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
+from betons import write_digits
 
 from ffcv_ops import read_beton
 from ffcv_ops.order import random_order
@@ -41,15 +40,7 @@ wandb: {enable: 0}
 def data(tmp_path_factory):
     """Handwritten digits as .beton files, and their recipe."""
     folder = tmp_path_factory.mktemp("digits")
-    digits = load_digits()
-    splits = {"train": slice(0, NUM_TRAIN), "val": slice(NUM_TRAIN, NUM_TRAIN + NUM_VAL)}
-    for split, chosen in splits.items():
-        for number, (pixels, label) in enumerate(zip(digits.images[chosen], digits.target[chosen], strict=True)):
-            path = folder / split / str(label) / f"{number:04d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            assert cv2.imwrite(str(path), cv2.resize((pixels * 15.9).astype(np.uint8), (32, 32)))
-        command = [sys.executable, ROOT / "write_beton.py", "--split", split, "--source", folder / split]
-        subprocess.run([*command, "--target", folder / f"{split}.beton", "--num_workers", "1"], check=True)
+    write_digits(folder, num_train=NUM_TRAIN, num_val=NUM_VAL)
     (folder / "recipe.yaml").write_text(RECIPE % {"data": folder})
     return folder
 
