@@ -363,6 +363,31 @@ def test_the_two_machine_command_works_as_printed(hosts, undisturbed, data, tmp_
     assert_same_run(tmp_path, undisturbed[2])
 
 
+@pytest.mark.soak
+def test_the_script_for_one_machine_passes_a_signal_on_and_its_status_asks_for_more(undisturbed, data, tmp_path):
+    command = ["bash", ROOT / "launch" / "single_node.sh", "--config-file", data / "recipe.yaml", "--batch_size=16"]
+    command += [f"--logging.folder={tmp_path}", "--resume", "auto"]
+    statuses = []
+    for signals in ([signal.SIGUSR1], []):
+        script = subprocess.Popen(
+            command, env={**environment(), "NPROC": "2"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        output = ""
+        for line in script.stdout:
+            output += line
+            if signals and line.startswith("epoch 1  step 1/4"):
+                script.send_signal(signals.pop())
+        statuses.append(script.wait(timeout=400))
+    assert statuses == [75, 0], output
+    assert "resuming at epoch 1" in output
+    assert_same_run(tmp_path, undisturbed[2])
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "launch").glob("*.s*")))
+def test_launch_scripts_are_valid_shell(script):
+    subprocess.run(["bash", "-n", ROOT / "launch" / script], check=True)
+
+
 def recipe_of(*arguments):
     return read_recipe(["--no_wandb", *arguments])
 
