@@ -401,6 +401,7 @@ class Run:
         self.log.say(summary(self.recipe, self.plan))
         for notice in self.recipe.notices:
             self.log.say(f"note: {notice}")
+        self.checkpoints.remove_unfinished()
         resumed = self.recipe.training.resume
         if not resumed or Path(resumed).resolve().parent != self.checkpoints.folder.resolve():
             for path in self.checkpoints.keep_earlier_run():

@@ -171,6 +171,8 @@ def test_killed_while_saving_leaves_a_whole_file(tmp_path):
     process.communicate()
     tensor = read_checkpoint(path)["tensor"]
     assert torch.equal(tensor, tensor[:1].expand_as(tensor))
+    make_checkpoints(tmp_path).remove_unfinished()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_failed_save_leaves_the_file_before(tmp_path):

@@ -219,6 +219,12 @@ class Checkpoints:
                 if older not in (best, self.last):
                     older.unlink()
 
+    def remove_unfinished(self) -> None:
+        """Remove what runs that were killed while they saved have left in the folder."""
+        if self.world.is_main:
+            for path in self.folder.glob(".*.tmp"):
+                path.unlink()
+
     def keep_earlier_run(self) -> list[Path]:
         """Move the checkpoints of an earlier run in this folder out of the way of a new one.
 
