@@ -9,22 +9,30 @@ arithmetic of the learning rate, then a line every ``logging.log_every`` steps a
 ``.recipe.json``; ``checkpoints/last.ckpt``, the best checkpoint, and exported weights.
 
 ``--config-file`` may be repeated: later files win, then the command line. ``--resume checkpoints/last.ckpt`` goes on
-with a run, ``--eval_only`` evaluates, ``--dry_run`` shows the plan and touches nothing, ``--preview out.png`` draws
-training images as the model gets them, ``--help`` lists every key.
+with a run, ``--resume auto`` with its newest checkpoint, ``--eval_only`` evaluates, ``--dry_run`` shows the plan and
+touches nothing, ``--preview out.png`` draws training images as the model gets them, ``--help`` lists every key.
+
+SIGTERM, SIGUSR1 and Ctrl-C save the run where it stands; the exit status is then 75, after Ctrl-C 130. It is 2 for a
+mistake in the recipe, found before anything is created, and 1 for a run that failed.
 """
 
 import functools
+import json
+import math
+import os
 import platform
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from ffcv.transforms import ToDevice, ToTensor
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 from torch.nn.parallel import DistributedDataParallel
 
 from ffcv_ops import (
@@ -38,22 +46,26 @@ from ffcv_ops import (
     RandAugment,
     RandomErasing,
     RandomResizedCrop,
+    SampleError,
     TrivialAugmentWide,
     read_beton,
 )
 from training import distributed
-from training.checkpoint import Checkpoints, TrainState, read_checkpoint
-from training.distributed import World
+from training.checkpoint import Checkpoints, TrainState, newest_checkpoint, read_checkpoint
+from training.distributed import Failure, World
 from training.logs import RunLog, format_duration, pace
 from training.loop import DTYPES, Forecast, RunError, Trainer, allow_tf32, evaluate, train_epoch
 from training.loss import build_loss
 from training.model import IMAGENET_MEAN, IMAGENET_STD, build_model, compiled, gains_from_compilation
 from training.optim import build_ema, build_optimizer
+from training.preemption import Stopped, StopRequest
 from training.preview import class_names, denormalized, draw_contact_sheet, take_images
-from training.recipe import Plan, Settings, courses, plan, read_recipe, refuse, summary
+from training.recipe import AUTO, Plan, Settings, courses, keep_global_batch, plan, read_recipe, refuse, summary
 from training.schedule import build_resolution, build_schedule
 
 IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL = 1_281_167, 50_000
+# How long the other ranks leave the one that failed to speak and close its logs, before torchrun ends them all.
+SECONDS_TO_END = 10
 
 
 @record
@@ -73,15 +85,42 @@ def main() -> None:
         refuse(error)
     try:
         run.evaluate_only() if recipe.training.eval_only else run.train()
-    except RunError as error:
-        run.log.say(f"error: {error}")
-        run.log.close(exit_code=1)
-        raise SystemExit(1) from error
-    except torch.OutOfMemoryError as error:
-        run.log.say(f"error: {out_of_memory_message(recipe, run.plan)}")
-        run.log.close(exit_code=1)
-        raise SystemExit(1) from error
+    except Stopped:
+        distributed.stop()
+        raise SystemExit(run.stop.exit_status) from None
+    except Exception as error:
+        end_failed(run, error)
     distributed.stop()
+
+
+def end_failed(run: "Run", error: Exception) -> NoReturn:
+    """Leave with exit status 1; of several ranks the first to fail says why, and torchrun ends the others."""
+    expected = isinstance(error, (RunError, SampleError, torch.OutOfMemoryError))
+    if isinstance(error, torch.OutOfMemoryError):
+        message = out_of_memory_message(run.recipe, run.plan)
+    else:
+        message = str(error) if expected else traceback.format_exc().rstrip()
+    if run.world.world_size == 1:
+        run.log.say(f"error: {message}")
+    else:
+        if distributed.is_lost_connection(error):
+            time.sleep(SECONDS_TO_END)  # ended meanwhile, unless the other rank is on another node
+        failure = run.board.announce(Failure(run.world.rank, message))
+        if failure.rank != run.world.rank:
+            run.tell_failure(failure)
+            time.sleep(SECONDS_TO_END)
+        elif run.world.is_main:
+            run.log.say(f"error: rank 0: {message}")
+        else:
+            print(f"error: rank {failure.rank}: {message}", file=sys.stderr, flush=True)
+    if expected:
+        run.board.write("given up", message)
+    get_error_handler().record_exception(error)
+    run.log.close(exit_code=1)
+    if run.world.world_size == 1:
+        raise SystemExit(1) from error
+    sys.stdout.flush()
+    os._exit(1)  # leaving the process group would wait for ranks that are gone
 
 
 def check_names(recipe: Settings) -> None:
@@ -153,6 +192,11 @@ class Run:
     def __init__(self, recipe: Settings, world: World):
         self.recipe, self.world = recipe, world
         self.log = RunLog(Path(recipe.logging.folder) / "logs", world.is_main, courses(recipe))
+        self.board = distributed.Board(world)
+        if reason := self.board.read("given up"):
+            raise ValueError(f"the run is not tried again, since it would fail again: {reason}")
+        self.stop = StopRequest(world, self.board, self.tell_failure)
+        self.told_failure = False
         self.precision = recipe.training.precision
         if world.device.type == "cpu" and self.precision != "32":
             recipe.notices.append(f"no GPU is visible: training on the CPU, in 32-bit instead of {self.precision}")
@@ -163,12 +207,36 @@ class Run:
             self.val if recipe.training.eval_only else open_data(recipe.data.train_dataset, recipe, "train")
         )
         check_same_classes(self.train_data, self.val)
+        self.begun: dict[str, Any] = json.loads(self.board.read("run") or "{}")
+        recipe.training.resume, notices = distributed.decided_by_main(self.choose_checkpoint)
+        recipe.notices.extend(notices)
+        checkpoint = read_checkpoint(recipe.training.resume) if recipe.training.resume else None
+        self.asked_batch = [recipe.training.batch_size, recipe.training.accumulation]
+        if checkpoint is not None and not recipe.training.eval_only:
+            keep_global_batch(recipe, checkpoint, world_size=world.world_size)
         self.plan = plan(
             recipe, world_size=world.world_size, num_train=self.train_data.num_samples, num_val=self.val.num_samples
         )
         recipe.notices.extend(self.plan.notices)
-        checkpoint = read_checkpoint(recipe.training.resume) if recipe.training.resume else None
         self.build(checkpoint)
+
+    def choose_checkpoint(self) -> tuple[str | None, list[str]]:
+        """The checkpoint to go on from, and notices: of this very run where torchrun restarted it, else as asked."""
+        recipe, folder = self.recipe, Path(self.recipe.logging.folder) / "checkpoints"
+        asked: str | None = recipe.training.resume
+        notices: list[str] = []
+        if self.begun:
+            path, notices = newest_checkpoint(folder, recipe.model.arch, self.begun["run_name"])
+            if path is not None:
+                return str(path), [*notices, f"torchrun has restarted the run: it goes on from its own {path}"]
+        if asked != AUTO:
+            return asked, notices
+        path, notices = newest_checkpoint(folder, recipe.model.arch)
+        if path is None and notices:
+            raise ValueError(f"--resume auto: {'; '.join(notices)}. No other is there: move it away to start anew")
+        if path is None:
+            return None, [f"--resume auto: no checkpoint in {folder}, so the run starts anew"]
+        return str(path), notices
 
     def build(self, checkpoint: dict[str, Any] | None) -> None:
         """Model, optimizer, moving average, loaders, and where the run stands."""
@@ -224,7 +292,7 @@ class Run:
             },
             facts=self.facts(),
         )
-        self.state = TrainState()
+        self.state = TrainState(**self.begun)
         if checkpoint is not None:
             self.state = self.checkpoints.restore(checkpoint)
             recipe.notices.extend(differences(checkpoint, self.checkpoints.facts))
@@ -297,6 +365,7 @@ class Run:
             "seed": recipe.training.seed,
             "world_size": self.world.world_size,
             "global_batch_size": self.plan.global_batch_size,
+            "asked_batch": self.asked_batch,
             "commit": git_commit(),
             "versions": {
                 "python": platform.python_version(),
@@ -309,47 +378,65 @@ class Run:
         }
 
     def train(self) -> None:
-        """Epoch after epoch: train, evaluate, log, save."""
-        recipe, state, log, checkpoints = self.recipe, self.state, self.log, self.checkpoints
-        epochs = recipe.training.epochs
-        self.open_logs()
-        save = functools.partial(checkpoints.save, state)
-        for epoch in range(state.epoch, epochs):
-            self.crop.size = self.schedule.resolution(epoch)
-            self.compile_for(self.crop.size)
-            values = train_epoch(
-                self.trainer,
-                self.loader,
-                state,
-                log,
-                steps_per_epoch=self.plan.steps_per_epoch,
-                forecast=self.forecast,
-                log_every=recipe.logging.log_every if recipe.logging.log_level else 0,
-                save=save,
-                save_every_steps=recipe.training.save_every_steps,
-            )
-            trained_s = time.perf_counter()
-            if recipe.logging.log_level or epoch == epochs - 1:
-                values.update(self.evaluate())
-            self.forecast.between_s = time.perf_counter() - trained_s
-            left_s = self.forecast.remaining_s(epoch, self.plan.steps_per_epoch, values["step_s"])
-            values["remaining_s"] = left_s - self.forecast.between_s
-            is_best = values.get("val/acc1", -1.0) > state.best_acc1
-            if is_best:
-                state.best_acc1, state.best_epoch = values["val/acc1"], epoch
-            state.epoch, state.batch = epoch + 1, 0
-            log.say(epoch_line(values, epoch, epochs, self.crop.size, pace(values, log.courses, epoch + 1)))
-            log.epoch({"epoch": epoch, **values, "resolution": self.crop.size}, state.step)
-            checkpoints.save(state, is_best=is_best)
-            self.forecast.between_s = time.perf_counter() - trained_s
+        """Epoch after epoch: train, evaluate, log, save. Raises `Stopped`, all saved, where a signal asked for it."""
+        state, log, epochs = self.state, self.log, self.recipe.training.epochs
+        with self.stop:
+            self.open_logs()
+            try:
+                for epoch in range(state.epoch, epochs):
+                    self.train_epoch(epoch)
+                    if epoch < epochs - 1 and self.stop.agreed(now=True):
+                        raise Stopped
+            except Stopped:
+                self.checkpoints.save(state)
+                log.say(f"stopped by a signal: {self.where()}, saved as {self.checkpoints.last}; --resume auto goes on")
+                log.close(exit_code=self.stop.exit_status)
+                distributed.wait_for_all()  # torchrun ends the others once one has left
+                raise
         self.say_goodbye()
         log.close()
 
+    def train_epoch(self, epoch: int) -> None:
+        """One epoch, or what is left of it, from its first step to its checkpoint."""
+        recipe, state, log, epochs = self.recipe, self.state, self.log, self.recipe.training.epochs
+        self.crop.size = self.schedule.resolution(epoch)
+        self.compile_for(self.crop.size)
+        values = train_epoch(
+            self.trainer,
+            self.loader,
+            state,
+            log,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            forecast=self.forecast,
+            log_every=recipe.logging.log_every if recipe.logging.log_level else 0,
+            save=functools.partial(self.checkpoints.save, state),
+            save_every_steps=recipe.training.save_every_steps,
+            stop=self.stop.agreed,
+        )
+        trained_s = time.perf_counter()
+        if recipe.logging.log_level or epoch == epochs - 1:
+            values.update(self.evaluate())
+        self.forecast.between_s = time.perf_counter() - trained_s
+        left_s = self.forecast.remaining_s(epoch, self.plan.steps_per_epoch, values["step_s"])
+        values["remaining_s"] = left_s - self.forecast.between_s
+        is_best = values.get("val/acc1", -1.0) > state.best_acc1
+        if is_best:
+            state.best_acc1, state.best_epoch = values["val/acc1"], epoch
+        state.epoch, state.batch, state.totals = epoch + 1, 0, []
+        log.say(epoch_line(values, epoch, epochs, self.crop.size, pace(values, log.courses, epoch + 1)))
+        log.epoch({"epoch": epoch, **values, "resolution": self.crop.size}, state.step)
+        self.checkpoints.save(state, is_best=is_best)
+        self.forecast.between_s = time.perf_counter() - trained_s
+
     def evaluate(self) -> dict[str, float]:
         recipe = self.recipe
+        batches: Iterable[Any] = self.val_loader
+        if not recipe.training.eval_only:
+            fewest = math.ceil(self.val.num_samples // self.world.world_size / recipe.validation.batch_size)
+            batches = self.stop.watched(self.val_loader, fewest)
         return evaluate(
             self.eval_model,
-            self.val_loader,
+            batches,
             self.world,
             num_samples=self.val.num_samples,
             precision=self.precision,
@@ -372,18 +459,32 @@ class Run:
         self.log.say(summary(self.recipe, self.plan))
         for notice in self.recipe.notices:
             self.log.say(f"note: {notice}")
+        self.checkpoints.remove_unfinished()
         resumed = self.recipe.training.resume
         if not resumed or Path(resumed).resolve().parent != self.checkpoints.folder.resolve():
             for path in self.checkpoints.keep_earlier_run():
                 self.log.say(f"note: an earlier run's checkpoint was kept as {path}")
         if resumed:
-            self.log.say(f"resuming at epoch {self.state.epoch}, batch {self.state.batch} (step {self.state.step})")
+            self.log.say(f"resuming at {self.where()}")
         wandb_settings = self.recipe.wandb
         self.log.open(
             self.state,
             self.checkpoints.facts,
             {"enable": bool(wandb_settings.enable), "project": wandb_settings.project, "name": wandb_settings.name},
         )
+        if self.world.is_main:
+            begun = {"run_name": self.state.run_name, "wandb_id": self.state.wandb_id}
+            self.board.write("run", json.dumps(begun))
+
+    def where(self) -> str:
+        """Where the run stands, in words."""
+        return f"epoch {self.state.epoch}, batch {self.state.batch} (step {self.state.step})"
+
+    def tell_failure(self, failure: Failure) -> None:
+        """Say on rank 0, and in its log, that another rank has failed, and of what; once."""
+        if not self.told_failure:
+            self.told_failure = True
+            self.log.say(f"error: the run ends, because rank {failure.rank} has failed: {failure.message}")
 
     def say_goodbye(self) -> None:
         """Say how the run ended and where everything lies."""

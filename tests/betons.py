@@ -1,11 +1,16 @@
-"""Small .beton files for tests of the loader, laid out here in plain NumPy: images of photographs and their labels."""
+"""Small .beton files for tests: photographs laid out here in plain NumPy, and digits written by the user's script."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
-from sklearn.datasets import load_sample_images
+from sklearn.datasets import load_digits, load_sample_images
 
 from ffcv_ops import beton
 
+ROOT = Path(__file__).parent.parent
 PHOTOGRAPHS = load_sample_images().images
 PAGE_SIZE = beton.MIN_PAGE_SIZE
 
@@ -83,3 +88,22 @@ def spoil(path, sample_id):
     with open(path, "r+b") as file:
         file.seek(int(entry["ptr"]))
         file.write(bytes(int(entry["size"])))
+
+
+def write_digits(folder, *, num_train, num_val):
+    """Write handwritten digits as JPEGs in class folders, and the two .beton files by the user's script."""
+    digits = load_digits()
+    splits = {"train": slice(0, num_train), "val": slice(num_train, num_train + num_val)}
+    for split, chosen in splits.items():
+        for number, (pixels, label) in enumerate(zip(digits.images[chosen], digits.target[chosen], strict=True)):
+            path = folder / split / str(label) / f"{number:04d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            gray = cv2.resize((pixels * 15.9).astype(np.uint8), (32, 32), interpolation=cv2.INTER_CUBIC)
+            assert cv2.imwrite(str(path), cv2.cvtColor(gray, cv2.COLOR_GRAY2BGR))
+        written = subprocess.run(
+            [sys.executable, ROOT / "write_beton.py", "--split", split, "--source", folder / split]
+            + ["--target", folder / f"{split}.beton", "--num_workers", "1"],
+            capture_output=True,
+            text=True,
+        )
+        assert written.returncode == 0, written.stderr

@@ -11,13 +11,17 @@ import time
 import pytest
 import torch
 
-from training.checkpoint import Checkpoints, TrainState, read_checkpoint, save_atomically
+from training.checkpoint import Checkpoints, TrainState, newest_checkpoint, read_checkpoint, save_atomically
 from training.distributed import World
 from training.model import build_model
 from training.optim import build_ema, build_optimizer
 
 WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
-FACTS = {"recipe": {"lr": {"base_lr": 0.5}}, "global_batch_size": 8}
+FACTS = {
+    "recipe": {"training": {"accumulation": 1}, "data": {"order": "random"}},
+    "world_size": 1,
+    "global_batch_size": 8,
+}
 
 
 def make_checkpoints(folder, *, num_classes=4, world=WORLD, **facts):
@@ -109,6 +113,36 @@ def test_within_an_epoch_the_global_batch_must_stay(tmp_path):
         make_checkpoints(tmp_path, global_batch_size=16).restore(content)
 
 
+def test_within_an_epoch_batches_are_counted_by_the_accumulation_of_the_run_that_goes_on(tmp_path):
+    checkpoints = make_checkpoints(tmp_path)
+    checkpoints.save(TrainState(epoch=1, batch=6))
+    recipe = {"training": {"accumulation": 4}, "data": {"order": "random"}}
+    assert make_checkpoints(tmp_path, recipe=recipe).restore(read_checkpoint(checkpoints.last)).batch == 24
+
+
+def test_within_an_epoch_of_pages_the_number_of_processes_must_stay(tmp_path):
+    recipe = {"training": {"accumulation": 1}, "data": {"order": "quasi_random"}}
+    checkpoints = make_checkpoints(tmp_path, recipe=recipe)
+    checkpoints.save(TrainState(epoch=1, batch=6))
+    content = read_checkpoint(checkpoints.last)
+    with pytest.raises(ValueError, match="Go on with 1 until the epoch ends"):
+        make_checkpoints(tmp_path, recipe=recipe, world_size=2).restore(content)
+    content["state"]["batch"] = 0
+    assert make_checkpoints(tmp_path, recipe=recipe, world_size=2).restore(content).epoch == 1
+
+
+def test_the_newest_checkpoint_is_that_with_the_most_steps(tmp_path):
+    assert newest_checkpoint(tmp_path / "nowhere", "resnet18") == (None, [])
+    checkpoints = make_checkpoints(tmp_path)
+    checkpoints.save(TrainState(step=7, run_name="train_a", best_acc1=0.5, best_epoch=0), is_best=True)
+    best = checkpoints.best(TrainState(best_acc1=0.5, best_epoch=0))
+    assert newest_checkpoint(tmp_path, "resnet18") == (checkpoints.last, []), "the last, of equals"
+    checkpoints.save(TrainState(step=3, run_name="train_b"))
+    assert newest_checkpoint(tmp_path, "resnet18") == (best, [])
+    assert newest_checkpoint(tmp_path, "resnet18", run_name="train_b") == (checkpoints.last, [])
+    assert newest_checkpoint(tmp_path, "resnet18", run_name="train_c") == (None, [])
+
+
 def test_a_checkpoint_cannot_run_code(tmp_path):
     class Bomb:
         def __reduce__(self):
@@ -137,6 +171,8 @@ def test_killed_while_saving_leaves_a_whole_file(tmp_path):
     process.communicate()
     tensor = read_checkpoint(path)["tensor"]
     assert torch.equal(tensor, tensor[:1].expand_as(tensor))
+    make_checkpoints(tmp_path).remove_unfinished()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_failed_save_leaves_the_file_before(tmp_path):

@@ -1,20 +1,26 @@
 """What only a CUDA device shows. Skipped where there is none."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from betons import photographs, write_images
 from ffcv.transforms import ToDevice, ToTensor
 
 import train_imagenet
 from ffcv_ops import Label, Loader, Mix, Normalize, OrderOption, RandomResizedCrop
 from training.checkpoint import TrainState
+from training.distributed import Board, World
 from training.loop import Forecast, train_epoch
 from training.model import IMAGENET_MEAN, IMAGENET_STD
+from training.preemption import PREEMPTED, StopRequest
 from training.recipe import read_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -124,3 +130,27 @@ def test_out_of_memory_names_the_batch_size_to_try(beton, tmp_path):
         tmp_path, beton, "--batch_size", "64", "--resolution.min_res=8192", "--resolution.max_res=8192", status=1
     )
     assert "out of GPU memory at a batch size of 64" in output and "--batch_size 32" in output
+
+
+def test_ranks_with_gpus_agree_to_stop_without_the_host_waiting():
+    """Over NCCL with one rank that takes itself for one of two, so that it asks."""
+    device = torch.device("cuda", 0)
+    world = World(rank=0, local_rank=0, world_size=2, local_world_size=2, device=device)
+    board = Board(world)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with StopRequest(world, board) as stop:
+            assert not stop.agreed(now=True)
+            spin = torch.ones(8192, 8192, device=device)
+            for _ in range(200):
+                spin = spin @ spin
+            started_s = time.monotonic()
+            assert not stop.agreed()
+            assert not torch.cuda.current_stream().query() and time.monotonic() - started_s < 0.1
+            os.kill(os.getpid(), signal.SIGUSR1)
+            end_s = time.monotonic() + 10
+            while not stop.agreed():
+                assert time.monotonic() < end_s
+        assert stop.exit_status == PREEMPTED
+    finally:
+        dist.destroy_process_group()

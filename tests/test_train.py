@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from sklearn.datasets import load_digits
+from betons import write_digits
 from wandb.proto import wandb_internal_pb2
 
 import train_imagenet
@@ -58,21 +58,7 @@ def finish(process, status=0):
 def data(tmp_path_factory):
     """Handwritten digits as JPEGs, written by the script that users run."""
     folder = tmp_path_factory.mktemp("digits")
-    digits = load_digits()
-    splits = {"train": slice(0, NUM_TRAIN), "val": slice(NUM_TRAIN, NUM_TRAIN + NUM_VAL)}
-    for split, chosen in splits.items():
-        for number, (pixels, label) in enumerate(zip(digits.images[chosen], digits.target[chosen], strict=True)):
-            path = folder / split / str(label) / f"{number:04d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            gray = cv2.resize((pixels * 15.9).astype(np.uint8), (32, 32), interpolation=cv2.INTER_CUBIC)
-            assert cv2.imwrite(str(path), cv2.cvtColor(gray, cv2.COLOR_GRAY2BGR))
-        written = subprocess.run(
-            [sys.executable, ROOT / "write_beton.py", "--split", split, "--source", folder / split]
-            + ["--target", folder / f"{split}.beton", "--num_workers", "1"],
-            capture_output=True,
-            text=True,
-        )
-        assert written.returncode == 0, written.stderr
+    write_digits(folder, num_train=NUM_TRAIN, num_val=NUM_VAL)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"training.resume={path}: no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpicklers and archives raise many kinds
+        check_whole(path)
+        content = _load(path)
+    except ValueError as error:
         raise ValueError(f"training.resume={path} cannot be read as a checkpoint: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or "state" not in content:
         raise ValueError(
@@ -79,6 +81,74 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             "weights alone are loaded with --model.weights"
         )
     return content
+
+
+def _load(path: str | Path, **options: Any) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
+    except Exception as error:  # the unpicklers and archives raise many kinds
+        raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from error
+
+
+def check_whole(path: str | Path) -> None:
+    """Check that a checkpoint has every byte it was written with: PyTorch stores checksums, and does not read them.
+
+    Raises
+    ------
+    ValueError
+        A file that is empty, cut, or damaged anywhere.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        raise ValueError("the file is empty" if not Path(path).stat().st_size else str(error)) from error
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} in it is wrong")
+
+
+def written_checkpoints(folder: Path, arch: str) -> list[Path]:
+    """The last checkpoint and the best ones that runs of an architecture have left in a folder."""
+    best = re.compile(re.escape(arch) + r"-epoch=\d+-val_acc1=\d\.\d{4}\.ckpt")
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in paths if path.name == "last.ckpt" or best.fullmatch(path.name)]
+
+
+def newest_checkpoint(folder: Path, arch: str, run_name: str = "") -> tuple[Path | None, list[str]]:
+    """Find the checkpoint with the most steps, passing over damaged ones.
+
+    Of each file the description alone is read, and the whole of those that may be the answer.
+
+    Parameters
+    ----------
+    run_name : str
+        Only checkpoints of the run of this name count; "" for those of any.
+
+    Returns
+    -------
+    path : Path or None
+        None where there is no checkpoint.
+    notices : list of str
+        One for each damaged file, with what is wrong with it.
+    """
+    found, notices = [], []
+    for path in written_checkpoints(folder, arch):
+        try:
+            state = _load(path, mmap=True)["state"]
+            found.append((state["step"], path.name == "last.ckpt", path, state["run_name"]))
+        except (ValueError, TypeError, KeyError) as error:
+            why = "the file is empty" if not path.stat().st_size else error
+            notices.append(f"{path} is damaged and was passed over: {why}")
+    for _, _, path, name in sorted(found, reverse=True):
+        if run_name not in ("", name):
+            continue
+        try:
+            check_whole(path)
+        except ValueError as error:
+            notices.append(f"{path} is damaged and was passed over: {error}")
+        else:
+            return path, notices
+    return None, notices
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
@@ -147,14 +217,15 @@ class Checkpoints:
             best = self.best(state)
             save_atomically(content, best)
             save_atomically(content["ema"] or content["model"], self.weights)
-            for older in self._bests():
-                if older != best:
+            for older in written_checkpoints(self.folder, self.arch):
+                if older not in (best, self.last):
                     older.unlink()
 
-    def _bests(self) -> list[Path]:
-        """The checkpoints that this run has written as its best."""
-        pattern = re.compile(re.escape(self.arch) + r"-epoch=\d+-val_acc1=\d\.\d{4}\.ckpt")
-        return [path for path in self.folder.iterdir() if pattern.fullmatch(path.name)]
+    def remove_unfinished(self) -> None:
+        """Remove what runs that were killed while they saved have left in the folder."""
+        if self.world.is_main:
+            for path in self.folder.glob(".*.tmp"):
+                path.unlink()
 
     def keep_earlier_run(self) -> list[Path]:
         """Move the checkpoints of an earlier run in this folder out of the way of a new one.
@@ -166,7 +237,7 @@ class Checkpoints:
         """
         if not self.world.is_main or not self.folder.is_dir():
             return []
-        found = [path for path in (self.last, self.weights, *self._bests()) if path.exists()]
+        found = [*written_checkpoints(self.folder, self.arch), *([self.weights] if self.weights.exists() else [])]
         if not found:
             return []
         number = 1
@@ -181,15 +252,14 @@ class Checkpoints:
         Raises
         ------
         ValueError
-            Weights of another architecture or head, or a run stopped within an epoch under another global batch.
+            Weights of another architecture or head, or a run stopped within an epoch whose remaining global batches
+            would be others.
         """
         state = TrainState(**content["state"])
-        if state.batch and content["global_batch_size"] != self.facts["global_batch_size"]:
-            raise ValueError(
-                f"the checkpoint stands {state.batch} batches into epoch {state.epoch} at a global batch of "
-                f"{content['global_batch_size']}; this run has {self.facts['global_batch_size']}. Go on with the same "
-                "number of processes, batch size and accumulation until the epoch ends"
-            )
+        if state.batch:
+            self._check_same_batches(content)
+            steps = state.batch // content["recipe"]["training"]["accumulation"]
+            state.batch = steps * self.facts["recipe"]["training"]["accumulation"]
         ema = self.parts["ema"]
         try:
             unwrapped(self.parts["model"]).load_state_dict(content["model"])
@@ -201,3 +271,23 @@ class Checkpoints:
         self.parts["optimizer"].load_state_dict(content["optimizer"])
         self.parts["scaler"].load_state_dict(content["scaler"])
         return state
+
+    def _check_same_batches(self, content: dict[str, Any]) -> None:
+        """Within an epoch the steps to come must be of the samples that are left.
+
+        They are for any number of ranks with the same global batch, where samples are dealt to the ranks one by one.
+        """
+        ours, state = self.facts, content["state"]
+        where = f"the checkpoint stands {state['batch']} batches into epoch {state['epoch']}"
+        if content["global_batch_size"] != ours["global_batch_size"]:
+            raise ValueError(
+                f"{where} at a global batch of {content['global_batch_size']}; this run has "
+                f"{ours['global_batch_size']}. Go on with the same until the epoch ends"
+            )
+        order = ours["recipe"]["data"]["order"]
+        if content["world_size"] != ours["world_size"] and order == "quasi_random":
+            raise ValueError(
+                f"{where} of {content['world_size']} processes in {order} order, each with pages of its own, which "
+                f"{ours['world_size']} processes cannot end. Go on with {content['world_size']} until the epoch ends, "
+                "or from a checkpoint of the end of an epoch"
+            )

@@ -17,6 +17,7 @@ from training.checkpoint import TrainState, unwrapped
 from training.distributed import World, share_buffers, sum_over_ranks
 from training.logs import RunLog, format_duration
 from training.loss import Loss
+from training.preemption import Stopped
 
 # A run is stopped when this many losses in a row are not finite: under 16-bit precision a single one can pass.
 NON_FINITE_STEPS = 3
@@ -240,6 +241,7 @@ def train_epoch(
     log_every: int,
     save: Callable[[], None],
     save_every_steps: int = 0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Train one epoch, or the rest of one that was interrupted.
 
@@ -249,7 +251,7 @@ def train_epoch(
     loader : Loader
         ``loader.epoch(epoch, skip)`` yields images, float (N, 3, H, W), and targets, float (N, K), on the device.
     state : TrainState
-        Moved on with every batch; the epoch number is left for the caller.
+        Moved on with every batch; the end of the epoch, after its evaluation, is left for the caller.
     log : RunLog
     steps_per_epoch : int
     forecast : Forecast
@@ -258,6 +260,8 @@ def train_epoch(
         Steps between progress lines; the only moments, beside saves, at which the host waits for the device.
     save, save_every_steps : callable, int
         Called every so many steps, on all ranks; 0 for never within an epoch.
+    stop : callable
+        Asked after every step whether the run is to stop there; the same answer on all ranks.
 
     Returns
     -------
@@ -270,6 +274,8 @@ def train_epoch(
     ------
     RunError
         A loss that stays non-finite.
+    Stopped
+        As ``stop`` asked; ``state`` is ready to be saved.
     """
     model, world = trainer.model, trainer.world
     model.train()
@@ -277,7 +283,7 @@ def train_epoch(
     meter.restore(state.totals, world)
     state.totals = []
     clock = Clock(world.device)
-    lr, end = 0.0, state.step + steps_per_epoch - state.batch // trainer.accumulation
+    lr, end = trainer.lr(max(state.step - 1, 0)), state.step + steps_per_epoch - state.batch // trainer.accumulation
     for images, targets in clock.watch(loader.epoch(state.epoch, skip=state.batch)):
         if state.step == end:
             break
@@ -301,12 +307,15 @@ def train_epoch(
             remaining_s = forecast.remaining_s(state.epoch, done, now["step_s"])
             log.say(progress_line(state.epoch, done, steps_per_epoch, now, remaining_s))
             log.metrics({"step/loss": now["train/loss"], "lr": lr, "images_per_s": now["images_per_s"]}, state.step)
+        if stop():
+            state.totals = meter.totals()
+            raise Stopped
         if save_every_steps and state.step % save_every_steps == 0 and state.step < end:
             state.totals = meter.totals()
             save()
             state.totals = []
-    totals = meter.totals()
-    return {**metrics(totals, "train"), "lr": lr, **clock.rates(), **clock.peak_memory()}
+    state.totals = meter.totals()
+    return {**metrics(state.totals, "train"), "lr": lr, **clock.rates(), **clock.peak_memory()}
 
 
 class Clock:

@@ -24,6 +24,8 @@ from fastargs import Config, Param, Section, validation
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
+# --resume auto
+AUTO = "auto"
 LR_BATCH_SIZE = 256
 # Under repeated augmentation an epoch is a multiple of this many images, as that of timm's RepeatAugSampler.
 REPEATED_ROUND = 256
@@ -299,12 +301,12 @@ def refuse(mistake: Exception | str) -> NoReturn:
     """Say on stderr what the user can put right, and leave with exit status 2.
 
     Of several processes that a launcher started on one node, the first speaks. The others give it time to: a launcher
-    ends them all as soon as one has left.
+    ends them all as soon as one has left. A mistake that shows on one of the others alone is said by that one.
     """
     if int(os.environ.get("LOCAL_RANK", 0)):
         time.sleep(SECONDS_TO_SPEAK)
-    else:
-        print(f"error: {mistake}", file=sys.stderr, flush=True)
+        mistake = f"rank {os.environ.get('RANK')}: {mistake}"
+    print(f"error: {mistake}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -634,7 +636,9 @@ _section(
     ),
     channels_last=Param(Switch(), "memory format of images and weights", default=1),
     seed=Param(Integer(min=0, max=2**63 - 1), "of initial weights, order, crops, mixing", default=0),
-    resume=Param(Text(), "checkpoint to go on from, such as checkpoints/last.ckpt"),
+    resume=Param(
+        Text(), "checkpoint to go on from, such as checkpoints/last.ckpt; auto: the newest in logging.folder, if any"
+    ),
     save_every_steps=Param(Integer(min=0), "save within an epoch every so many steps; 0: at its end only", default=0),
 )
 _section(
@@ -756,7 +760,7 @@ def check_recipe(recipe: Settings) -> None:
         raise Mistake(f"{said('model.pretrained')} and {said('model.weights')} exclude each other: set one")
     for key in ("model.weights", "training.resume"):
         path = recipe.flat()[key]
-        if path is not None and not Path(path).is_file():
+        if path is not None and (key, path) != ("training.resume", AUTO) and not Path(path).is_file():
             raise Mistake(f"{said(key)}: no such file")
 
 
@@ -901,6 +905,61 @@ def plan(recipe: Settings, *, world_size: int, num_train: int, num_val: int) -> 
         ema_decay=ema_decay,
         notices=tuple(_batch_notices(recipe, world_size, global_batch_size)),
     )
+
+
+def keep_global_batch(recipe: Settings, before: Mapping[str, Any], *, world_size: int) -> None:
+    """Give a run that goes on with other processes the global batch it had, by other batches and accumulation.
+
+    The recipe's batch size per process stays where it divides, and is never exceeded. A batch size or an accumulation
+    that was changed since is the user's choice and stays.
+
+    Parameters
+    ----------
+    recipe : Settings
+        Changed in place, with a notice of the arithmetic.
+    before : mapping
+        The checkpoint's ``recipe``, ``asked_batch`` (its batch size and accumulation as asked for), ``world_size`` and
+        ``global_batch_size``.
+    world_size : int
+        Processes that go on.
+
+    Raises
+    ------
+    ValueError
+        Where these processes cannot have that global batch, with the numbers of processes that can.
+    """
+    training, wanted, was = recipe.training, before["global_batch_size"], before["recipe"]["training"]
+    asked = [training.batch_size, training.accumulation]
+    if before["asked_batch"] != asked or training.batch_size * training.accumulation * world_size == wanted:
+        return
+    shared = _shared_out(wanted, world_size, training.batch_size)
+    arithmetic = _batch_arithmetic(was["batch_size"], before["world_size"], was["accumulation"])
+    if shared is None:
+        able = [n for n in range(1, wanted + 1) if _shared_out(wanted, n, training.batch_size)]
+        near = [n for n in able if n < world_size][-2:] + [n for n in able if n > world_size][:1]
+        raise ValueError(
+            f"the run was saved at a global batch of {arithmetic} = {wanted}, which {world_size} processes cannot "
+            f"share in batches near {training.batch_size}: start {' or '.join(map(str, near))} processes; another "
+            "--batch_size changes the global batch, and with it learning rate and steps"
+        )
+    training.batch_size, training.accumulation = shared
+    recipe.notices.append(
+        f"the run was saved at a global batch of {arithmetic} = {wanted}; this one keeps it with "
+        f"{_batch_arithmetic(training.batch_size, world_size, training.accumulation)}"
+    )
+
+
+def _shared_out(global_batch_size: int, world_size: int, batch_size: int) -> tuple[int, int] | None:
+    """The largest batch, not above ``batch_size``, and its accumulation that make up a global batch.
+
+    None where there is none, or only one so small that BatchNorm would see other statistics: under half of what fits.
+    """
+    share, rest = divmod(global_batch_size, world_size)
+    if rest or not share:
+        return None
+    largest = min(batch_size, share)
+    fitting = next(size for size in range(largest, 0, -1) if share % size == 0)
+    return (fitting, share // fitting) if 2 * fitting >= largest else None
 
 
 def rescaled_ema_decay(decay: float, *, every: int, global_batch_size: int, epochs: int) -> float:

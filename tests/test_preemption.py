@@ -1,0 +1,423 @@
+"""Runs that are signalled, killed, restarted by torchrun, taken up by other numbers of ranks, or failed by one rank."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from betons import write_digits
+
+from ffcv_ops import read_beton
+from ffcv_ops.order import random_order
+from training.recipe import keep_global_batch, read_recipe
+
+ROOT = Path(__file__).parent.parent
+NUM_TRAIN, NUM_VAL, GLOBAL_BATCH = 130, 37, 32
+# An architecture without BatchNorm, whose statistics are each rank's own, and no mixing, which is each batch's own.
+RECIPE = """
+model: {arch: test_convnext, library: timm, num_classes: 10}
+resolution: {min_res: 32, max_res: 32}
+data: {train_dataset: %(data)s/train.beton, val_dataset: %(data)s/val.beton, num_workers: 1}
+augmentation: {crop_scale: [0.5, 1]}
+lr: {lr_schedule_type: cosine, base_lr: 0.4, warmup_epochs: 1}
+training: {batch_size: 32, epochs: 3, ema_decay: 0.9, precision: "32"}
+validation: {resolution: 32, crop_ratio: 1, batch_size: 4}
+logging: {log_every: 1}
+wandb: {enable: 0}
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Handwritten digits as .beton files, and their recipe."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder, num_train=NUM_TRAIN, num_val=NUM_VAL)
+    (folder / "recipe.yaml").write_text(RECIPE % {"data": folder})
+    return folder
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+class Job:
+    """The ranks of a run that `Ranks` has started."""
+
+    def __init__(self, program, folder, pids):
+        self.program, self.folder, self.pids = program, folder, pids
+
+    def output(self):
+        path = self.folder / "out.txt"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(self, text, count=1):
+        """Wait until the ranks have printed a text so many times."""
+        end_s = time.monotonic() + 400
+        while self.output().count(text) < count:
+            assert time.monotonic() < end_s, self.output()
+            time.sleep(0.005)
+
+    def statuses(self):
+        """The exit statuses, or the negative signals, that the ranks ended with, once all have."""
+        return json.loads(self.program.stdout.readline())
+
+
+class Ranks:
+    """Starts ranks; all of one job have ended before the next."""
+
+    def __init__(self):
+        self.program = subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "ranks.py"],
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, folder, world_size, *arguments):
+        folder.mkdir(exist_ok=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        batch = f"--batch_size={GLOBAL_BATCH // world_size}"
+        job = {"folder": str(folder), "world_size": world_size, "port": port}
+        print(json.dumps({**job, "arguments": [batch, *map(str, arguments)]}), file=self.program.stdin, flush=True)
+        return Job(self.program, folder, json.loads(self.program.stdout.readline()))
+
+    def run(self, folder, world_size, *arguments):
+        job = self.start(folder, world_size, *arguments)
+        statuses = job.statuses()
+        assert statuses == [0] * world_size, job.output()
+        return job
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    ranks = Ranks()
+    yield ranks
+    ranks.program.stdin.close()
+    ranks.program.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ranks, data, tmp_path_factory):
+    """The folders of whole runs by 1, 2 and 4 ranks at the same global batch."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    folders = {world_size: folder / str(world_size) for world_size in (1, 2, 4)}
+    for world_size, run in folders.items():
+        ranks.run(run, world_size, "--config-file", data / "recipe.yaml")
+    return folders
+
+
+def last(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def records(folder):
+    (path,) = folder.glob("logs/*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_same_run(ours, theirs):
+    """To the bit: weights, moving average, momentum, and what was recorded of every epoch."""
+    a, b = last(ours), last(theirs)
+    assert a["state"]["step"] == b["state"]["step"]
+    for part in ("model", "ema"):
+        assert all(torch.equal(a[part][name], value) for name, value in b[part].items())
+    for name, value in b["optimizer"]["state"].items():
+        assert torch.equal(a["optimizer"]["state"][name]["momentum_buffer"], value["momentum_buffer"])
+    for mine, other in zip(records(ours), records(theirs), strict=True):
+        for name in ("epoch", "step", "train/loss", "train/acc1", "val/loss", "val/acc1", "lr"):
+            assert mine[name] == other[name], name
+
+
+def assert_nearly_same_run(ours, theirs):
+    """Within float error: ranks sum in another order."""
+    for mine, other in zip(records(ours), records(theirs), strict=True):
+        assert (mine["epoch"], mine["step"], mine["lr"]) == (other["epoch"], other["step"], other["lr"])
+        assert mine["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5)
+        assert mine["val/loss"] == pytest.approx(other["val/loss"], rel=1e-5)
+    a, b = last(ours)["model"], last(theirs)["model"]
+    for name, value in b.items():
+        torch.testing.assert_close(a[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_several_ranks_train_as_one_does(undisturbed, world_size):
+    assert_nearly_same_run(undisturbed[world_size], undisturbed[1])
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(ranks, undisturbed, data, tmp_path):
+    arguments = ["--config-file", data / "recipe.yaml", "--resume", "auto"]
+    job = ranks.start(tmp_path / "run", 2, *arguments)
+    job.wait_for("epoch 1  step 1/4")
+    signalled_s = time.monotonic()
+    os.kill(job.pids[1], signal.SIGUSR1)
+    assert job.statuses() == [75, 75], job.output()
+    assert time.monotonic() - signalled_s < 20
+    state = last(tmp_path / "run")["state"]
+    assert f"stopped by a signal: epoch {state['epoch']}, batch {state['batch']} (step {state['step']})" in job.output()
+    assert 5 <= state["step"] < 12
+    (log,) = tmp_path.glob("run/logs/*.log")
+    assert log.read_text().rstrip().endswith("--resume auto goes on")
+    resumed = ranks.run(tmp_path / "run", 2, *arguments)
+    assert "no checkpoint in checkpoints, so the run starts anew" in resumed.output()
+    assert f"resuming at epoch {state['epoch']}, batch {state['batch']} (step {state['step']})" in resumed.output()
+    assert_same_run(tmp_path / "run", undisturbed[2])
+
+
+def test_a_signal_during_validation_is_honoured_there(ranks, undisturbed, data, tmp_path):
+    arguments = ["--config-file", data / "recipe.yaml"]
+    job = ranks.start(tmp_path / "run", 1, *arguments)
+    job.wait_for("epoch 1  step 4/4")
+    os.kill(job.pids[0], signal.SIGINT)
+    assert job.statuses() == [130], job.output()
+    state = last(tmp_path / "run")["state"]
+    assert (state["epoch"], state["batch"], state["step"]) == (1, 4, 8), "trained, and not evaluated"
+    ranks.run(tmp_path / "run", 1, *arguments, "--resume", "auto")
+    assert_same_run(tmp_path / "run", undisturbed[1])
+
+
+def test_a_second_signal_ends_at_once(ranks, data, tmp_path):
+    job = ranks.start(tmp_path / "run", 2, "--config-file", data / "recipe.yaml", "--epochs", "300")
+    job.wait_for("epoch 1  step 1/4")
+    os.kill(job.pids[1], signal.SIGSTOP)  # rank 0 waits for it, and can neither agree nor save
+    os.kill(job.pids[0], signal.SIGTERM)
+    time.sleep(1.2)
+    os.kill(job.pids[0], signal.SIGTERM)
+    job.wait_for("a second signal: ending at once")
+    os.kill(job.pids[1], signal.SIGKILL)
+    assert job.statuses() == [128 + signal.SIGTERM, -signal.SIGKILL]
+    assert last(tmp_path / "run")["state"]["step"] == 4, "as saved at the end of epoch 0"
+
+
+def test_other_numbers_of_ranks_take_a_run_over(ranks, undisturbed, data, tmp_path):
+    """1 rank for an epoch, 2 from its end on, 1 again within an epoch: the samples of every step stay the same."""
+    recipe = ["--config-file", data / "recipe.yaml", "--resume", "auto"]
+    job = ranks.start(tmp_path / "run", 1, *recipe)
+    job.wait_for("epoch 0 (1/3)")
+    os.kill(job.pids[0], signal.SIGTERM)
+    assert job.statuses() == [75]
+    state = last(tmp_path / "run")["state"]
+    assert state["epoch"] == 1
+    job = ranks.start(tmp_path / "run", 2, *recipe, "--batch_size=32")
+    job.wait_for("step 2/4", count=2)
+    os.kill(job.pids[0], signal.SIGTERM)
+    assert job.statuses() == [75, 75]
+    assert (
+        "the run was saved at a global batch of 32 (batch size) x 1 (processes) x 1 (accumulation) = 32; this one "
+        "keeps it with 16 (batch size) x 2 (processes) x 1 (accumulation)"
+    ) in job.output()
+    ranks.run(tmp_path / "run", 1, *recipe)
+    assert_nearly_same_run(tmp_path / "run", undisturbed[1])
+
+
+def test_damaged_checkpoints_are_passed_over_with_a_notice(ranks, undisturbed, data, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    content = last(undisturbed[1])
+    whole = (undisturbed[1] / "checkpoints" / "last.ckpt").read_bytes()
+    content["state"].update(epoch=2, step=8)
+    torch.save(content, folder / "checkpoints" / "test_convnext-epoch=00-val_acc1=0.1000.ckpt")
+    zeroed = bytearray(whole)
+    zeroed[len(whole) // 2 : len(whole) // 2 + 64] = bytes(64)
+    damages = {"cut.ckpt": whole[: len(whole) // 2], "empty.ckpt": b"", "garbage.ckpt": b"x" * 5000, "last": zeroed}
+    arguments = ["--config-file", data / "recipe.yaml", "--resume", "auto", "--eval_only"]
+    for name, damaged in damages.items():
+        (folder / "checkpoints" / "last.ckpt").write_bytes(damaged)
+        (folder / "out.txt").unlink(missing_ok=True)
+        job = ranks.run(folder, 1, *arguments)
+        assert "note: checkpoints/last.ckpt is damaged and was passed over: " in job.output(), name
+    for path in (folder / "checkpoints").glob("test_convnext*"):
+        path.unlink()
+    job = ranks.start(folder, 1, *arguments)
+    assert job.statuses() == [2] and "move it away to start anew" in job.output()
+
+
+def test_a_rank_that_fails_says_so_first_and_the_others_end(ranks, data, tmp_path):
+    """A corrupt image that rank 1 alone comes to see."""
+    beton = read_beton(data / "train.beton")
+    order = random_order(np.arange(NUM_TRAIN), seed=0, epoch=0, rank=1, world_size=2)
+    sample = int(order[GLOBAL_BATCH // 2])
+    for name in ("train.beton", "train.beton.json"):
+        (tmp_path / name).write_bytes((data / name).read_bytes())
+    with open(tmp_path / "train.beton", "r+b") as file:
+        for row in beton.alloc_table[beton.alloc_table["sample_id"] == sample]:
+            file.seek(int(row["ptr"]))
+            file.write(bytes(int(row["size"])))
+    dataset = f"--data.train_dataset={tmp_path / 'train.beton'}"
+    job = ranks.start(tmp_path / "run", 2, "--config-file", data / "recipe.yaml", dataset)
+    assert all(status != 0 for status in job.statuses())
+    errors = [line for line in job.output().splitlines() if "rror" in line]
+    assert re.match(rf"error: rank 1: .*train.beton: sample {sample}: ", errors[0]), job.output()
+    (log,) = tmp_path.glob("run/logs/*.log")
+    assert f"because rank 1 has failed: {tmp_path}/train.beton: sample {sample}" in log.read_text()
+
+
+def workers(torchrun):
+    """The processes of torchrun's ranks, by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            names = (path.parent / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        for name in names if parent == torchrun.pid else ():
+            if name.startswith(b"RANK="):
+                found[int(name.removeprefix(b"RANK="))] = int(path.parent.name)
+    return found
+
+
+def test_torchrun_restarts_a_killed_worker_and_the_run_ends_as_if_undisturbed(undisturbed, data, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    command += [ROOT / "train_imagenet.py", "--config-file", data / "recipe.yaml", "--batch_size=16"]
+    torchrun = subprocess.Popen(
+        [*command, "--training.save_every_steps=3"],
+        cwd=tmp_path,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    output = ""
+    for line in torchrun.stdout:
+        output += line
+        if line.startswith("epoch 1  step 3/4"):
+            os.kill(workers(torchrun)[1], signal.SIGKILL)
+            break
+    output += torchrun.communicate(timeout=400)[0]
+    assert torchrun.returncode == 0, output
+    assert "torchrun has restarted the run: it goes on from its own checkpoints/last.ckpt" in output
+    assert_same_run(tmp_path, undisturbed[2])
+
+
+def two_machine_command():
+    """The command of docs/MULTI_NODE_TRAINING.md for two machines, as printed there."""
+    text = (ROOT / "docs" / "MULTI_NODE_TRAINING.md").read_text()
+    section = text.partition("## Two machines")[2].partition("\n## ")[0]
+    (command,) = re.findall(r"^    (torchrun (?:.*\\\n)*.*)$", section, re.MULTILINE)
+    return command.replace("\\\n", " ")
+
+
+@pytest.fixture
+def hosts():
+    """Two hosts as network namespaces, a cable between them, each with a name that leads the other to it."""
+    addresses = {"first": "10.213.0.1", "second": "10.213.0.2"}
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("needs root and iproute2")
+    commands = ["link add first0 type veth peer name second0"]
+    for host, address in addresses.items():
+        folder = Path("/etc/netns") / host
+        folder.mkdir(parents=True)
+        lines = ["127.0.0.1 localhost", *(f"{there} {name}" for name, there in addresses.items())]
+        (folder / "hosts").write_text("\n".join(lines) + "\n")
+        commands += [f"netns add {host}", f"link set {host}0 netns {host}"]
+        commands += [f"-n {host} addr add {address}/24 dev {host}0"]
+        commands += [f"-n {host} link set {device} up" for device in (f"{host}0", "lo")]
+    try:
+        for command in commands:
+            subprocess.run(["ip", *command.split()], check=True)
+        yield list(addresses)
+    finally:
+        for host in addresses:
+            subprocess.run(["ip", "netns", "delete", host])
+            shutil.rmtree(Path("/etc/netns") / host)
+
+
+@pytest.mark.soak
+def test_the_two_machine_command_works_as_printed(hosts, undisturbed, data, tmp_path):
+    command = two_machine_command()
+    for printed, ours in (
+        ("HEAD", hosts[0]),
+        ("--nproc_per_node=8", "--nproc_per_node=1"),
+        ("rn50_configs/single_gpu_100ep.yaml", str(data / "recipe.yaml")),
+    ):
+        assert command.count(printed) == 1
+        command = command.replace(printed, ours)
+    command += f" --batch_size=16 --logging.folder={tmp_path}"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    processes = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", f"hostname {host} && exec {command}"],
+            cwd=ROOT,
+            env={**environment(), "PATH": path},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for host in reversed(hosts)
+    ]
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sum("done: best" in output for output in outputs) == 1, "rank 0 speaks, on one machine"
+    assert_same_run(tmp_path, undisturbed[2])
+
+
+@pytest.mark.soak
+def test_the_script_for_one_machine_passes_a_signal_on_and_its_status_asks_for_more(undisturbed, data, tmp_path):
+    command = ["bash", ROOT / "launch" / "single_node.sh", "--config-file", data / "recipe.yaml", "--batch_size=16"]
+    command += [f"--logging.folder={tmp_path}", "--resume", "auto"]
+    statuses = []
+    for signals in ([signal.SIGUSR1], []):
+        script = subprocess.Popen(
+            command, env={**environment(), "NPROC": "2"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        output = ""
+        for line in script.stdout:
+            output += line
+            if signals and line.startswith("epoch 1  step 1/4"):
+                script.send_signal(signals.pop())
+        statuses.append(script.wait(timeout=400))
+    assert statuses == [75, 0], output
+    assert "resuming at epoch 1" in output
+    assert_same_run(tmp_path, undisturbed[2])
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "launch").glob("*.s*")))
+def test_launch_scripts_are_valid_shell(script):
+    subprocess.run(["bash", "-n", ROOT / "launch" / script], check=True)
+
+
+def recipe_of(*arguments):
+    return read_recipe(["--no_wandb", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "expected"),
+    [(128, 4, (128, 2)), (128, 16, (64, 1)), (128, 1, (128, 8)), (96, 4, (64, 4)), (128, 8, (128, 1))],
+)
+def test_the_global_batch_is_kept_by_accumulation_or_smaller_batches(batch_size, world_size, expected):
+    recipe = recipe_of(f"--batch_size={batch_size}")
+    before = {
+        "recipe": {"training": {"batch_size": 128, "accumulation": 1}},
+        "asked_batch": [batch_size, 1],
+        "world_size": 8,
+        "global_batch_size": 1024,
+    }
+    keep_global_batch(recipe, before, world_size=world_size)
+    assert (recipe.training.batch_size, recipe.training.accumulation) == expected
+    assert len(recipe.notices) == (world_size != 8)
+
+
+def test_a_global_batch_that_cannot_be_shared_names_the_processes_that_can():
+    before = {
+        "recipe": {"training": {"batch_size": 128, "accumulation": 1}},
+        "asked_batch": [128, 1],
+        "world_size": 8,
+        "global_batch_size": 1024,
+    }
+    with pytest.raises(ValueError, match="1024, which 6 processes cannot .* start 2 or 4 or 8 processes"):
+        keep_global_batch(recipe_of("--batch_size=128"), before, world_size=6)
+    recipe = recipe_of("--batch_size=100")
+    keep_global_batch(recipe, before, world_size=6)
+    assert recipe.training.batch_size == 100, "what the user has changed stays"
