@@ -1,13 +1,15 @@
-"""Write one split of an image folder as a .beton file, or check such a file.
+"""Write one split of an image folder as a .beton file, check such a file, or tell what is in one.
 
     python write_beton.py --split train      # /fsx/ns1/train -> /fsx/ns1/train.beton
     python write_beton.py --split val        # /fsx/ns1/val   -> /fsx/ns1/val.beton
     python write_beton.py --split train --source DATA/train --target FAST_DISK/train.beton
     python write_beton.py --verify /fsx/ns1/train.beton
+    python write_beton.py --inspect /fsx/ns1/train.beton --sheet train.png
 
 The folder has one subfolder of images a class. Beside the file appears its manifest, FILE.json: classes, counts,
 settings, digest. Killed at any moment, the same command goes on where it was and makes the same bytes; until the file
-is whole, its name ends in .partial. --verify reads a file whole, decodes every image and lists the bad ones.
+is whole, its name ends in .partial. --verify reads a file whole, decodes every image and lists the bad ones. --inspect
+prints settings, classes and sizes, of files of stock FFCV too; --sheet draws some of its images into a PNG.
 
 Exit status: 0 done, or the verified file is sound; 1 stopped under way, or the verified file is damaged; 2 something to
 put right first; 130 Ctrl-C.
@@ -15,6 +17,7 @@ put right first; 130 Ctrl-C.
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -22,10 +25,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fastargs import Config, Param, Section
 from tqdm import tqdm
 
 from ffcv_ops.beton import manifest_path
+from ffcv_ops.describe import (
+    Description,
+    choose_samples,
+    decode_samples,
+    describe,
+    fit_into_squares,
+    histogram_lines,
+    lines,
+)
 from ffcv_ops.processes import WorkerKilled
 from ffcv_ops.verify import verify
 from ffcv_ops.writer import MODES, BadImage, WriteError, WriteSettings, show_bytes, write
@@ -70,10 +83,12 @@ Section("write", "what is written, from what, how", config_descriptor=CONFIG).pa
     ),
     overwrite=Param(Switch(), "replace an existing target, once the new file is whole", default=0),
     verify=Param(Text(), "check this .beton file instead of writing one"),
+    inspect=Param(Text(), "tell what is in this .beton file instead of writing one"),
+    sheet=Param(Text(), "with --inspect: draw images of the file and histograms of their sizes into this PNG"),
 )
 KEYS = (
     *("split", "source", "target", "train_manifest", "mode", "max_side", "quality", "num_workers", "raw_share"),
-    *("smart_threshold", "subset", "seed", "page_size", "on_error", "verify"),
+    *("smart_threshold", "subset", "seed", "page_size", "on_error", "verify", "inspect", "sheet"),
 )
 FLAGS: dict[str, str | tuple[str, str]] = {key: f"write.{key}" for key in KEYS} | {
     "overwrite": ("write.overwrite", "1")
@@ -109,6 +124,8 @@ def main(argv: list[str]) -> int:
     chosen = read_settings(CONFIG, argv, flags=FLAGS, description=__doc__ or "").write
     progress = Progress()
     try:
+        if chosen.inspect:
+            return run_inspect(chosen)
         return run_verify(chosen, progress) if chosen.verify else run_write(chosen, progress)
     except (ValueError, BadImage, ImportError) as error:
         progress.close()
@@ -205,6 +222,43 @@ def run_verify(chosen: Any, progress: Progress) -> int:
         return 1
     notice("sound")
     return 0
+
+
+def run_inspect(chosen: Any) -> int:
+    """Say what is in a file, and draw some of it where a sheet was asked for."""
+    sheet = Path(chosen.sheet) if chosen.sheet else None
+    if sheet is not None and not sheet.absolute().parent.is_dir():
+        raise ValueError(f"--sheet {sheet}: there is no folder {sheet.parent}")
+    found = describe(chosen.inspect)
+    for line in lines(found):
+        notice(line)
+    width = min(shutil.get_terminal_size().columns, 100)
+    for what, (counts, bounds) in found.histograms().items():
+        notice("\n".join(["", *histogram_lines(what, counts, bounds, width)]))
+    if sheet is not None:
+        draw_sheet(found, sheet)
+    return 0
+
+
+def draw_sheet(found: Description, sheet: Path) -> None:
+    """Draw images of every class, or of evenly spaced classes, over histograms of all images' sizes."""
+    # Here, because it brings torch, which no other use of this script waits for.
+    from training.preview import MIN_CELL_PX, NUM_IMAGES, class_names, draw_contact_sheet
+
+    beton = found.beton
+    samples = choose_samples(beton, NUM_IMAGES)
+    decoded = decode_samples(beton, samples)
+    labels = beton.labels if "label" in beton.field_names else np.zeros(beton.num_samples, np.int64)
+    names = class_names(beton.classes, int(labels.max()) + 1)
+    captions = []
+    for sample, image in zip(samples, decoded, strict=True):
+        size = f"{found.widths[sample]} x {found.heights[sample]} px, {found.size_bytes[sample] / 1e3:,.1f} kB"
+        captions.append(f"{names[labels[sample]][:24]}\n{size if isinstance(image, np.ndarray) else 'damaged'}")
+    blank = np.full((1, 1, 3), 128, np.uint8)
+    images = fit_into_squares([image if isinstance(image, np.ndarray) else blank for image in decoded], MIN_CELL_PX)
+    title = f"{beton.path}: {len(samples)} of {beton.num_samples:,} images, evenly spaced through the classes"
+    draw_contact_sheet(images, captions, sheet, title=title, histograms=found.histograms())
+    notice(f"\n{len(samples)} images: {sheet}")
 
 
 def notice(text: str) -> None:

@@ -154,8 +154,8 @@ class Checkpoints:
         pattern = re.compile(re.escape(self.arch) + r"-epoch=\d+-val_acc1=\d\.\d{4}\.ckpt")
         return [path for path in self.folder.iterdir() if pattern.fullmatch(path.name)]
 
-    def keep_earlier_run(self) -> list[Path]:
-        """Move the checkpoints of an earlier run in this folder out of the way of a new one.
+    def keep_earlier_run(self, *others: Path) -> list[Path]:
+        """Move the checkpoints of an earlier run in this folder, and other files of it, out of the way of a new one.
 
         Returns
         -------
@@ -164,7 +164,7 @@ class Checkpoints:
         """
         if not self.world.is_main or not self.folder.is_dir():
             return []
-        found = [path for path in (self.last, self.weights, *self._bests()) if path.exists()]
+        found = [path for path in (self.last, self.weights, *self._bests(), *others) if path.exists()]
         if not found:
             return []
         number = 1

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -62,6 +63,39 @@ class Meter:
         """Go on from sums that a checkpoint kept: rank 0 carries them."""
         if totals and world.is_main:
             self.sums += torch.tensor(totals, dtype=torch.float64, device=self.sums.device)
+
+
+class SampleMeter:
+    """Loss, prediction and confidence for every sample of a split, kept on the device until all are done.
+
+    Parameters
+    ----------
+    device : torch.device
+    order : ndarray of int64
+        Ids of this rank's samples, in the order in which they come.
+    num_samples : int
+        Size of the split.
+    """
+
+    def __init__(self, device: torch.device, order: np.ndarray, num_samples: int):
+        self.order = torch.from_numpy(order).to(device)
+        self.rows = torch.zeros(num_samples, 4, device=device)
+        self.num_seen = 0
+
+    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Take down the next samples: float logits (N, K), labels (N,)."""
+        norm = logits.logsumexp(dim=1)
+        top = logits.max(dim=1)
+        loss = norm - logits.gather(1, labels[:, None])[:, 0]
+        rows = torch.stack([loss, top.indices.float(), (top.values - norm).exp(), torch.ones_like(norm)], dim=1)
+        self.rows[self.order[self.num_seen : self.num_seen + len(labels)]] = rows
+        self.num_seen += len(labels)
+
+    def gather(self) -> np.ndarray:
+        """Loss, class and confidence of all ranks' samples, float32 (num_samples, 3). Every rank must call it."""
+        rows = sum_over_ranks(self.rows).cpu().numpy()
+        assert (rows[:, 3] == 1).all(), "the ranks' samples are not the split, each once"
+        return rows[:, :3]
 
 
 def metrics(totals: list[float], split: str) -> dict[str, float]:
@@ -232,7 +266,8 @@ def train_epoch(
     state.totals = []
     clock = Clock(loader)
     lr, end = 0.0, state.step + steps_per_epoch - state.batch // trainer.accumulation
-    for images, targets in loader.epoch(state.epoch, skip=state.batch):
+    place = {"total": steps_per_epoch * trainer.accumulation, "done": state.batch}
+    for images, targets in log.track(loader.epoch(state.epoch, skip=state.batch), f"epoch {state.epoch}", **place):
         if state.step == end:
             break
         if trainer.channels_last:
@@ -254,7 +289,12 @@ def train_epoch(
         if log_every and done % log_every == 0:
             now = {**metrics(meter.sums.tolist(), "train"), "lr": lr, **clock.rates()}
             remaining = (epochs - state.epoch) * steps_per_epoch - done
-            log.say(progress_line(state.epoch, done, steps_per_epoch, now, clock.expect_s(remaining)))
+            remaining_s = clock.expect_s(remaining)
+            log.progress(
+                progress_line(state.epoch, done, steps_per_epoch, now, remaining_s), bar_text(now, remaining_s)
+            )
+            if step_s := clock.steady_step_s():
+                log.say_once(pace_line(images.shape[-1], step_s * steps_per_epoch, step_s * remaining))
             log.metrics({"step/loss": now["train/loss"], "lr": lr, "images_per_s": now["images_per_s"]}, state.step)
         if save_every_steps and state.step % save_every_steps == 0 and state.step < end:
             state.totals = meter.totals()
@@ -271,6 +311,7 @@ class Clock:
         self.loader = loader
         self.num_images = self.num_steps = 0
         self.wait_s = 0.0
+        self.first: tuple[int, float] | None = None
         loader.take_wait_s()
         self.start_s = time.monotonic()
 
@@ -278,6 +319,13 @@ class Clock:
         elapsed_s = max(time.monotonic() - self.start_s, 1e-9)
         self.wait_s += self.loader.take_wait_s()
         return {"images_per_s": self.num_images / elapsed_s, "data_wait": min(self.wait_s / elapsed_s, 1.0)}
+
+    def steady_step_s(self) -> float:
+        """Seconds a step took since the first call; 0 at that call, before which kernels were compiled and chosen."""
+        now = self.num_steps, time.monotonic()
+        self.first = self.first or now
+        num_steps = now[0] - self.first[0]
+        return (now[1] - self.first[1]) / num_steps if num_steps else 0.0
 
     def expect_s(self, num_steps: int) -> float:
         """Seconds that so many further steps will take at the pace so far."""
@@ -290,6 +338,23 @@ def progress_line(epoch: int, done: int, steps: int, now: dict[str, float], rema
         f"epoch {epoch}  step {done}/{steps}  loss {now['train/loss']:.4f}  top-1 {now['train/acc1']:.2%}  "
         f"lr {now['lr']:.5g}  {now['images_per_s']:,.0f} images/s  data wait {now['data_wait']:.1%}  "
         f"{format_duration(remaining_s)} to go"
+    )
+
+
+def bar_text(now: dict[str, float], remaining_s: float) -> str:
+    """What stands behind the bar of an epoch on a terminal."""
+    return (
+        f"loss {now['train/loss']:.3f}, top-1 {now['train/acc1']:.1%}, {now['images_per_s']:,.0f} images/s, "
+        f"run {format_duration(remaining_s)} to go"
+    )
+
+
+def pace_line(resolution: int, epoch_s: float, remaining_s: float) -> str:
+    """What the first steps of a process say about the time that its run takes."""
+    end = time.strftime("%a %d %b %Y %H:%M", time.localtime(time.time() + remaining_s))
+    return (
+        f"expected from the first steps, at {resolution} px and without evaluation: {format_duration(epoch_s)} an "
+        f"epoch, the end in {format_duration(remaining_s)}, {end}"
     )
 
 
@@ -314,6 +379,7 @@ def evaluate(
     precision: str,
     flip: bool = False,
     channels_last: bool = True,
+    samples: SampleMeter | None = None,
 ) -> dict[str, float]:
     """Loss and accuracy of a model over a validation split, every sample counted once over all ranks.
 
@@ -327,6 +393,8 @@ def evaluate(
         Size of the split, against which the count is checked.
     flip : bool
         Average the logits of each image and its mirror image.
+    samples : SampleMeter, optional
+        Takes down what the model makes of each sample.
 
     Returns
     -------
@@ -349,6 +417,8 @@ def evaluate(
             if flip:
                 logits = (logits + model(images.flip(3)).float()) / 2
         meter.add(F.cross_entropy(logits, labels), logits, labels)
+        if samples is not None:
+            samples.add(logits, labels)
     totals = meter.totals()
     if round(totals[3]) != num_samples:
         raise RunError(f"validation counted {totals[3]:.0f} samples of a split of {num_samples}")
