@@ -424,19 +424,20 @@ class Run:
         log.say(f"  best checkpoint   {checkpoints.best(state)}")
         log.say(f"  last checkpoint   {checkpoints.last}")
         log.say(f"  exported weights  {weights}")
-        log.say(f"  log, record, curve  {log.folder / state.run_name}.log .jsonl .png")
+        log.say(f"  logs              {log.folder / state.run_name}.log .jsonl .png .recipe.json .predictions.npz")
         log.say(f"  report            {self.report_path}")
         if find_library(model.arch, model.library) == "timm":
-            use = f'timm.create_model("{model.arch}", num_classes={model.num_classes}, checkpoint_path="{weights}")'
+            use = f'model = timm.create_model("{model.arch}", num_classes={model.num_classes}, checkpoint_path="{weights}")'
         else:
             loaded = f'torch.load("{weights}", weights_only=True)'
-            use = f"torchvision.models.{model.arch}(num_classes={model.num_classes}).load_state_dict({loaded})"
+            build = f"model = torchvision.models.{model.arch}(num_classes={model.num_classes})"
+            use = f"{build}; model.load_state_dict({loaded})"
         command = shlex.join(["python", *sys.argv])
         log.say("next")
         log.say(f"  evaluate     {command} --eval_only --resume {shlex.quote(str(checkpoints.best(state)))}")
         log.say(
             f"  train on     {command} --resume {shlex.quote(str(checkpoints.last))} "
-            f"--epochs {self.recipe.training.epochs + 1}, or more"
+            f"--epochs {2 * self.recipe.training.epochs}"
         )
         log.say(f"  use weights  {use}")
 

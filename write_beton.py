@@ -17,6 +17,7 @@ put right first; 130 Ctrl-C.
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -107,7 +108,9 @@ class Progress:
         if self._bar is None:
             self._start_s = self._last_s = time.monotonic()
             self._first = done
-            self._bar = tqdm(total=total, initial=done, unit=" images", disable=not sys.stderr.isatty())
+            self._bar = tqdm(
+                total=total, initial=done, unit=" images", disable=not sys.stderr.isatty(), dynamic_ncols=True
+            )
         self._bar.update(done - self._bar.n)
         now_s = time.monotonic()
         if self._bar.disable and (now_s - self._last_s > PLAIN_PROGRESS_EVERY_S):
@@ -144,6 +147,8 @@ def run_write(chosen: Any, progress: Progress) -> int:
     """Write one split and sum up what was made."""
     source, target = paths(chosen)
     settings = WriteSettings(**{field.name: getattr(chosen, field.name) for field in fields(WriteSettings)})
+    for name, value in (("source", source), ("target", target), ("settings", show_settings(settings))):
+        notice(f"{name:<10}{value}")
     start_s = time.monotonic()
     manifest = write(
         source,
@@ -164,7 +169,26 @@ def run_write(chosen: Any, progress: Progress) -> int:
     notice(f"{target}: {manifest['num_samples']} images, {show_bytes(manifest['size_bytes'])}, {elapsed_s:.1f} s")
     notice(f"{len(counts)} classes of {min(counts)} to {max(counts)} images; {len(manifest['skipped'])} images skipped")
     notice(f"{manifest_path(target)}: digest {manifest['digest']}")
+    say_next(target, chosen.split)
     return 0
+
+
+def show_settings(settings: WriteSettings) -> str:
+    """The settings that take effect, as the flags that set them."""
+    unused = {"raw_share": settings.mode != "proportion", "smart_threshold": settings.mode != "smart"}
+    unused |= {"quality": settings.mode == "raw", "subset": settings.subset == -1}
+    return ", ".join(f"{name} {value}" for name, value in vars(settings).items() if not unused.get(name))
+
+
+def say_next(target: Path, split: str | None) -> None:
+    """Say what is usually done with a file that has just been written."""
+    path = shlex.quote(str(target))
+    notice("next")
+    notice(f"  check  python write_beton.py --verify {path}")
+    notice(f"  look   python write_beton.py --inspect {path} --sheet {shlex.quote(f'{target.stem}.png')}")
+    if split:
+        recipe = "rn50_configs/single_gpu_100ep.yaml"
+        notice(f"  train  python train_imagenet.py --config-file {recipe} --data.{split}_dataset={path}")
 
 
 def paths(chosen: Any) -> tuple[Path, Path]:
@@ -262,7 +286,8 @@ def draw_sheet(found: Description, sheet: Path) -> None:
 
 
 def notice(text: str) -> None:
-    print(text, flush=True)
+    with tqdm.external_write_mode(file=sys.stdout):
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

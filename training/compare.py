@@ -19,7 +19,7 @@ from typing import Any
 
 from training import page
 from training.logs import format_duration, replace_text
-from training.report import draw_charts, environment_rows, median_epoch_s
+from training.report import OVER_THE_EPOCHS, draw_charts, environment_rows, median_epoch_s
 
 FIGURES = ("run", "epochs", "best top-1", "top-5 there", "epoch", "last top-1", "images/s", "data wait", "an epoch")
 
@@ -130,7 +130,7 @@ def compare(runs: Sequence[Run]) -> str:
     parts = [
         page.heading(title, level=1),
         page.table(FIGURES, map(figures, runs), numbers=range(1, len(FIGURES))),
-        page.heading("Over the epochs"),
+        *OVER_THE_EPOCHS,
         page.charts(draw_charts({run.name: run.records for run in runs}, {})),
         page.heading("What their recipes differ in"),
         page.table(header, settings) if settings else page.paragraph("Nothing."),
@@ -164,7 +164,7 @@ def figures(run: Run) -> tuple[str, ...]:
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2%}"
+    return "-" if value is None else page.percent(value)
 
 
 def _settings(facts: Mapping[str, Any]) -> dict[str, str]:

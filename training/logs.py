@@ -76,9 +76,10 @@ class RunLog:
         if not (self.is_main and sys.stderr.isatty()):
             yield from batches
             return
-        layout = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]{postfix}"
-        with tqdm(total=total, initial=done, desc=what, unit=" batches", dynamic_ncols=True, leave=False) as bar:
-            bar.bar_format, self._bar = layout, bar
+        layout = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]{postfix}"
+        look: dict[str, Any] = {"bar_format": layout, "unit": "batch", "dynamic_ncols": True, "leave": False}
+        with tqdm(total=total, initial=done, desc=what, **look) as bar:
+            self._bar = bar
             try:
                 for batch in batches:
                     yield batch

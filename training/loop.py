@@ -344,8 +344,8 @@ def progress_line(epoch: int, done: int, steps: int, now: dict[str, float], rema
 def bar_text(now: dict[str, float], remaining_s: float) -> str:
     """What stands behind the bar of an epoch on a terminal."""
     return (
-        f"loss {now['train/loss']:.3f}, top-1 {now['train/acc1']:.1%}, {now['images_per_s']:,.0f} images/s, "
-        f"run {format_duration(remaining_s)} to go"
+        f"run {format_duration(remaining_s)} to go, loss {now['train/loss']:.3f}, top-1 {now['train/acc1']:.1%}, "
+        f"{now['images_per_s']:,.0f} images/s"
     )
 
 

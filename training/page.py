@@ -26,7 +26,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 24px; max-width: 1180px; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
-h1 { font-size: 25px; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
+h1 { font-size: 25px; line-height: 1.25; margin: 0 0 8px; overflow-wrap: anywhere; }
 h2 { font-size: 19px; margin: 38px 0 10px; }
 p { margin: 6px 0 12px; } .faint { color: var(--faint); }
 code, .mono { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 13px; overflow-wrap: anywhere; }
@@ -86,6 +86,10 @@ def heading(text: str, level: int = 2) -> str:
 
 def paragraph(text: str, *, faint: bool = True) -> str:
     return f'<p class="{"faint" if faint else ""}">{escape(text)}</p>'
+
+
+def percent(share: float, decimals: int = 2) -> str:
+    return f"{100 * share:.{decimals}f} %"
 
 
 def tiles(figures: Iterable[tuple[str, str]]) -> str:
@@ -187,7 +191,8 @@ def line_chart(title: str, series: Sequence[Series], *, kind: str = "number", fr
             parts.append(f'<text x="{left:.1f}" y="{_HEIGHT - 10}" text-anchor="middle">{x:g}</text>')
     for one in series:
         parts += _drawn(one, at, kind)
-    legend = "".join(_legend(one, kind) for one in series if one.points)
+    shown = [one for one in series if one.points]
+    legend = "".join(_legend(one, kind, one.name if len(shown) > 1 else "last") for one in shown)
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><div class="legend">{legend}</div>'
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">'
@@ -219,13 +224,13 @@ def _drawn(one: Series, at, kind: str) -> list[str]:
     return parts
 
 
-def _legend(one: Series, kind: str) -> str:
+def _legend(one: Series, kind: str, name: str) -> str:
     color, dash = one.color % NUM_COLORS, ' stroke-dasharray="5 4"' * (one.look == "dashed")
     mark = "M9 1l8 8m0 -8l-8 8" if one.look == "crosses" else "M0 5H26"
     last = next((y for _, y in reversed(one.points) if math.isfinite(y)), None)
     value = "" if last is None else f" <b>{_shown(last, kind, exact=True)}</b>"
     line = f'<svg viewBox="0 0 26 10"><path class="c{color}"{dash} d="{mark}"/></svg>'
-    return f"<span>{line}{escape(one.name)}{value}</span>"
+    return f"<span>{line}{escape(name)}{value}</span>"
 
 
 def _ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:
@@ -242,7 +247,7 @@ def _ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[f
 
 def _shown(value: float, kind: str, *, exact: bool = False) -> str:
     if kind == "percent":
-        return f"{100 * value:.2f} %" if exact else f"{100 * value:.4g} %"
+        return percent(value) if exact else f"{100 * value:.4g} %"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}" if exact else f"{value:.6g}"

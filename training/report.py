@@ -16,6 +16,10 @@ from training.predictions import Predictions
 
 NUM_CLASSES_SHOWN = 20
 NUM_MISTAKES_SHOWN = 24
+OVER_THE_EPOCHS = (
+    page.heading("Over the epochs"),
+    page.paragraph("By the number of epochs finished. A point tells its value when pointed at."),
+)
 
 
 def write_report(
@@ -59,7 +63,7 @@ def write_report(
         page.heading(title, level=1),
         page.paragraph(standing(records, recipe["training"]["epochs"]) if records else "an evaluation, no training"),
         page.tiles(key_figures(records, predictions)),
-        *([page.heading("Over the epochs"), page.charts(draw_charts({"": records}, courses))] if records else []),
+        *([*OVER_THE_EPOCHS, page.charts(draw_charts({"": records}, courses))] if records else []),
         *_mistake_parts(predictions, names, mistakes),
         *_class_parts(predictions, names),
         *_recipe_parts(facts),
@@ -86,17 +90,17 @@ def key_figures(
     evaluated = [record for record in records if "val/acc1" in record]
     if evaluated:
         best, last = max(evaluated, key=lambda record: record["val/acc1"]), evaluated[-1]
-        yield f"{best['val/acc1']:.2%}", f"best top-1, epoch {best['epoch']}"
-        yield f"{best['val/acc5']:.2%}", "top-5 there"
-        yield f"{last['val/acc1']:.2%}", f"last top-1, epoch {last['epoch']}"
+        yield page.percent(best["val/acc1"]), f"best top-1, epoch {best['epoch']}"
+        yield page.percent(best["val/acc5"]), "top-5 there"
+        yield page.percent(last["val/acc1"]), f"last top-1, epoch {last['epoch']}"
     elif predictions is not None:
-        yield f"{np.mean(predictions.predicted == predictions.labels):.2%}", "top-1"
+        yield page.percent(np.mean(predictions.predicted == predictions.labels)), "top-1"
         yield f"{len(predictions.labels):,}", "images"
         yield f"{predictions.loss.mean():.4f}", "loss"
     if rates := [record["images_per_s"] for record in records if "images_per_s" in record]:
         yield f"{statistics.median(rates):,.0f}", "images/s in training, median"
     if waits := [record["data_wait"] for record in records if "data_wait" in record]:
-        yield f"{statistics.median(waits):.1%}", "of the time waiting for data"
+        yield page.percent(statistics.median(waits), 1), "of the time waiting for data"
     if (epoch_s := median_epoch_s(records)) is not None:
         yield format_duration(epoch_s), "an epoch, median"
 
@@ -159,7 +163,7 @@ def _mistake_parts(predictions: Predictions | None, names: Sequence[str], mistak
     yield page.image_sheet(
         (
             image,
-            f"{_name(names, int(predictions.predicted[sample]))} {predictions.confidence[sample]:.0%}",
+            f"{_name(names, int(predictions.predicted[sample]))} {page.percent(predictions.confidence[sample], 0)}",
             f"is {_name(names, int(predictions.labels[sample]))}; loss {predictions.loss[sample]:.2f}, sample {sample}",
         )
         for image, sample in zip(mistakes, ids.tolist(), strict=True)
@@ -173,7 +177,7 @@ def _class_parts(predictions: Predictions | None, names: Sequence[str]) -> Itera
     rows = [
         (
             _name(names, result.label),
-            f"{result.accuracy:.1%}",
+            page.percent(result.accuracy, 1),
             f"{result.num_images:,}",
             _name(names, result.confused_with),
             f"{result.num_confused:,}",
