@@ -427,7 +427,8 @@ class Run:
         log.say(f"  logs              {log.folder / state.run_name}.log .jsonl .png .recipe.json .predictions.npz")
         log.say(f"  report            {self.report_path}")
         if find_library(model.arch, model.library) == "timm":
-            use = f'model = timm.create_model("{model.arch}", num_classes={model.num_classes}, checkpoint_path="{weights}")'
+            options = f'num_classes={model.num_classes}, checkpoint_path="{weights}"'
+            use = f'model = timm.create_model("{model.arch}", {options})'
         else:
             loaded = f'torch.load("{weights}", weights_only=True)'
             build = f"model = torchvision.models.{model.arch}(num_classes={model.num_classes})"

@@ -127,6 +127,8 @@ def main(argv: list[str]) -> int:
     chosen = read_settings(CONFIG, argv, flags=FLAGS, description=__doc__ or "").write
     progress = Progress()
     try:
+        if chosen.sheet and not chosen.inspect:
+            raise ValueError(f"--sheet {chosen.sheet}: --sheet needs --inspect FILE, whose images it draws")
         if chosen.inspect:
             return run_inspect(chosen)
         return run_verify(chosen, progress) if chosen.verify else run_write(chosen, progress)

@@ -13,7 +13,7 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is ins
 
 
 def screenshot(page, folder, *options):
-    """Open a file in a fresh profile, fail on anything the page has to complain about, and return what it looks like."""
+    """Open a file in a fresh profile, fail on anything the browser complains about, and return what it looks like."""
     picture = folder / f"{page.stem}{len(options)}.png"
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     command += [

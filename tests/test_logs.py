@@ -53,7 +53,7 @@ SPEAKER = textwrap.dedent("""
     log.open(SimpleNamespace(run_name="run", epoch=0), {}, {"enable": False, "project": "", "name": None})
     for number in log.track(range(40), "epoch 0", total=41, done=1):
         if number % 10 == 9:
-            log.progress(f"step {number + 1}", "loss 0.5, a long tail of figures that a narrow terminal has no room for")
+            log.progress(f"step {number + 1}", "loss 0.5, figures that a narrow terminal has no room for")
             log.say_once("expected")
     log.say("after")
     log.close()
@@ -83,6 +83,6 @@ def test_a_terminal_shows_a_bar_for_passing_lines_and_the_log_file_keeps_them(sp
     assert status == 0 and log.read_text().splitlines() == LINES
     assert [line for line in screen(written) if line] == ["before", "expected", "after"]
     bars = [part for part in written.replace("\n", "\r").split("\r") if part.startswith("epoch 0")]
-    assert "1/41 [" in bars[0] and any("100%" in bar for bar in bars)
+    assert " 1/41" in bars[0] and len(bars) > 4
     assert max(map(len, bars)) <= columns and "\x1b[3" not in written, "no colours"
     assert any("loss 0.5" in bar for bar in bars) == (columns == 100)

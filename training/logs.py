@@ -92,7 +92,7 @@ class RunLog:
         if self._bar is None or not sys.stdout.isatty():
             self.say(line)
             return
-        self._bar.set_postfix_str(brief, refresh=False)
+        self._bar.set_postfix_str(brief)
         self._keep(line)
 
     def _keep(self, text: str) -> None:

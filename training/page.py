@@ -212,7 +212,7 @@ def _drawn(one: Series, at, kind: str) -> list[str]:
     else:
         parts.append(f'<path class="c{color}"{dash} d="{path}"/>')
     finite = [point for point in one.points if math.isfinite(point[1])]
-    step = -(-len(finite) // _MOST_DOTS)
+    step = max(1, -(-len(finite) // _MOST_DOTS))
     for x, y in [*finite[:-1][::step], *finite[-1:]]:
         left, top = at(x, y)
         tip = f"<title>{escape(one.name)}, epoch {x:g}: {_shown(y, kind, exact=True)}</title>"
