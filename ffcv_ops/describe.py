@@ -167,9 +167,9 @@ def lines(found: Description) -> list[str]:
         ("images", f"{file.num_samples:,}, {_storage(found)}"),
         ("fields", ", ".join(f"{name} ({beton.TYPE_NAMES[kind]})" for name, kind in fields)),
         ("classes", _classes(found)),
-        ("width", f"{_spread_of(found.widths)} px"),
-        ("height", f"{_spread_of(found.heights)} px"),
-        ("an image", f"{_spread_of(found.size_bytes)} bytes, mean {found.size_bytes.mean():,.0f}"),
+        ("width", _spread_of(found.widths, "px")),
+        ("height", _spread_of(found.heights, "px")),
+        ("an image", f"{_spread_of(found.size_bytes, 'bytes')}, mean {found.size_bytes.mean():,.0f}"),
         ("segments", _segments(found.restarts)),
         ("pages", _pages(found)),
     ]
@@ -199,9 +199,9 @@ def histogram_lines(what: str, counts: np.ndarray, bounds: np.ndarray, width: in
     return [what, *(f"  {n:>{name_width}}  {c:>{number_width}}  {bar}".rstrip() for n, c, bar in cells)]
 
 
-def _spread_of(values: np.ndarray) -> str:
+def _spread_of(values: np.ndarray, unit: str) -> str:
     low, middle, high = int(values.min()), int(np.median(values)), int(values.max())
-    return f"all {low:,}" if low == high else f"{low:,} to {high:,}, median {middle:,}"
+    return f"{low:,} {unit}" if low == high else f"{low:,} to {high:,} {unit}, median {middle:,}"
 
 
 def _bytes(size: int) -> str:
@@ -219,7 +219,7 @@ def _classes(found: Description) -> str:
     counts, names = found.class_counts, found.beton.classes
     if not len(counts):
         return "the file has no labels"
-    text = f"{len(counts):,} of {_spread_of(counts).replace('all ', '')} images"
+    text = f"{len(counts):,}, each of {_spread_of(counts, 'images')}"
     if names:
         text += f": {', '.join(names)}" if len(names) <= 10 else f": {names[0]}, {names[1]}, ... {names[-1]}"
     return text

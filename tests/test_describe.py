@@ -43,7 +43,7 @@ def test_a_file_of_ours_is_described_from_tables_manifest_and_jpegs(folder, tmp_
         "8,388,608",
     ):
         assert part in text, part
-    assert "40 to 140, median 90 px" in text and str(folder) in text and "opencv" in text
+    assert "40 to 140 px, median 90" in text and str(folder) in text and "opencv" in text
 
 
 def scan_counts(folder):
@@ -57,7 +57,7 @@ def test_a_file_without_manifest_or_restarts_is_described_too(tmp_path, raw):
     assert found.class_counts.tolist() == [3, 4] and found.raw.all() == raw
     text = "\n".join(d.lines(found))
     assert ("no JPEGs" if raw else "none in 7 JPEGs looked at") in text and "written by stock FFCV" in text
-    assert "2 of 3 to 4" in text and "all 64 px" in text
+    assert "2, each of 3 to 4 images" in text and "width     64 px" in text
     for image, original in zip(d.decode_samples(found.beton, np.arange(7)), photographs(7), strict=True):
         assert np.abs(image.astype(int) - original).mean() < (1 if raw else 12)
 

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from betons import photographs, write_images
 from ffcv.transforms import ToDevice, ToTensor
 
 from ffcv_ops import Label, Loader, Mix, Normalize, OrderOption, RandomResizedCrop
+from training.loop import SampleMeter
 from training.model import IMAGENET_MEAN, IMAGENET_STD
 
 ROOT = Path(__file__).parent.parent
@@ -80,3 +82,16 @@ def test_out_of_memory_names_the_batch_size_to_try(beton, tmp_path):
         tmp_path, beton, "--batch_size", "64", "--resolution.min_res=8192", "--resolution.max_res=8192", status=1
     )
     assert "out of GPU memory at a batch size of 64" in output and "--batch_size 32" in output
+
+
+def test_what_is_taken_down_of_samples_makes_no_batch_wait_for_the_device():
+    device = torch.device("cuda", 0)
+    samples = SampleMeter(device, np.arange(64)[::-1].copy(), 64)
+    logits, labels = torch.randn(64, 10, device=device), torch.arange(64, device=device) % 10
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for start in (0, 32):
+            samples.add(logits[start : start + 32], labels[start : start + 32])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    np.testing.assert_array_equal(samples.gather()[:, 1], logits.flip(0).argmax(1).cpu())

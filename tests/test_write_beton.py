@@ -243,8 +243,8 @@ def test_inspect_tells_and_draws_only_what_it_is_asked_for(written, tmp_path):
     before = {*tmp_path.iterdir()}
     output = run("--inspect", written, env={**os.environ, "COLUMNS": "60"})
     assert {*tmp_path.iterdir()} == before
-    assert "24, all JPEG" in output and "4 of 6 images: class_0, class_1, class_2, class_3" in output
-    assert "all 120 px" in output and "sha256:" in output and "shorter side (px)" in output
+    assert "24, all JPEG" in output and "4, each of 6 images: class_0, class_1, class_2, class_3" in output
+    assert "width     120 px" in output and "sha256:" in output and "shorter side (px)" in output
     bars = [line for line in output.splitlines() if line.endswith("#")]
     assert bars and max(map(len, bars)) <= 60
     run("--inspect", written, "--sheet", tmp_path / "sheet.png")
