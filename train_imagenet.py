@@ -331,6 +331,10 @@ class Run:
         loss, predicted, confidence = samples.gather().T
         return values, Predictions(epoch, self.val.labels, predicted.astype(int), loss, confidence)
 
+    @functools.cached_property
+    def class_names(self) -> list[str]:
+        return class_names(self.val.classes, self.val.num_classes)
+
     def report(self, best: Predictions | None) -> None:
         """Write the report anew after an epoch, the best so far where its predictions are given."""
         if not self.world.is_main:
@@ -354,7 +358,7 @@ class Run:
                 courses=log.courses,
                 files={what: str(path) for what, path in files.items() if path.exists()},
                 predictions=shown,
-                names=class_names(self.val.classes, self.val.num_classes),
+                names=self.class_names,
                 mistakes=mistakes,
             )
         except OSError as error:
@@ -390,7 +394,7 @@ class Run:
                 facts=self.checkpoints.facts,
                 courses={},
                 predictions=predictions,
-                names=class_names(self.val.classes, self.val.num_classes),
+                names=self.class_names,
                 mistakes=self.images_of(predictions.mistakes(NUM_MISTAKES_SHOWN)),
             )
             self.log.say(f"report: {report}")
@@ -570,7 +574,7 @@ def differences(checkpoint: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     for section, values in facts["recipe"].items():
         for key, value in values.items():
             before = checkpoint["recipe"].get(section, {}).get(key, value)
-            if before != value and (section, key) != ("training", "resume"):
+            if before != value and (section, key) not in (("training", "resume"), ("training", "report")):
                 notices.append(f"{section}.{key} is {value}, and was {before} in the run that is resumed")
     for split, data in facts["data"].items():
         before = checkpoint["data"].get(split, data)

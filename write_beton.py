@@ -274,16 +274,20 @@ def draw_sheet(found: Description, sheet: Path) -> None:
     beton = found.beton
     samples = choose_samples(beton, NUM_IMAGES)
     decoded = decode_samples(beton, samples)
-    labels = beton.labels if "label" in beton.field_names else np.zeros(beton.num_samples, np.int64)
-    names = class_names(beton.classes, int(labels.max()) + 1)
-    captions = []
+    labels = beton.labels if "label" in beton.field_names else None
+    names = class_names(beton.classes, 0) if beton.classes else None
+    images, captions = [], []
     for sample, image in zip(samples, decoded, strict=True):
-        size = f"{found.widths[sample]} x {found.heights[sample]} px, {found.size_bytes[sample] / 1e3:,.1f} kB"
-        captions.append(f"{names[labels[sample]][:24]}\n{size if isinstance(image, np.ndarray) else 'damaged'}")
-    blank = np.full((1, 1, 3), 128, np.uint8)
-    images = fit_into_squares([image if isinstance(image, np.ndarray) else blank for image in decoded], MIN_CELL_PX)
+        width, height = int(found.widths[sample]), int(found.heights[sample])
+        size = f"{width} x {height} px, {found.size_bytes[sample] / 1e3:,.1f} kB"
+        if isinstance(image, str):
+            image, size = np.full((min(height, MIN_CELL_PX), min(width, MIN_CELL_PX), 3), 128, np.uint8), "damaged"
+        name = "" if labels is None else names[labels[sample]] if names else f"class {labels[sample]}"
+        images.append(image)
+        captions.append(f"{name[:24]}\n{size}")
     title = f"{beton.path}: {len(samples)} of {beton.num_samples:,} images, evenly spaced through the classes"
-    draw_contact_sheet(images, captions, sheet, title=title, histograms=found.histograms())
+    squares = fit_into_squares(images, MIN_CELL_PX)
+    draw_contact_sheet(squares, captions, sheet, title=title, histograms=found.histograms())
     notice(f"\n{len(samples)} images: {sheet}")
 
 
