@@ -109,7 +109,8 @@ def model_size(model: nn.Module, resolution: int) -> str:
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
             model.eval()(torch.empty(1, 3, resolution, resolution, device="meta"))
     except Exception as error:  # timm's many architectures raise what they happen to raise without data
-        return f"{parameters}; the cost of an image of {resolution} px is not known: {error}"
+        reason = str(error).partition("\n")[0]
+        return f"{parameters}; the cost of an image of {resolution} px is not known: {reason}"
     finally:
         model.train(training)
     flops = counter.get_total_flops()
