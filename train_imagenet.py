@@ -5,22 +5,26 @@
 
 Reads the ``.beton`` files of ``data.train_dataset`` and ``data.val_dataset``. Prints the resolved recipe, the
 arithmetic of the learning rate, then a line every ``logging.log_every`` steps and every epoch. Leaves behind, below
-``logging.folder``: ``logs/train_<time>.log``, ``.jsonl`` (a record of every epoch), ``.png`` (the curve) and
-``.recipe.json``; ``checkpoints/last.ckpt``, the best checkpoint, and exported weights.
+``logging.folder``: ``report.html``; ``logs/train_<time>.log``, ``.jsonl`` (a record of every epoch), ``.png`` (the
+curve), ``.recipe.json`` and ``.predictions.npz`` (of the best epoch, for every validation image);
+``checkpoints/last.ckpt``, the best checkpoint, and exported weights.
 
 ``--config-file`` may be repeated: later files win, then the command line. ``--resume checkpoints/last.ckpt`` goes on
-with a run, ``--resume auto`` with its newest checkpoint, ``--eval_only`` evaluates, ``--dry_run`` shows the plan and
-touches nothing, ``--preview out.png`` draws training images as the model gets them, ``--help`` lists every key.
+with a run, ``--resume auto`` with its newest checkpoint, ``--eval_only`` evaluates (``--report out.html`` shows what it
+got wrong), ``--dry_run`` shows the plan and touches nothing, ``--preview out.png`` draws training images as the model
+gets them, ``--help`` lists every key.
 
 SIGTERM, SIGUSR1 and Ctrl-C save the run where it stands; the exit status is then 75, after Ctrl-C 130. It is 2 for a
 mistake in the recipe, found before anything is created, and 1 for a run that failed.
 """
 
+import dataclasses
 import functools
 import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -30,6 +34,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from ffcv.transforms import ToDevice, ToTensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
@@ -54,13 +59,23 @@ from training import distributed
 from training.checkpoint import Checkpoints, TrainState, newest_checkpoint, read_checkpoint
 from training.distributed import Failure, World
 from training.logs import RunLog, format_duration, pace
-from training.loop import DTYPES, Forecast, RunError, Trainer, allow_tf32, evaluate, train_epoch
+from training.loop import DTYPES, Forecast, RunError, SampleMeter, Trainer, allow_tf32, evaluate, train_epoch
 from training.loss import build_loss
-from training.model import IMAGENET_MEAN, IMAGENET_STD, build_model, compiled, gains_from_compilation
+from training.model import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    build_model,
+    compiled,
+    find_library,
+    gains_from_compilation,
+    model_size,
+)
 from training.optim import build_ema, build_optimizer
+from training.predictions import Predictions
 from training.preemption import Stopped, StopRequest
-from training.preview import class_names, denormalized, draw_contact_sheet, take_images
+from training.preview import caption, class_names, denormalized, draw_contact_sheet, take_images
 from training.recipe import AUTO, Plan, Settings, courses, keep_global_batch, plan, read_recipe, refuse, summary
+from training.report import NUM_MISTAKES_SHOWN, write_report
 from training.schedule import build_resolution, build_schedule
 
 IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL = 1_281_167, 50_000
@@ -125,13 +140,30 @@ def end_failed(run: "Run", error: Exception) -> NoReturn:
 
 def check_names(recipe: Settings) -> None:
     """Refuse an architecture or an augmentation that does not exist, and drop path where there is none."""
-    with torch.device("meta"):
-        build_model(recipe.model.arch, library=recipe.model.library, drop_path=recipe.model.drop_path)
+    model_on_paper(recipe)
     try:
         augmentations(recipe)
     except ValueError as error:
         key = "augmentation.auto_augment"
         raise ValueError(f"{key} ({recipe.source(key)}): {error}") from None
+
+
+def model_on_paper(recipe: Settings) -> torch.nn.Module:
+    """The recipe's model on the meta device: its shapes alone."""
+    model = recipe.model
+    with torch.device("meta"):
+        return build_model(
+            model.arch,
+            library=model.library,
+            num_classes=model.num_classes,
+            drop_path=model.drop_path,
+            use_blurpool=bool(recipe.training.use_blurpool),
+        )
+
+
+def size_on_paper(recipe: Settings) -> str:
+    """The size of the recipe's model, at the resolution of the validation."""
+    return model_size(model_on_paper(recipe), recipe.validation.resolution)
 
 
 def show_plan(recipe: Settings) -> None:
@@ -148,7 +180,7 @@ def show_plan(recipe: Settings) -> None:
             assumed.append(f"{path} does not exist: assuming ImageNet's {imagenet_size:,} images")
     world_size = distributed.planned_world_size(recipe.training.distributed, recipe.dist.world_size)
     planned = plan(recipe, world_size=world_size, num_train=sizes[0], num_val=sizes[1])
-    print(summary(recipe, planned))
+    print(summary(recipe, planned, size_on_paper(recipe)))
     for line in [*recipe.notices, *planned.notices, *assumed]:
         print(f"note: {line}")
 
@@ -168,7 +200,7 @@ def draw_preview(recipe: Settings) -> None:
         shown = denormalized(images, IMAGENET_MEAN, IMAGENET_STD)
         title = preview_title(recipe, crop.size)
         names = class_names(data.classes, data.num_classes)
-        draw_contact_sheet(shown, targets.numpy(), path, names=names, title=title)
+        draw_contact_sheet(shown, [caption(target, names) for target in targets.numpy()], path, title=title)
         print(f"{len(shown)} training images as the model gets them: {path}")
     distributed.stop()
 
@@ -361,12 +393,14 @@ class Run:
         recipe = self.recipe
         return {
             "recipe": recipe.to_dict(),
+            "recipe_history": recipe.history(),
             "recipe_files": {str(path): Path(path).read_text(encoding="utf-8") for path in recipe.files},
             "seed": recipe.training.seed,
             "world_size": self.world.world_size,
             "global_batch_size": self.plan.global_batch_size,
             "asked_batch": self.asked_batch,
             "commit": git_commit(),
+            "device": device_name(self.world.device),
             "versions": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("torch", "torchvision", "timm", "ffcv", "numba", "numpy")},
@@ -413,9 +447,10 @@ class Run:
             save_every_steps=recipe.training.save_every_steps,
             stop=self.stop.agreed,
         )
-        trained_s = time.perf_counter()
+        trained_s, predictions = time.perf_counter(), None
         if recipe.logging.log_level or epoch == epochs - 1:
-            values.update(self.evaluate())
+            measured, predictions = self.evaluate(epoch)
+            values.update(measured)
         self.forecast.between_s = time.perf_counter() - trained_s
         left_s = self.forecast.remaining_s(epoch, self.plan.steps_per_epoch, values["step_s"])
         values["remaining_s"] = left_s - self.forecast.between_s
@@ -426,44 +461,108 @@ class Run:
         log.say(epoch_line(values, epoch, epochs, self.crop.size, pace(values, log.courses, epoch + 1)))
         log.epoch({"epoch": epoch, **values, "resolution": self.crop.size}, state.step)
         self.checkpoints.save(state, is_best=is_best)
+        self.report(predictions if is_best else None)
         self.forecast.between_s = time.perf_counter() - trained_s
 
-    def evaluate(self) -> dict[str, float]:
-        recipe = self.recipe
+    def evaluate(self, epoch: int) -> tuple[dict[str, float], Predictions]:
+        """Metrics, and what the model makes of every sample, of the weights after an epoch."""
+        recipe, num_samples = self.recipe, self.val.num_samples
+        samples = SampleMeter(self.world.device, self.val_loader.next_traversal_order(), num_samples)
         batches: Iterable[Any] = self.val_loader
         if not recipe.training.eval_only:
-            fewest = math.ceil(self.val.num_samples // self.world.world_size / recipe.validation.batch_size)
+            fewest = math.ceil(num_samples // self.world.world_size / recipe.validation.batch_size)
             batches = self.stop.watched(self.val_loader, fewest)
-        return evaluate(
+        values = evaluate(
             self.eval_model,
-            batches,
+            self.log.track(batches, "validation", total=len(self.val_loader)),
             self.world,
-            num_samples=self.val.num_samples,
+            num_samples=num_samples,
             precision=self.precision,
             flip=bool(recipe.validation.lr_tta),
             channels_last=bool(recipe.training.channels_last),
+            samples=samples,
         )
+        loss, predicted, confidence = samples.gather().T
+        return values, Predictions(epoch, self.val.labels, predicted.astype(int), loss, confidence)
+
+    @functools.cached_property
+    def class_names(self) -> list[str]:
+        return class_names(self.val.classes, self.val.num_classes)
+
+    def report(self, best: Predictions | None) -> None:
+        """Write the report anew after an epoch, the best so far where its predictions are given."""
+        if not self.world.is_main:
+            return
+        recipe, state, log, checkpoints = self.recipe, self.state, self.log, self.checkpoints
+        stored = log.folder / f"{state.run_name}.predictions.npz"
+        try:
+            if best is not None:
+                best.save(stored)
+            shown = best or (Predictions.read(stored) if stored.exists() else None)
+            mistakes = None
+            if shown is not None and state.epoch == recipe.training.epochs:
+                mistakes = self.images_of(shown.mistakes(NUM_MISTAKES_SHOWN))
+            files = {"best checkpoint": checkpoints.best(state), "last checkpoint": checkpoints.last}
+            files |= {"exported weights": checkpoints.weights, "record": log.folder / f"{state.run_name}.jsonl"}
+            write_report(
+                self.report_path,
+                name=state.run_name,
+                records=log.records(),
+                facts=checkpoints.facts,
+                courses=log.courses,
+                files={what: str(path) for what, path in files.items() if path.exists()},
+                predictions=shown,
+                names=self.class_names,
+                mistakes=mistakes,
+            )
+        except OSError as error:
+            log.say(f"note: the report was not written: {error}")
+
+    @property
+    def report_path(self) -> Path:
+        return Path(self.recipe.logging.folder) / "report.html"
+
+    def images_of(self, ids: np.ndarray) -> np.ndarray:
+        """Validation images as the model gets them, but in 8 bits, uint8 (N, H, W, 3)."""
+        alone = dataclasses.replace(self.world, rank=0, world_size=1)
+        with val_loader(self.recipe, alone, 1, torch.float32, indices=np.sort(ids)) as loader:
+            batches = [denormalized(images, IMAGENET_MEAN, IMAGENET_STD) for images, _ in loader]
+        return np.concatenate(batches)[np.argsort(np.argsort(ids))] if batches else np.zeros((0, 1, 1, 3), np.uint8)
 
     def evaluate_only(self) -> None:
-        """Evaluate the weights at hand on the validation split; creates nothing."""
+        """Evaluate the weights at hand on the validation split; creates nothing but a report that was asked for."""
         for notice in self.recipe.notices:
             self.log.say(f"note: {notice}")
-        values = self.evaluate()
+        values, predictions = self.evaluate(self.state.epoch - 1)
         self.log.say(
             f"{self.recipe.data.val_dataset}: {self.val.num_samples:,} images, loss {values['val/loss']:.4f}, "
             f"top-1 {values['val/acc1']:.3%}, top-5 {values['val/acc5']:.3%}"
         )
+        report = self.recipe.training.report
+        if report and self.world.is_main:
+            weights = self.recipe.training.resume or self.recipe.model.weights
+            write_report(
+                Path(report),
+                name=f"evaluated with {weights or 'pretrained weights'}",
+                records=[],
+                facts=self.checkpoints.facts,
+                courses={},
+                predictions=predictions,
+                names=self.class_names,
+                mistakes=self.images_of(predictions.mistakes(NUM_MISTAKES_SHOWN)),
+            )
+            self.log.say(f"report: {report}")
 
     def open_logs(self) -> None:
         """Say what is about to run, and open its files."""
-        self.log.say(summary(self.recipe, self.plan))
+        self.log.say(summary(self.recipe, self.plan, size_on_paper(self.recipe)))
         for notice in self.recipe.notices:
             self.log.say(f"note: {notice}")
         self.checkpoints.remove_unfinished()
         resumed = self.recipe.training.resume
         if not resumed or Path(resumed).resolve().parent != self.checkpoints.folder.resolve():
-            for path in self.checkpoints.keep_earlier_run():
-                self.log.say(f"note: an earlier run's checkpoint was kept as {path}")
+            for path in self.checkpoints.keep_earlier_run(self.report_path):
+                self.log.say(f"note: an earlier run's {path.name} was kept as {path}")
         if resumed:
             self.log.say(f"resuming at {self.where()}")
         wandb_settings = self.recipe.wandb
@@ -487,13 +586,33 @@ class Run:
             self.log.say(f"error: the run ends, because rank {failure.rank} has failed: {failure.message}")
 
     def say_goodbye(self) -> None:
-        """Say how the run ended and where everything lies."""
-        state, log, checkpoints = self.state, self.log, self.checkpoints
-        log.say(f"done: best top-1 {state.best_acc1:.3%} in epoch {state.best_epoch}")
+        """Say how the run ended, where everything lies, and what to do with it."""
+        state, log, checkpoints, model = self.state, self.log, self.checkpoints, self.recipe.model
+        last, weights = log.last.get("val/acc1"), checkpoints.weights
+        log.say(
+            f"done: best top-1 {state.best_acc1:.3%} in epoch {state.best_epoch}"
+            + (f", last {last:.3%}" if last is not None else "")
+        )
         log.say(f"  best checkpoint   {checkpoints.best(state)}")
         log.say(f"  last checkpoint   {checkpoints.last}")
-        log.say(f"  exported weights  {checkpoints.weights}")
-        log.say(f"  log, record, curve  {log.folder / state.run_name}.log .jsonl .png")
+        log.say(f"  exported weights  {weights}")
+        log.say(f"  logs              {log.folder / state.run_name}.log .jsonl .png .recipe.json .predictions.npz")
+        log.say(f"  report            {self.report_path}")
+        if find_library(model.arch, model.library) == "timm":
+            options = f'num_classes={model.num_classes}, checkpoint_path="{weights}"'
+            use = f'model = timm.create_model("{model.arch}", {options})'
+        else:
+            loaded = f'torch.load("{weights}", weights_only=True)'
+            build = f"model = torchvision.models.{model.arch}(num_classes={model.num_classes})"
+            use = f"{build}; model.load_state_dict({loaded})"
+        command = shlex.join(["python", *sys.argv])
+        log.say("next")
+        log.say(f"  evaluate     {command} --eval_only --resume {shlex.quote(str(checkpoints.best(state)))}")
+        log.say(
+            f"  train on     {command} --resume {shlex.quote(str(checkpoints.last))} "
+            f"--epochs {2 * self.recipe.training.epochs}"
+        )
+        log.say(f"  use weights  {use}")
 
 
 def open_data(path: str, recipe: Settings, split: str) -> Beton:
@@ -585,8 +704,13 @@ def train_loader(recipe: Settings, world: World, threads: int, dtype: torch.dtyp
     )
 
 
-def val_loader(recipe: Settings, world: World, threads: int, dtype: torch.dtype) -> Loader:
-    """Batches of normalised float images (N, 3, H, W) and labels (N,): this rank's share, each sample once."""
+def val_loader(
+    recipe: Settings, world: World, threads: int, dtype: torch.dtype, indices: np.ndarray | None = None
+) -> Loader:
+    """Batches of normalised float images (N, 3, H, W) and labels (N,): this rank's share, each sample once.
+
+    Of all samples, or of those whose ids are given.
+    """
     validation = recipe.validation
     crop = CenterCrop(
         validation.resolution,
@@ -603,6 +727,7 @@ def val_loader(recipe: Settings, world: World, threads: int, dtype: torch.dtype)
         distributed=world.world_size > 1,
         rank=world.rank,
         world_size=world.world_size,
+        indices=indices,
         drop_last=False,
         pipelines={
             "image": [crop, ToTensor(), *on_device(world), Normalize(IMAGENET_MEAN, IMAGENET_STD, dtype)],
@@ -617,7 +742,7 @@ def differences(checkpoint: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     for section, values in facts["recipe"].items():
         for key, value in values.items():
             before = checkpoint["recipe"].get(section, {}).get(key, value)
-            if before != value and (section, key) != ("training", "resume"):
+            if before != value and (section, key) not in (("training", "resume"), ("training", "report")):
                 notices.append(f"{section}.{key} is {value}, and was {before} in the run that is resumed")
     for split, data in facts["data"].items():
         before = checkpoint["data"].get(split, data)
@@ -665,6 +790,18 @@ def out_of_memory_message(recipe: Settings, planned: Plan) -> str:
         f"linearly scaled learning rate is {lr:.4g} (global batch {global_batch_size}); or --batch_size {batch_size} "
         f"--training.accumulation={accumulation}, which keeps the global batch and the learning rate"
     )
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU, or of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"CPU, {names[0] if names else platform.machine()}"
 
 
 def git_commit() -> str | None:

@@ -1,15 +1,17 @@
-"""Write one split of an image folder as a .beton file, or check such a file.
+"""Write one split of an image folder as a .beton file, check such a file, or tell what is in one.
 
     python write_beton.py --split train      # /fsx/ns1/train -> /fsx/ns1/train.beton
     python write_beton.py --split val        # /fsx/ns1/val   -> /fsx/ns1/val.beton
     python write_beton.py --split train --source DATA/train --target FAST_DISK/train.beton
     python write_beton.py --verify /fsx/ns1/train.beton
     torchrun --nnodes=4 --rdzv_backend=c10d --rdzv_endpoint=HEAD:29500 write_beton.py --split train    # on each of 4
+    python write_beton.py --inspect /fsx/ns1/train.beton --sheet train.png
 
 The folder has one subfolder of images a class. Beside the file appears its manifest, FILE.json: classes, counts,
 settings, digest. Killed at any moment, the same command goes on where it was and makes the same bytes; until the file
 is whole, its name ends in .partial. --verify reads a file whole, decodes every image and lists the bad ones. Under
-torchrun the machines share the work, and make the same bytes as one.
+torchrun the machines share the work, and make the same bytes as one. --inspect prints settings, classes and sizes, of
+files of stock FFCV too; --sheet draws some of its images into a PNG.
 
 Exit status: 0 done, or the verified file is sound; 1 stopped under way, or the verified file is damaged; 2 something to
 put right first; 130 Ctrl-C; 143 SIGTERM.
@@ -17,6 +19,8 @@ put right first; 130 Ctrl-C; 143 SIGTERM.
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -25,11 +29,21 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 from fastargs import Config, Param, Section
 from tqdm import tqdm
 
 from ffcv_ops import ranks
 from ffcv_ops.beton import manifest_path
+from ffcv_ops.describe import (
+    Description,
+    choose_samples,
+    decode_samples,
+    describe,
+    fit_into_squares,
+    histogram_lines,
+    lines,
+)
 from ffcv_ops.processes import WorkerKilled, num_cpus
 from ffcv_ops.verify import verify
 from ffcv_ops.writer import MODES, BadImage, WriteError, WriteSettings, encoder_versions, show_bytes, write
@@ -76,10 +90,12 @@ Section("write", "what is written, from what, how", config_descriptor=CONFIG).pa
     ),
     overwrite=Param(Switch(), "replace an existing target, once the new file is whole", default=0),
     verify=Param(Text(), "check this .beton file instead of writing one"),
+    inspect=Param(Text(), "tell what is in this .beton file instead of writing one"),
+    sheet=Param(Text(), "with --inspect: draw images of the file and histograms of their sizes into this PNG"),
 )
 KEYS = (
     *("split", "source", "target", "train_manifest", "mode", "max_side", "quality", "num_workers", "raw_share"),
-    *("smart_threshold", "subset", "seed", "page_size", "on_error", "verify"),
+    *("smart_threshold", "subset", "seed", "page_size", "on_error", "verify", "inspect", "sheet"),
 )
 FLAGS: dict[str, str | tuple[str, str]] = {key: f"write.{key}" for key in KEYS} | {
     "overwrite": ("write.overwrite", "1")
@@ -98,7 +114,9 @@ class Progress:
         if self._bar is None:
             self._start_s = self._last_s = time.monotonic()
             self._first = done
-            self._bar = tqdm(total=total, initial=done, unit=" images", disable=not sys.stderr.isatty())
+            self._bar = tqdm(
+                total=total, initial=done, unit=" images", disable=not sys.stderr.isatty(), dynamic_ncols=True
+            )
         self._bar.update(done - self._bar.n)
         now_s = time.monotonic()
         if self._bar.disable and (now_s - self._last_s > PLAIN_PROGRESS_EVERY_S):
@@ -125,6 +143,10 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, terminate)
     progress = Progress()
     try:
+        if chosen.sheet and not chosen.inspect:
+            raise ValueError(f"--sheet {chosen.sheet}: --sheet needs --inspect FILE, whose images it draws")
+        if chosen.inspect:
+            return run_inspect(chosen)
         if ranks.rank() > 0:
             num_workers = num_cpus() if chosen.num_workers == -1 else chosen.num_workers
             return ranks.lend_workers(num_workers, encoder_versions)
@@ -149,6 +171,8 @@ def run_write(chosen: Any, leader: ranks.Leader | None, progress: Progress) -> i
     """Write one split and sum up what was made."""
     source, target = paths(chosen)
     settings = WriteSettings(**{field.name: getattr(chosen, field.name) for field in fields(WriteSettings)})
+    for name, value in (("source", source), ("target", target), ("settings", show_settings(settings))):
+        notice(f"{name:<10}{value}")
     start_s = time.monotonic()
     manifest = write(
         source,
@@ -170,7 +194,26 @@ def run_write(chosen: Any, leader: ranks.Leader | None, progress: Progress) -> i
     notice(f"{target}: {manifest['num_samples']} images, {show_bytes(manifest['size_bytes'])}, {elapsed_s:.1f} s")
     notice(f"{len(counts)} classes of {min(counts)} to {max(counts)} images; {len(manifest['skipped'])} images skipped")
     notice(f"{manifest_path(target)}: digest {manifest['digest']}")
+    say_next(target, chosen.split)
     return 0
+
+
+def show_settings(settings: WriteSettings) -> str:
+    """The settings that take effect, as the flags that set them."""
+    unused = {"raw_share": settings.mode != "proportion", "smart_threshold": settings.mode != "smart"}
+    unused |= {"quality": settings.mode == "raw", "subset": settings.subset == -1}
+    return ", ".join(f"{name} {value}" for name, value in vars(settings).items() if not unused.get(name))
+
+
+def say_next(target: Path, split: str | None) -> None:
+    """Say what is usually done with a file that has just been written."""
+    path = shlex.quote(str(target))
+    notice("next")
+    notice(f"  check  python write_beton.py --verify {path}")
+    notice(f"  look   python write_beton.py --inspect {path} --sheet {shlex.quote(f'{target.stem}.png')}")
+    if split:
+        recipe = "rn50_configs/single_gpu_100ep.yaml"
+        notice(f"  train  python train_imagenet.py --config-file {recipe} --data.{split}_dataset={path}")
 
 
 def paths(chosen: Any) -> tuple[Path, Path]:
@@ -230,8 +273,50 @@ def run_verify(chosen: Any, leader: ranks.Leader | None, progress: Progress) -> 
     return 0
 
 
+def run_inspect(chosen: Any) -> int:
+    """Say what is in a file, and draw some of it where a sheet was asked for."""
+    sheet = Path(chosen.sheet) if chosen.sheet else None
+    if sheet is not None and not sheet.absolute().parent.is_dir():
+        raise ValueError(f"--sheet {sheet}: there is no folder {sheet.parent}")
+    found = describe(chosen.inspect)
+    for line in lines(found):
+        notice(line)
+    width = min(shutil.get_terminal_size().columns, 100)
+    for what, (counts, bounds) in found.histograms().items():
+        notice("\n".join(["", *histogram_lines(what, counts, bounds, width)]))
+    if sheet is not None:
+        draw_sheet(found, sheet)
+    return 0
+
+
+def draw_sheet(found: Description, sheet: Path) -> None:
+    """Draw images of every class, or of evenly spaced classes, over histograms of all images' sizes."""
+    # Here, because it brings torch, which no other use of this script waits for.
+    from training.preview import MIN_CELL_PX, NUM_IMAGES, class_names, draw_contact_sheet
+
+    beton = found.beton
+    samples = choose_samples(beton, NUM_IMAGES)
+    decoded = decode_samples(beton, samples)
+    labels = beton.labels if "label" in beton.field_names else None
+    names = class_names(beton.classes, 0) if beton.classes else None
+    images, captions = [], []
+    for sample, image in zip(samples, decoded, strict=True):
+        width, height = int(found.widths[sample]), int(found.heights[sample])
+        size = f"{width} x {height} px, {found.size_bytes[sample] / 1e3:,.1f} kB"
+        if isinstance(image, str):
+            image, size = np.full((min(height, MIN_CELL_PX), min(width, MIN_CELL_PX), 3), 128, np.uint8), "damaged"
+        name = "" if labels is None else names[labels[sample]] if names else f"class {labels[sample]}"
+        images.append(image)
+        captions.append(f"{name[:24]}\n{size}")
+    title = f"{beton.path}: {len(samples)} of {beton.num_samples:,} images, evenly spaced through the classes"
+    squares = fit_into_squares(images, MIN_CELL_PX)
+    draw_contact_sheet(squares, captions, sheet, title=title, histograms=found.histograms())
+    notice(f"\n{len(samples)} images: {sheet}")
+
+
 def notice(text: str) -> None:
-    print(text, flush=True)
+    with tqdm.external_write_mode(file=sys.stdout):
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

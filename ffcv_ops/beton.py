@@ -49,7 +49,7 @@ _METADATA_TYPES = {
     JSON_FIELD: _BYTES_TYPE,
     TENSOR_FIELD: np.dtype("<u8"),
 }
-_TYPE_NAMES = {
+TYPE_NAMES = {
     FLOAT_FIELD: "FloatField",
     INT_FIELD: "IntField",
     IMAGE_FIELD: "RGBImageField",
@@ -283,8 +283,8 @@ def _row_type(
             raise _damaged(path, f"field {name!r} has the unknown type {type_id}")
         expected = _EXPECTED_TYPES.get(name, type_id)
         if type_id != expected:
-            found = _TYPE_NAMES[type_id]
-            raise ValueError(f"{path}: field {name!r} should be {_TYPE_NAMES[expected]} and is {found}")
+            found = TYPE_NAMES[type_id]
+            raise ValueError(f"{path}: field {name!r} should be {TYPE_NAMES[expected]} and is {found}")
         columns.append(_METADATA_TYPES[type_id])
     return np.dtype([("", column) for column in columns], align=True)
 

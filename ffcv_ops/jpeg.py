@@ -88,20 +88,32 @@ def _compress(bgr: np.ndarray, quality: int, interval: int) -> np.ndarray:
 
 def _with_index(jpeg: np.ndarray, mcus_per_row: int) -> np.ndarray:
     """Insert the offsets of the MCU rows, counted from SOI in the file that results, behind SOI."""
-    scan_start, interval = _scan_start(jpeg)
-    scan_end = jpeg.size - 2
-    scan = jpeg[scan_start:scan_end]
+    start, interval = scan_start(jpeg)
+    scan = jpeg[start : jpeg.size - 2]
     markers = np.flatnonzero((scan[:-1] == 0xFF) & (scan[1:] >= 0xD0) & (scan[1:] <= 0xD7))
     row_starts = markers[mcus_per_row // interval - 1 :: mcus_per_row // interval] + 2
-    offsets = np.concatenate(([0], row_starts, [scan.size])) + scan_start
+    offsets = np.concatenate(([0], row_starts, [scan.size])) + start
     length = 2 + len(INDEX_NAME) + 4 * offsets.size
     offsets += length + 2
     index = bytes([0xFF, INDEX_MARKER]) + length.to_bytes(2, "big") + INDEX_NAME + offsets.astype(">u4").tobytes()
     return np.concatenate((jpeg[:2], np.frombuffer(index, np.uint8), jpeg[2:]))
 
 
-def _scan_start(jpeg: np.ndarray) -> tuple[int, int]:
-    """The offset of the first entropy-coded byte, and the restart interval in MCUs, of a JPEG just encoded."""
+def index_bytes(jpeg: np.ndarray) -> int:
+    """Size in bytes of a JPEG's index of restart segments, its marker included; 0 where it has none."""
+    if bytes(jpeg[2:4]) != bytes([0xFF, INDEX_MARKER]) or bytes(jpeg[6 : 6 + len(INDEX_NAME)]) != INDEX_NAME:
+        return 0
+    return 2 + int.from_bytes(bytes(jpeg[4:6]), "big")
+
+
+def scan_start(jpeg: np.ndarray) -> tuple[int, int]:
+    """The offset of the first entropy-coded byte, and the restart interval in MCUs, 0 for none.
+
+    Raises
+    ------
+    IndexError
+        Where the JPEG ends before.
+    """
     position, interval = 2, 0
     while True:
         marker, length = jpeg[position + 1], int.from_bytes(jpeg[position + 2 : position + 4].tobytes(), "big")

@@ -78,12 +78,14 @@ def test_other_ranks_write_nothing(tmp_path):
 
 
 def test_an_earlier_run_is_kept(tmp_path):
-    checkpoints = make_checkpoints(tmp_path)
-    assert checkpoints.keep_earlier_run() == []
+    checkpoints, report = make_checkpoints(tmp_path), tmp_path / "report.html"
+    assert checkpoints.keep_earlier_run(report) == []
     for number in (1, 2):
         checkpoints.save(TrainState(epoch=number, best_acc1=0.5, best_epoch=0), is_best=True)
-        moved = checkpoints.keep_earlier_run()
-        assert {path.parent for path in moved} == {tmp_path / f"earlier-{number}"} and len(moved) == 3
+        report.write_text(f"report {number}")
+        moved = checkpoints.keep_earlier_run(report)
+        assert {path.parent for path in moved} == {tmp_path / f"earlier-{number}"} and len(moved) == 4
+        assert not report.exists() and moved[-1].read_text() == f"report {number}"
         assert read_checkpoint(tmp_path / f"earlier-{number}" / "last.ckpt")["state"]["epoch"] == number
     assert not checkpoints.last.exists()
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ import train_imagenet
 from ffcv_ops import Label, Loader, Mix, Normalize, OrderOption, RandomResizedCrop
 from training.checkpoint import TrainState
 from training.distributed import Board, World
-from training.loop import Forecast, train_epoch
+from training.loop import Forecast, SampleMeter, train_epoch
 from training.model import IMAGENET_MEAN, IMAGENET_STD
 from training.preemption import PREEMPTED, StopRequest
 from training.recipe import read_recipe
@@ -154,3 +155,16 @@ def test_ranks_with_gpus_agree_to_stop_without_the_host_waiting():
         assert stop.exit_status == PREEMPTED
     finally:
         dist.destroy_process_group()
+
+
+def test_what_is_taken_down_of_samples_makes_no_batch_wait_for_the_device():
+    device = torch.device("cuda", 0)
+    samples = SampleMeter(device, np.arange(64)[::-1].copy(), 64)
+    logits, labels = torch.randn(64, 10, device=device), torch.arange(64, device=device) % 10
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for start in (0, 32):
+            samples.add(logits[start : start + 32], labels[start : start + 32])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    np.testing.assert_array_equal(samples.gather()[:, 1], logits.flip(0).argmax(1).cpu())

@@ -1,7 +1,14 @@
-"""Where a run stands against the expected accuracies, in words and in the curve."""
+"""What a run says: on a terminal and where it is piped, and how it stands against the expected accuracies."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import cv2
 import pytest
+from terminals import run_on_terminal, screen
 
 from training.logs import draw_curve, pace
 
@@ -34,3 +41,48 @@ def test_the_curve_draws_what_is_expected(tmp_path):
         draw_curve(records, tmp_path / f"{name}.png", courses)
     without, expected = (cv2.imread(str(tmp_path / f"{name}.png")) for name in ("without", "with"))
     assert without.shape == expected.shape and (without != expected).any()
+
+
+SPEAKER = textwrap.dedent("""
+    import pathlib, sys
+    from types import SimpleNamespace
+    from training.logs import RunLog
+
+    log = RunLog(pathlib.Path(sys.argv[1]), is_main=True)
+    log.say("before")
+    log.open(SimpleNamespace(run_name="run", epoch=0), {}, {"enable": False, "project": "", "name": None})
+    for number in log.track(range(40), "epoch 0", total=41, done=1):
+        if number % 10 == 9:
+            log.progress(f"step {number + 1}", "loss 0.5, figures that a narrow terminal has no room for")
+            log.say_once("expected")
+    log.say("after")
+    log.close()
+""")
+LINES = ["before", "step 10", "expected", "step 20", "step 30", "step 40", "after"]
+
+
+@pytest.fixture
+def speaker(tmp_path):
+    """The options of a process that speaks through a `RunLog`, and the log file that it keeps."""
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "PYTHONIOENCODING": "utf-8"}
+    return [sys.executable, "-c", SPEAKER, str(tmp_path)], environment, tmp_path / "run.log"
+
+
+def test_piped_output_is_lines(speaker):
+    command, environment, log = speaker
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert process.stdout.splitlines() == LINES and process.stderr == ""
+    assert log.read_text().splitlines() == LINES
+
+
+@pytest.mark.parametrize("columns", [100, 30])
+def test_a_terminal_shows_a_bar_for_passing_lines_and_the_log_file_keeps_them(speaker, columns):
+    command, environment, log = speaker
+    status, written = run_on_terminal(command, columns=columns, env={**environment, "NO_COLOR": "1"})
+    assert status == 0 and log.read_text().splitlines() == LINES
+    assert [line for line in screen(written) if line] == ["before", "expected", "after"]
+    bars = [part for part in written.replace("\n", "\r").split("\r") if part.startswith("epoch 0")]
+    assert " 1/41" in bars[0] and len(bars) > 4
+    assert max(map(len, bars)) <= columns and "\x1b[3" not in written, "no colours"
+    assert any("loss 0.5" in bar for bar in bars) == (columns == 100)

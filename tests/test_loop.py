@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from training.loop import (
     Forecast,
     Meter,
     RunError,
+    SampleMeter,
     Trainer,
     allow_tf32,
     evaluate,
@@ -178,6 +180,7 @@ def test_progress_is_said_and_steps_end_with_the_plan(data, tmp_path, capsys):
     run_epoch(make_trainer(small_model()), Batches(images, targets, 4), state, tmp_path, steps=5, **options)
     lines = capsys.readouterr().out.splitlines()
     assert state.step == 5
+    assert lines.pop(2).startswith("expected from the first steps, at 8 px")
     assert [line.split()[3] for line in lines] == ["2/5", "4/5"]
     assert all("images/s" in line and "data wait" in line and "to go" in line for line in lines)
 
@@ -195,6 +198,21 @@ def test_evaluation_counts_each_sample(data):
     assert values["val/acc5"] == pytest.approx((top5 == labels[:, None]).any(1).float().mean().item())
     with pytest.raises(RunError, match="counted 24 samples of a split of 25"):
         evaluate(model, loader, WORLD, num_samples=25, precision="32")
+
+
+def test_evaluation_takes_down_each_sample_under_its_id(data):
+    images, _, labels = data
+    model, order = small_model(), np.random.default_rng(0).permutation(24)
+    loader = list(zip(images[order].split(7), labels[order].split(7), strict=True))
+    samples = SampleMeter(WORLD.device, order, 24)
+    values = evaluate(model, loader, WORLD, num_samples=24, precision="32", samples=samples)
+    loss, predicted, confidence = samples.gather().T
+    with torch.no_grad():
+        logits = model.eval()(images)
+    np.testing.assert_allclose(loss, F.cross_entropy(logits, labels, reduction="none"), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(predicted, logits.argmax(1))
+    np.testing.assert_allclose(confidence, logits.softmax(1).amax(1), rtol=1e-4)
+    assert values["val/acc1"] == pytest.approx(np.mean(predicted == labels.numpy()))
 
 
 def test_flipped_evaluation_averages_both_views(data):

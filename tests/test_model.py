@@ -10,7 +10,7 @@ import torchvision
 from safetensors.torch import save_file
 
 from training.checkpoint import unwrapped
-from training.model import BlurPoolConv2d, build_model, compiled, find_library, gains_from_compilation
+from training.model import BlurPoolConv2d, build_model, compiled, find_library, gains_from_compilation, model_size
 
 IMAGES = torch.linspace(-2, 2, 2 * 3 * 64 * 64).reshape(2, 3, 64, 64)
 
@@ -25,6 +25,19 @@ def test_library_prefers_torchvision_and_falls_back_to_timm():
 def test_unknown_architecture_names_the_nearest(library):
     with pytest.raises(ValueError, match=r"resnet5O.*resnet50"):
         find_library("resnet5O", library)
+
+
+def test_the_size_of_resnet50_is_the_published_one():
+    with torch.device("meta"):
+        text = model_size(build_model("resnet50"), 224)
+    assert text == "25.56 M parameters; 4.09 G multiply-adds (8.18 GFLOPs) an image of 224 px, forward"
+
+
+def test_a_model_that_does_not_take_the_resolution_still_has_parameters():
+    with torch.device("meta"):
+        model = build_model("vit_tiny_patch16_224", library="timm")
+    assert model_size(model, 100).startswith("5.72 M parameters; the cost of an image of 100 px is not known: ")
+    assert model.training
 
 
 def test_detection_models_are_not_classifiers():

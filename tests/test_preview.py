@@ -43,9 +43,8 @@ def test_captions_name_what_stands_out():
 @pytest.mark.parametrize("side", [48, 224])
 def test_the_sheet_holds_each_image_pixel_for_pixel(tmp_path, side):
     images = np.stack(photographs(11, side=side))
-    targets = np.eye(11, dtype=np.float32)
     path = tmp_path / "sheet.png"
-    draw_contact_sheet(images, targets, path, names=class_names(None, 11), title="one\ntwo")
+    draw_contact_sheet(images, class_names(None, 11), path, title="one\ntwo")
     assert [file.name for file in tmp_path.iterdir()] == ["sheet.png"]
     sheet = cv2.imread(str(path))[:, :, ::-1]
     factor = -(-160 // side)

@@ -218,6 +218,8 @@ def test_later_files_and_then_the_command_line_win(write):
         f"lr.base_lr: 0.1 ({first}) -> 0.2 ({second}) -> 0.3 (command line)",
         f"training.epochs: 10 ({first}) -> 20 ({second}) -> 30 (command line)",
     ]
+    assert recipe.history()["lr.base_lr"] == [[0.5, "default"], [0.1, first], [0.2, second], [0.3, "command line"]]
+    assert recipe.history().keys() == {"lr.base_lr", "lr.min_lr", "training.epochs", "training.batch_size"}
     assert read_recipe([f"--config-file={second}", f"--config-file={first}"]).training.epochs == 10
 
 
@@ -243,9 +245,10 @@ def test_short_flags_are_aliases(flag, tmp_path):
         return
     value = {"precision": "32", "resume": str(checkpoint), "lr": "1e-2"}.get(flag, "7")
     spellings = ([f"--{flag}={value}"], [f"--{flag}", value], [f"--{target}={value}"], [f"--{target}", value])
-    flats = [read_recipe(spelling).flat() for spelling in spellings]
+    needed = ["--eval_only"] * (flag == "report")
+    flats = [read_recipe([*spelling, *needed]).flat() for spelling in spellings]
     assert flats[0] == flats[1] == flats[2] == flats[3]
-    assert flats[0] != read_recipe([]).flat()
+    assert flats[0] != read_recipe(needed).flat()
 
 
 def test_negative_values_follow_a_space():

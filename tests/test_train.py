@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -18,10 +19,14 @@ import pytest
 import torch
 import torchvision
 from betons import write_digits
+from browsers import PageReader, needs_chromium, screenshot
+from terminals import run_on_terminal, screen
 from wandb.proto import wandb_internal_pb2
 
 import train_imagenet
 from training.model import IMAGENET_MEAN, IMAGENET_STD
+from training.predictions import Predictions
+from training.report import NUM_MISTAKES_SHOWN
 
 ROOT = Path(__file__).parent.parent
 NUM_TRAIN, NUM_VAL = 130, 37  # neither divides into batches of 16 on two ranks
@@ -121,6 +126,35 @@ def test_a_run_leaves_its_log_record_curve_and_checkpoints(whole_run):
     assert re.search(rf"^epoch 2 .* expected val top-1 20.0 % \({difference:+.1f}\)$", output, re.MULTILINE)
 
 
+def test_the_report_is_of_the_run(whole_run):
+    folder, output = whole_run
+    page = PageReader(folder / "report.html")
+    (jsonl,) = folder.glob("logs/train_*.jsonl")
+    records = [json.loads(line) for line in jsonl.read_text().splitlines()]
+    best = max(records, key=lambda record: record["val/acc1"])
+    predictions = Predictions.read(jsonl.with_suffix(".predictions.npz"))
+    assert predictions.epoch == best["epoch"]
+    assert np.mean(predictions.predicted == predictions.labels) == pytest.approx(best["val/acc1"])
+    assert predictions.loss.mean() == pytest.approx(best["val/loss"], rel=1e-5)
+    text = page.text
+    assert f"{100 * best['val/acc1']:.2f} % best top-1, epoch {best['epoch']}" in text
+    assert "3 of 3 epochs finished" in text and "the run is complete" in text
+    for part in ("Loss", "Top-1", "Top-5", "Learning rate", "Images per second", "Share of the time", "val, expected"):
+        assert part in text, part
+    assert re.search(r"wandb.project imagenet digits command line", text), "what differs from the recipe's file"
+    assert version("torch") in text and str(folder / "checkpoints") not in text and "checkpoints/last.ckpt" in text
+    num_mistakes = int((predictions.predicted != predictions.labels).sum())
+    assert page.num_images == min(num_mistakes, NUM_MISTAKES_SHOWN) > 0
+    assert "25.56 M" not in output and "11.18 M parameters; " in output
+    assert "expected from the first steps, at 24 px" in output
+
+
+@needs_chromium
+def test_the_report_opens_in_a_browser_light_and_dark(whole_run, tmp_path):
+    light, dark = (screenshot(whole_run[0] / "report.html", tmp_path, *o) for o in ((), ("--force-dark-mode",)))
+    assert light[-1, 0].min() > 200 and dark[-1, 0].max() < 60
+
+
 def test_a_checkpoint_tells_what_made_it(whole_run, data):
     content = torch.load(whole_run[0] / "checkpoints" / "last.ckpt", weights_only=True)
     assert content["recipe"]["lr"]["base_lr"] == 0.4
@@ -172,6 +206,9 @@ def test_killed_and_resumed_equals_undisturbed(recipe, whole_run, tmp_path):
             assert torch.equal(ours[part][name], value), name
     (jsonl,) = tmp_path.glob("logs/train_*.jsonl")
     (whole,) = whole_run[0].glob("logs/train_*.jsonl")
+    assert "3 of 3 epochs finished" in PageReader(tmp_path / "report.html").text
+    stored = [Predictions.read(path.with_suffix(".predictions.npz")) for path in (jsonl, whole)]
+    assert stored[0].epoch == stored[1].epoch and (stored[0].loss == stored[1].loss).all()
     for ours, theirs in zip(
         *([json.loads(x) for x in p.read_text().splitlines()] for p in (jsonl, whole)), strict=True
     ):
@@ -220,17 +257,38 @@ def test_two_processes_agree_and_count_each_validation_sample_once(recipe, tmp_p
     (jsonl,) = tmp_path.glob("logs/train_*.jsonl")
     record = json.loads(jsonl.read_text().splitlines()[-1])
     last = tmp_path / "checkpoints" / "last.ckpt"
-    output = finish(run_script("--config-file", recipe, "--eval_only", "--resume", last, folder=tmp_path))
+    before = {*tmp_path.rglob("*")}
+    options = ["--eval_only", "--resume", last, "--report", "evaluation.html"]
+    output = finish(run_script("--config-file", recipe, *options, folder=tmp_path))
+    assert {*tmp_path.rglob("*")} - before == {tmp_path / "evaluation.html"}
+    page = PageReader(tmp_path / "evaluation.html")
+    assert f"{100 * record['val/acc1']:.2f} % top-1 37 images" in page.text and page.num_images > 0
+    stored = Predictions.read(next(tmp_path.glob("logs/*.npz")))
+    assert np.mean(stored.predicted == stored.labels) == pytest.approx(
+        torch.load(last, weights_only=True)["state"]["best_acc1"]
+    )
     match = re.search(r"37 images, loss ([\d.]+), top-1 ([\d.]+)%", output)
     assert float(match[1]) == pytest.approx(record["val/loss"], abs=2e-4)
     assert float(match[2]) == pytest.approx(100 * record["val/acc1"], abs=1e-3)
 
 
-def test_a_recipe_that_asks_for_processes_gets_them(recipe, tmp_path):
+def test_a_recipe_that_asks_for_processes_gets_them_and_a_terminal_one_bar(recipe, tmp_path):
     options = ["--training.distributed=1", "--dist.world_size=2", "--dist.port=29543", "--no_wandb"]
     options += ["--epochs", "1", "--lr.warmup_epochs=0"]
-    output = finish(run_script("--config-file", recipe, *options, folder=tmp_path))
-    assert "0.4 x 32 / 256 = 0.05" in output and output.count("done: best") == 1
+    command = [sys.executable, str(ROOT / "train_imagenet.py"), "--config-file", str(recipe), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    status, written = run_on_terminal(command, columns=90, cwd=tmp_path, env=environment)
+    lines = screen(written)
+    assert status == 0, written
+    assert any("0.4 x 32 / 256 = 0.05" in line for line in lines)
+    assert sum(line.startswith("done: best") for line in lines) == 1
+    (log,) = tmp_path.glob("logs/train_*.log")
+    passing = [line for line in log.read_text().splitlines() if re.match("epoch 0  step", line)]
+    assert len(passing) == 2 and not {*passing} & {*lines}
+    assert re.search(r"epoch 0 +\d+%\|.*\| \d/4 \[.* to go", written) and re.search(r"validation +\d+%\|", written)
+    evaluate = next(line for line in log.read_text().splitlines() if line.startswith("  evaluate "))
+    command = shlex.split(evaluate.removeprefix("  evaluate "))
+    assert command[0] == "python" and Path(tmp_path, command[-1]).exists() and "--eval_only" in command
 
 
 @pytest.mark.slow
@@ -309,6 +367,8 @@ def test_mistakes_are_refused_before_anything_is_created(call, recipe, data, tmp
         ("--preview", "nowhere/out.png"): "there is no folder nowhere",
         ("--preview", "out.png", "--data.train_dataset=none.beton"): "none.beton",
         ("--model.weights=none.pt",): "none.pt",
+        ("--report", "out.html"): "needs --eval_only",
+        ("--report", "nowhere/out.html", "--eval_only"): "there is no folder nowhere",
     }
     for arguments, expected in cases.items():
         status, out, err, created = call("--config-file", recipe, *arguments)

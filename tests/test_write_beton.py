@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from terminals import run_on_terminal, screen
 
 from ffcv_ops.beton import read_beton
 
@@ -238,3 +240,52 @@ def test_a_disk_that_takes_no_more_ends_the_run(large, tmp_path):
     assert process.returncode == 1
     assert "writing stopped (File too large)" in output and "the same command goes on" in output
     assert not target.exists()
+
+
+def test_inspect_tells_and_draws_only_what_it_is_asked_for(written, tmp_path):
+    before = {*tmp_path.iterdir()}
+    output = run("--inspect", written, env={**os.environ, "COLUMNS": "60"})
+    assert {*tmp_path.iterdir()} == before
+    assert "24, all JPEG" in output and "4, each of 6 images: class_0, class_1, class_2, class_3" in output
+    assert "width     120 px" in output and "sha256:" in output and "shorter side (px)" in output
+    bars = [line for line in output.splitlines() if line.endswith("#")]
+    assert bars and max(map(len, bars)) <= 60
+    run("--inspect", written, "--sheet", tmp_path / "sheet.png")
+    assert {*tmp_path.iterdir()} - before == {tmp_path / "sheet.png"}
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
+    first = PHOTOGRAPHS[0][0:90, 0:120]  # the first image of the first class, in its square of 120 px magnified twice
+    shown = sheet[40:280:2, 10:250:2][15:105]
+    assert np.abs(shown.astype(int) - first).mean() < 12
+
+
+def test_inspect_names_what_it_cannot_do(written, tmp_path):
+    (tmp_path / "none.beton").write_bytes(b"no beton")
+    for arguments, message in (
+        (["--inspect", tmp_path / "missing.beton"], "no such file"),
+        (["--inspect", tmp_path / "none.beton"], "damaged or not a .beton file"),
+        (["--inspect", written, "--sheet", tmp_path / "nowhere" / "a.png"], "there is no folder"),
+        (["--sheet", "a.png"], "--sheet needs --inspect"),
+    ):
+        assert message in run(*arguments, status=2)
+
+
+def test_a_terminal_shows_a_bar_and_piped_output_says_what_comes_next(data, tmp_path):
+    target = tmp_path / "a b.beton"
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--split",
+        "train",
+        "--source",
+        str(data / "train"),
+        "--target",
+        str(target),
+    ]
+    status, text = run_on_terminal([*command, "--num_workers=1"], columns=50, env={**os.environ, "NO_COLOR": "1"})
+    assert status == 0 and "24/24 [" in text and "\x1b[3" not in text
+    assert max(len(part) for part in text.replace("\n", "\r").split("\r") if "/24 [" in part) <= 50
+    lines = screen(text)
+    assert any(line.startswith("settings  mode jpg, max_side 500, quality 90, seed 0") for line in lines)
+    (check,) = (shlex.split(line)[1:] for line in lines if line.startswith("  check "))
+    assert check == ["python", "write_beton.py", "--verify", str(target)]
+    assert "sound" in run(*check[2:])

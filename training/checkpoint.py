@@ -227,8 +227,8 @@ class Checkpoints:
             for path in self.folder.glob(".*.tmp"):
                 path.unlink()
 
-    def keep_earlier_run(self) -> list[Path]:
-        """Move the checkpoints of an earlier run in this folder out of the way of a new one.
+    def keep_earlier_run(self, *others: Path) -> list[Path]:
+        """Move the checkpoints of an earlier run in this folder, and other files of it, out of the way of a new one.
 
         Returns
         -------
@@ -237,7 +237,10 @@ class Checkpoints:
         """
         if not self.world.is_main or not self.folder.is_dir():
             return []
-        found = [*written_checkpoints(self.folder, self.arch), *([self.weights] if self.weights.exists() else [])]
+        found = [
+            *written_checkpoints(self.folder, self.arch),
+            *(path for path in (self.weights, *others) if path.exists()),
+        ]
         if not found:
             return []
         number = 1

@@ -3,20 +3,28 @@
 import json
 import math
 import os
+import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import numpy as np
+from tqdm import tqdm
 
-from training.checkpoint import TrainState
+if TYPE_CHECKING:  # so that reading a run's record does not need torch
+    from training.checkpoint import TrainState
 
+Batch = TypeVar("Batch")
 Courses = dict[str, dict[int, float]]
 METRICS = {"loss": "loss", "acc1": "top-1", "acc5": "top-5"}
 
 
 class RunLog:
     """The one place that speaks for a run; silent on every rank but 0.
+
+    On a terminal, bars stand for the lines on where an epoch is; those lines are printed where the output is piped,
+    and kept in the log file either way.
 
     Parameters
     ----------
@@ -36,18 +44,64 @@ class RunLog:
         self._run_name = ""
         self._wandb: Any = None
         self._unwritten: list[str] = []
+        self._bar: tqdm | None = None
+        self._said_once = False
+        self.last: dict[str, float] = {}
 
     def say(self, text: str) -> None:
         """Print a line on rank 0, and keep it for the log file."""
         if not self.is_main:
             return
-        print(text, flush=True)
+        with tqdm.external_write_mode(file=sys.stdout):
+            print(text, flush=True)
+        self._keep(text)
+
+    def say_once(self, text: str) -> None:
+        """Print a line unless an earlier call has printed its own."""
+        if not self._said_once:
+            self._said_once = True
+            self.say(text)
+
+    def track(self, batches: Iterable[Batch], what: str, *, total: int, done: int = 0) -> Iterator[Batch]:
+        """The batches as they are; on a terminal with a bar that counts them.
+
+        Parameters
+        ----------
+        batches : iterable
+        what : str
+            Stands before the bar.
+        total, done : int
+            Batches in all, and those that were done earlier.
+        """
+        if not (self.is_main and sys.stderr.isatty()):
+            yield from batches
+            return
+        layout = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]{postfix}"
+        look: dict[str, Any] = {"bar_format": layout, "unit": "batch", "dynamic_ncols": True, "leave": False}
+        with tqdm(total=total, initial=done, desc=what, **look) as bar:
+            self._bar = bar
+            try:
+                for batch in batches:
+                    yield batch
+                    bar.update()
+            finally:
+                self._bar = None
+
+    def progress(self, line: str, brief: str) -> None:
+        """A passing line: kept for the log file, and printed unless a bar shows `brief` on a terminal."""
+        if self._bar is None or not sys.stdout.isatty():
+            self.say(line)
+            return
+        self._bar.set_postfix_str(brief)
+        self._keep(line)
+
+    def _keep(self, text: str) -> None:
         if self._file is None:
             self._unwritten.append(text)
         else:
             print(text, file=self._file, flush=True)
 
-    def open(self, state: TrainState, facts: dict[str, Any], wandb_settings: dict[str, Any]) -> None:
+    def open(self, state: "TrainState", facts: dict[str, Any], wandb_settings: dict[str, Any]) -> None:
         """Begin the run's files, or go on with those of a resumed run; names them in ``state``.
 
         Records of epochs that the resumed run does again are dropped, so that each epoch stands once.
@@ -85,6 +139,7 @@ class RunLog:
         """Record a finished epoch: a JSONL line, the curve drawn anew, W&B."""
         if not self.is_main:
             return
+        self.last = values
         with open(self._records_path, "a", encoding="utf-8") as file:
             file.write(json.dumps({**values, "step": step, "time": time.time()}) + "\n")
         draw_curve(self.records(), self.folder / f"{self._run_name}.png", self.courses)
@@ -92,6 +147,8 @@ class RunLog:
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the W&B run and the log file."""
+        if self._bar is not None:
+            self._bar.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=exit_code)
             self._wandb = None
@@ -100,7 +157,7 @@ class RunLog:
             self._file = None
 
     def _start_wandb(
-        self, state: TrainState, facts: dict[str, Any], *, enable: bool, project: str, name: str | None
+        self, state: "TrainState", facts: dict[str, Any], *, enable: bool, project: str, name: str | None
     ) -> Any:
         if not enable:
             return None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -70,6 +71,39 @@ class Meter:
         """Go on from sums that a checkpoint kept: rank 0 carries them."""
         if totals and world.is_main:
             self.sums += torch.tensor(totals, dtype=torch.float64, device=self.sums.device)
+
+
+class SampleMeter:
+    """Loss, prediction and confidence for every sample of a split, kept on the device until all are done.
+
+    Parameters
+    ----------
+    device : torch.device
+    order : ndarray of int64
+        Ids of this rank's samples, in the order in which they come.
+    num_samples : int
+        Size of the split.
+    """
+
+    def __init__(self, device: torch.device, order: np.ndarray, num_samples: int):
+        self.order = torch.from_numpy(order).to(device)
+        self.rows = torch.zeros(num_samples, 4, device=device)
+        self.num_seen = 0
+
+    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Take down the next samples: float logits (N, K), labels (N,)."""
+        norm = logits.logsumexp(dim=1)
+        top = logits.max(dim=1)
+        loss = norm - logits.gather(1, labels[:, None])[:, 0]
+        rows = torch.stack([loss, top.indices.float(), (top.values - norm).exp(), torch.ones_like(norm)], dim=1)
+        self.rows[self.order[self.num_seen : self.num_seen + len(labels)]] = rows
+        self.num_seen += len(labels)
+
+    def gather(self) -> np.ndarray:
+        """Loss, class and confidence of all ranks' samples, float32 (num_samples, 3). Every rank must call it."""
+        rows = sum_over_ranks(self.rows).cpu().numpy()
+        assert (rows[:, 3] == 1).all(), "the ranks' samples are not the split, each once"
+        return rows[:, :3]
 
 
 def metrics(totals: list[float], split: str) -> dict[str, float]:
@@ -284,7 +318,9 @@ def train_epoch(
     state.totals = []
     clock = Clock(world.device)
     lr, end = trainer.lr(max(state.step - 1, 0)), state.step + steps_per_epoch - state.batch // trainer.accumulation
-    for images, targets in clock.watch(loader.epoch(state.epoch, skip=state.batch)):
+    place = {"total": steps_per_epoch * trainer.accumulation, "done": state.batch}
+    batches = clock.watch(loader.epoch(state.epoch, skip=state.batch))
+    for images, targets in log.track(batches, f"epoch {state.epoch}", **place):
         if state.step == end:
             break
         images = trainer.laid_out(images)
@@ -305,7 +341,12 @@ def train_epoch(
         if log_every and done % log_every == 0:
             now = {**metrics(meter.sums.tolist(), "train"), "lr": lr, **clock.rates()}
             remaining_s = forecast.remaining_s(state.epoch, done, now["step_s"])
-            log.say(progress_line(state.epoch, done, steps_per_epoch, now, remaining_s))
+            log.progress(
+                progress_line(state.epoch, done, steps_per_epoch, now, remaining_s), bar_text(now, remaining_s)
+            )
+            if step_s := clock.steady_step_s():
+                remaining_s = forecast.remaining_s(state.epoch, done, step_s)
+                log.say_once(pace_line(images.shape[-1], step_s * steps_per_epoch, remaining_s))
             log.metrics({"step/loss": now["train/loss"], "lr": lr, "images_per_s": now["images_per_s"]}, state.step)
         if stop():
             state.totals = meter.totals()
@@ -329,6 +370,7 @@ class Clock:
         self.device, self.on_gpu = device, device.type == "cuda"
         self.num_images = self.num_steps = 0
         self.wait_s = 0.0
+        self.first: tuple[int, float] | None = None
         self.waits: collections.deque[tuple[Any, Any]] = collections.deque()
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
@@ -368,6 +410,13 @@ class Clock:
             "data_wait": min(self.wait_s / elapsed_s, 1.0),
             "step_s": elapsed_s / max(self.num_steps, 1),
         }
+
+    def steady_step_s(self) -> float:
+        """Seconds a step took since the first call; 0 at that call, before which kernels were compiled and chosen."""
+        now = self.num_steps, time.perf_counter()
+        self.first = self.first or now
+        num_steps = now[0] - self.first[0]
+        return (now[1] - self.first[1]) / num_steps if num_steps else 0.0
 
     def peak_memory(self) -> dict[str, int]:
         """What tensors took of the GPU's memory at most, and what PyTorch held of it; nothing on a CPU."""
@@ -418,6 +467,23 @@ def progress_line(epoch: int, done: int, steps: int, now: dict[str, float], rema
     )
 
 
+def bar_text(now: dict[str, float], remaining_s: float) -> str:
+    """What stands behind the bar of an epoch on a terminal."""
+    return (
+        f"run {format_duration(remaining_s)} to go, loss {now['train/loss']:.3f}, top-1 {now['train/acc1']:.1%}, "
+        f"{now['images_per_s']:,.0f} images/s"
+    )
+
+
+def pace_line(resolution: int, epoch_s: float, remaining_s: float) -> str:
+    """What the first steps of a process say about the time that its run takes."""
+    end = time.strftime("%a %d %b %Y %H:%M", time.localtime(time.time() + remaining_s))
+    return (
+        f"expected from the first steps, at {resolution} px and without evaluation: {format_duration(epoch_s)} an "
+        f"epoch, the end in {format_duration(remaining_s)}, {end}"
+    )
+
+
 def non_finite_message(state: TrainState, lr: float, precision: str) -> str:
     """What to do about a loss that is no longer finite."""
     remedies = [f"a lower learning rate (--lr {lr / 2:.3g})", "gradient clipping (--training.grad_clip=1)"]
@@ -439,6 +505,7 @@ def evaluate(
     precision: str,
     flip: bool = False,
     channels_last: bool = True,
+    samples: SampleMeter | None = None,
 ) -> dict[str, float]:
     """Loss and accuracy of a model over a validation split, every sample counted once over all ranks.
 
@@ -452,6 +519,8 @@ def evaluate(
         Size of the split, against which the count is checked.
     flip : bool
         Average the logits of each image and its mirror image.
+    samples : SampleMeter, optional
+        Takes down what the model makes of each sample.
 
     Returns
     -------
@@ -474,6 +543,8 @@ def evaluate(
             if flip:
                 logits = (logits + model(images.flip(3)).float()) / 2
         meter.add(F.cross_entropy(logits, labels), logits, labels)
+        if samples is not None:
+            samples.add(logits, labels)
     totals = meter.totals()
     if round(totals[3]) != num_samples:
         raise RunError(f"validation counted {totals[3]:.0f} samples of a split of {num_samples}")

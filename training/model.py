@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 # A compilation takes about a minute; what a shorter run would gain from it is less.
 MIN_STEPS_TO_COMPILE = 2000
@@ -91,6 +92,35 @@ def build_model(
     if weights:
         load_weights(model, weights)
     return model
+
+
+def model_size(model: nn.Module, resolution: int) -> str:
+    """A model's size in words: its parameters, and what one image costs in a forward pass.
+
+    Convolutions, matrix products and attention are counted; a multiply-add is two floating-point operations.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        On the meta device, so that nothing is computed.
+    resolution : int
+        Side of the image, px.
+    """
+    parameters = f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:,.2f} M parameters"
+    training = model.training
+    try:
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            model.eval()(torch.empty(1, 3, resolution, resolution, device="meta"))
+    except Exception as error:  # timm's many architectures raise what they happen to raise without data
+        reason = str(error).partition("\n")[0]
+        return f"{parameters}; the cost of an image of {resolution} px is not known: {reason}"
+    finally:
+        model.train(training)
+    flops = counter.get_total_flops()
+    return (
+        f"{parameters}; {flops / 2e9:,.3g} G multiply-adds ({flops / 1e9:,.3g} GFLOPs) an image of {resolution} px, "
+        "forward"
+    )
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

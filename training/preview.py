@@ -1,8 +1,9 @@
-"""A contact sheet: training images as the model gets them, with their targets."""
+"""A contact sheet: images over their captions, such as training images as the model gets them with their targets."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ NUM_IMAGES = 4 * COLUMNS
 MIN_CELL_PX = 160
 CAPTION_PX = 40
 GAP_PX = 10
+HISTOGRAM_PX = 260
 
 
 def denormalized(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -61,20 +63,26 @@ def caption(target: np.ndarray, names: Sequence[str]) -> str:
 
 
 def draw_contact_sheet(
-    images: np.ndarray, targets: np.ndarray, path: Path, *, names: Sequence[str], title: str
+    images: np.ndarray,
+    captions: Sequence[str],
+    path: Path,
+    *,
+    title: str,
+    histograms: Mapping[str, tuple[np.ndarray, np.ndarray]] = MappingProxyType({}),
 ) -> None:
-    """Draw images in rows of eight, pixel for pixel or magnified by a whole number, over their targets.
+    """Draw images in rows of eight, pixel for pixel or magnified by a whole number, over their captions.
 
     Parameters
     ----------
     images : ndarray of uint8, shape (N, H, W, 3)
-    targets : ndarray of float, shape (N, K)
+    captions : sequence of str
+        At most two lines each.
     path : Path
         Of the PNG, replaced whole.
-    names : sequence of str
-        Of the K classes.
     title : str
         Lines above the images.
+    histograms : dict of str to tuple of ndarray, optional
+        Drawn below the images: what is measured -> counts (B,) and the edges of the bins (B + 1,).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -84,15 +92,26 @@ def draw_contact_sheet(
     side = images.shape[1]
     num_rows = -(-len(images) // COLUMNS)
     title_px = 20 * (title.count("\n") + 1) + GAP_PX
-    width, height = COLUMNS * (side + GAP_PX) + GAP_PX, num_rows * (side + CAPTION_PX) + title_px + GAP_PX
+    charts_px = HISTOGRAM_PX if histograms else 0
+    width = COLUMNS * (side + GAP_PX) + GAP_PX
+    height = num_rows * (side + CAPTION_PX) + title_px + charts_px + GAP_PX
     figure = Figure(figsize=(width / 100, height / 100), dpi=100)
     FigureCanvasAgg(figure)
-    figure.text(GAP_PX / width, 1 - GAP_PX / height, title, va="top", fontsize=10)
-    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+    figure.text(GAP_PX / width, 1 - GAP_PX / height, title, va="top", fontsize=10, parse_math=False)
+    for number, (image, text) in enumerate(zip(images, captions, strict=True)):
         row, column = divmod(number, COLUMNS)
         left, top = GAP_PX + column * (side + GAP_PX), GAP_PX + title_px + row * (side + CAPTION_PX)
         figure.figimage(image, left, height - top - side)
-        figure.text(left / width, 1 - (top + side + 3) / height, caption(target, names), va="top", fontsize=8)
+        figure.text(left / width, 1 - (top + side + 3) / height, text, va="top", fontsize=8, parse_math=False)
+    for number, (what, (counts, edges)) in enumerate(histograms.items()):
+        share = 1 / len(histograms)
+        box = (number * share + 60 / width, 50 / height, share - 80 / width, (charts_px - 80) / height)
+        axes = figure.add_axes(box)
+        axes.bar(np.arange(len(counts)) + 0.5, counts, width=0.94)
+        axes.set_xticks(range(len(edges)), [f"{edge:,}" for edge in edges], rotation=45, ha="right")
+        axes.tick_params(labelsize=7)
+        axes.set_title(what, fontsize=9)
+        axes.set_ylabel("images", fontsize=8)
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", dpi=100)
     os.replace(temporary, path)

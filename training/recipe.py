@@ -249,6 +249,14 @@ class Settings:
         """Where a setting's value came from: ``"default"``, a file's name as given, or ``"command line"``."""
         return self._history[key][-1][1]
 
+    def history(self) -> dict[str, list[list[Any]]]:
+        """For each setting that was given, its default and all it was given in order: ``[value, source]`` each."""
+        return {
+            key: [[list(value) if isinstance(value, tuple) else value, source] for value, source in given]
+            for key, given in self._history.items()
+            if len(given) > 1
+        }
+
     def overrides(self) -> list[str]:
         """One line for each setting given several values: the values in order, each with its source."""
         return [
@@ -598,6 +606,7 @@ _section(
     "optimisation",
     eval_only=Param(Switch(), "evaluate the weights at hand and stop", default=0),
     preview=Param(Text(), "draw training images as the model gets them into this PNG and stop"),
+    report=Param(Text(), "with eval_only: write a report of the evaluation, an HTML page, into this file"),
     dry_run=Param(Switch(), "show the resolved recipe and its arithmetic and stop; needs no data", default=0),
     batch_size=Param(Integer(min=1), "images per GPU and batch", default=512),
     accumulation=Param(Integer(min=1), "batches per optimizer step", default=1),
@@ -696,6 +705,7 @@ FLAGS: dict[str, str | tuple[str, str]] = {
     "dry_run": ("training.dry_run", "1"),
     "preview": "training.preview",
     "eval_only": ("training.eval_only", "1"),
+    "report": "training.report",
 }
 DESCRIPTION = """Train an image classifier from a recipe.
 
@@ -756,6 +766,12 @@ def check_recipe(recipe: Settings) -> None:
         raise Mistake(f"{said('augmentation.repeats')} needs --data.order=random, not {said('data.order')}")
     if recipe.validation.resize is not None and recipe.validation.resize < recipe.validation.resolution:
         raise Mistake(f"{said('validation.resize')} is smaller than {said('validation.resolution')}, the crop from it")
+    if training.report and not training.eval_only:
+        raise Mistake(
+            f"{said('training.report')} needs --eval_only; a run that trains leaves report.html in its folder"
+        )
+    if training.report and not Path(training.report).absolute().parent.is_dir():
+        raise Mistake(f"{said('training.report')}: there is no folder {Path(training.report).parent}")
     if model.pretrained and model.weights:
         raise Mistake(f"{said('model.pretrained')} and {said('model.weights')} exclude each other: set one")
     for key in ("model.weights", "training.resume"):
@@ -990,16 +1006,17 @@ def _batch_arithmetic(batch_size: int, world_size: int, accumulation: int) -> st
     return f"{batch_size} (batch size) x {world_size} (processes) x {accumulation} (accumulation)"
 
 
-def summary(recipe: Settings, plan: Plan) -> str:
+def summary(recipe: Settings, plan: Plan, size: str = "") -> str:
     """What a run is going to do, and the resolved recipe with the source of every value that is not a default.
 
-    The second half is YAML that reads back as the same recipe.
+    The second half is YAML that reads back as the same recipe. ``size`` is the model's, in words.
     """
     files = ", then ".join(str(path) for path in recipe.files) or "no file: defaults"
     rows = [
         ("recipe", files),
         *(("  override", line) for line in recipe.overrides()),
         ("model", _model_line(recipe, plan)),
+        *([("size", size)] if size else []),
         ("train", f"{recipe.data.train_dataset}, {plan.num_train:,} images, {recipe.data.order} order"),
         ("val", f"{recipe.data.val_dataset}, {plan.num_val:,} images"),
         ("crops", _crops_line(recipe)),
@@ -1024,7 +1041,7 @@ def _resolved_lines(recipe: Settings) -> Iterable[str]:
     for section, values in recipe.to_dict().items():
         yield f"{section}:"
         for name, value in values.items():
-            if (section, name) in (("training", "dry_run"), ("training", "preview")):
+            if (section, name) in (("training", "dry_run"), ("training", "preview"), ("training", "report")):
                 continue
             text = yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n...\n").strip()
             source = recipe.source(f"{section}.{name}")
