@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ffcv.transforms import ToDevice, ToTensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,6 +50,10 @@ from training.optim import build_ema, build_optimizer
 from training.preview import class_names, denormalized, draw_contact_sheet, take_images
 from training.recipe import Plan, Settings, courses, plan, read_recipe, refuse, summary
 from training.schedule import build_resolution, build_schedule
+
+# isort: split
+# after ours: ffcv_ops makes ffcv importable
+from ffcv.transforms import ToDevice, ToTensor
 
 IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL = 1_281_167, 50_000
 
