@@ -170,7 +170,7 @@ class Fuzzer:
         path = self.folder / "damaged" / f"{self.seed}.beton"
         path.parent.mkdir(exist_ok=True)
         for number in range(count):
-            faulthandler.dump_traceback_later(120, exit=True)
+            faulthandler.dump_traceback_later(600, exit=True)
             draw = np.random.default_rng((self.seed, number))
             original = self.originals[draw.integers(len(self.originals))]
             region = str(draw.choice(REGIONS if original.manifest else REGIONS[:-1]))
