@@ -36,7 +36,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from ffcv.transforms import ToDevice, ToTensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 from torch.nn.parallel import DistributedDataParallel
 
@@ -77,6 +76,10 @@ from training.preview import caption, class_names, denormalized, draw_contact_sh
 from training.recipe import AUTO, Plan, Settings, courses, keep_global_batch, plan, read_recipe, refuse, summary
 from training.report import NUM_MISTAKES_SHOWN, write_report
 from training.schedule import build_resolution, build_schedule
+
+# isort: split
+# after ours: ffcv_ops makes ffcv importable
+from ffcv.transforms import ToDevice, ToTensor
 
 IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL = 1_281_167, 50_000
 # How long the other ranks leave the one that failed to speak and close its logs, before torchrun ends them all.

@@ -4,17 +4,15 @@ Both operations are a rule that gives each sample of a batch a box in px of its 
 `ffcv_ops.region` decodes the box, `ffcv_ops.resample` makes the output of it.
 """
 
-import hashlib
 import math
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-import numba as nb
 import numpy as np
 
 from ffcv_ops import jpeg, region, resample, rng
+from ffcv_ops.kernels import kernel
 from ffcv_ops.pipeline import Batch, BatchOperation, SampleError, take
 
 # isort: split
@@ -228,7 +226,7 @@ def center_boxes(heights: np.ndarray, widths: np.ndarray, size: int, ratio: floa
     return np.concatenate((start, stop - start), axis=1)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def draw_boxes_into(drawn, heights, widths, scale, ratio, flip, boxes, flips):
     """Draw a box and a flip for each sample of a batch.
 
@@ -254,7 +252,7 @@ def draw_boxes_into(drawn, heights, widths, scale, ratio, flip, boxes, flips):
         flips[i] = rng.uniform(seed, epoch, sample_ids[i], copies[i], rng.FLIP, 0) < flip
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def draw_box(draw, height, width, scale, ratio):
     """Draw a box as torchvision's ``RandomResizedCrop.get_params`` does, from the stream `rng.CROP`.
 
@@ -348,7 +346,7 @@ def _reason(status: int, address: int, size_bytes: int, height: int, width: int)
     return f"the JPEG has {image.shape[1]}x{image.shape[0]} px, the file's table says {width}x{height}"
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _eighths(h, w, size):
     """The scale of the decode: halved as long as the box is at least twice the output."""
     eighths = 8
@@ -357,7 +355,7 @@ def _eighths(h, w, size):
     return eighths
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _crop_jpeg_into(data, image_size, box, flip, interpolation, scratch, out):
     handle, numbers, spliced, planes, workspace = scratch
     y, x, h, w = box
@@ -386,7 +384,7 @@ def _crop_jpeg_into(data, image_size, box, flip, interpolation, scratch, out):
     return found.status
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _crop_sample_into(data, mode, image_size, box, flip, interpolation, scratch, out):
     height, width = image_size
     if mode == _JPG:
@@ -400,34 +398,20 @@ def _crop_sample_into(data, mode, image_size, box, flip, interpolation, scratch,
     return region.OK
 
 
-def _build_crop_samples(sources: int):
-    """The kernel that workers run. Numba keeps it on disk until this file changes; that it calls others makes
-    `sources`, a digest of theirs, part of what it is known by."""
-
-    @nb.njit(cache=True, nogil=True)
-    def crop_samples(worker, counter, samples, interpolation, scratch, out, status):
-        sources  # noqa: B018
-        addresses, sizes_bytes, modes, heights, widths, boxes, flips = samples
-        handles, numbers, spliced, planes, workspaces = scratch
-        while True:
-            i = take(counter)
-            if i >= len(status):
-                break
-            own = handles[worker], numbers[worker], spliced[worker], planes[worker], workspaces[worker]
-            data = region.memory(addresses[i], sizes_bytes[i])
-            box = boxes[i, 0], boxes[i, 1], boxes[i, 2], boxes[i, 3]
-            status[i] = _crop_sample_into(
-                data, modes[i], (heights[i], widths[i]), box, flips[i], interpolation, own, out[i]
-            )
-            if status[i] == region.BAD_JPEG:
-                handles[worker] = region.renew_decompressor(handles[worker])
-
-    return crop_samples
-
-
-def _digest(*modules) -> int:
-    content = b"".join(Path(module.__file__).read_bytes() for module in modules)
-    return int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
-
-
-_crop_samples = _build_crop_samples(_digest(jpeg, region, resample))
+@kernel
+def _crop_samples(worker, counter, samples, interpolation, scratch, out, status):
+    """What the workers run."""
+    addresses, sizes_bytes, modes, heights, widths, boxes, flips = samples
+    handles, numbers, spliced, planes, workspaces = scratch
+    while True:
+        i = take(counter)
+        if i >= len(status):
+            break
+        own = handles[worker], numbers[worker], spliced[worker], planes[worker], workspaces[worker]
+        data = region.memory(addresses[i], sizes_bytes[i])
+        box = boxes[i, 0], boxes[i, 1], boxes[i, 2], boxes[i, 3]
+        status[i] = _crop_sample_into(
+            data, modes[i], (heights[i], widths[i]), box, flips[i], interpolation, own, out[i]
+        )
+        if status[i] == region.BAD_JPEG:
+            handles[worker] = region.renew_decompressor(handles[worker])

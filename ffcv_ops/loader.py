@@ -130,8 +130,11 @@ class _Run:
             ids = loader._without_bad(wanted, copies, self.epoch, bad) if bad else wanted
             batch = Batch(loader.seed, self.epoch, ids, self.pool, self.memory, copies)
             try:
-                return ids, loader._plan.run(batch, self.buffers, slot, self.memory.storage_state)
+                result = loader._plan.run(batch, self.buffers, slot, self.memory.storage_state)
+                self.memory.check()
+                return ids, result
             except SampleError as error:
+                self.memory.check()  # first: what is not there any more is no sample's fault
                 error.file = loader.fname
                 if loader.on_error == "raise" or attempt == _MAX_ROUNDS or bad.keys() >= dict(error.failures).keys():
                     raise

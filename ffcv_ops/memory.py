@@ -4,8 +4,10 @@ Two implementations of one protocol, after FFCV's memory managers: `MappedFile` 
 (``os_cache=True``), `PagedFile` reads whole pages into slots of this process ahead of their use (``os_cache=False``).
 """
 
+import mmap
 import os
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from typing import Protocol
 
 import numpy as np
 import psutil
+
+from ffcv_ops import sigbus
 
 # As the stock loader: pages are read up to three batches ahead of their use, by twelve threads.
 _PREFETCH_BATCHES = 3
@@ -73,8 +77,13 @@ class MappedFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], alloc_table: np.ndarray):
+        self.path = os.fspath(path)
         self.regions = Regions.of(alloc_table)
-        self.data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.data = np.frombuffer(self._map, dtype=np.uint8)
+        self._number = sigbus.announce(self.data.ctypes.data, self.data.size)
+        weakref.finalize(self, sigbus.forget, self._number).atexit = False
 
     def locate(self, data_ptrs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See `Memory.locate`."""
@@ -89,21 +98,27 @@ class MappedFile:
 
     def reader(self) -> Callable:
         """Return the function by which FFCV's decoders read a region, to be compiled with them."""
-
-        def read_mapped(address, storage_state):
-            row = np.searchsorted(storage_state[1], address, side="right") - 1
-            return storage_state[0][address : address + storage_state[2][row]]
-
         return read_mapped
 
     def begin_batch(self, number: int) -> None:
         """Nothing to wait for."""
+
+    def check(self) -> None:
+        """Raise OSError if what was read since the file was mapped may be zeros, for it has become shorter."""
+        if sigbus.was_cut(self._number) or self._map.size() < self.data.size:
+            raise OSError(f"{self.path}: has less than its {self.data.size} bytes: it was cut or replaced while in use")
 
     def stop(self) -> None:
         """Nothing to stop."""
 
     def close(self) -> None:
         """The map closes when the last array over it is gone."""
+
+
+def read_mapped(address, storage_state):
+    """Read a region of a mapped file; file, pointers and sizes make its state, FFCV's ``OSCacheManager``'s too."""
+    row = np.searchsorted(storage_state[1], address, side="right") - 1
+    return storage_state[0][address : address + storage_state[2][row]]
 
 
 @dataclass(frozen=True)
@@ -278,6 +293,9 @@ class PagedFile:
             if num_read == 0:
                 raise OSError(f"{self.path}: ends at byte {offset}, within a page: it was cut or replaced while in use")
             view, offset = view[num_read:], offset + num_read
+
+    def check(self) -> None:
+        """Nothing to ask: a read that comes short raises."""
 
     def locate(self, data_ptrs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See `Memory.locate`; a sample that the batch was not planned with, a replacement, is read here."""

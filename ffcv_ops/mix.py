@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numba as nb
 import numpy as np
 import torch
 
+from ffcv_ops.kernels import kernel
 from ffcv_ops.pipeline import Batch, BatchOperation, take
 from ffcv_ops.rng import MIX, batch_id, generator
 
@@ -157,14 +157,14 @@ def _height_and_width(shape: Sequence[int]) -> tuple[int, int]:
     return (shape[0], shape[1]) if _channel_axis(shape) == -1 else (shape[1], shape[2])
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _weights_into(y, box, inside, weights):
     weights[:] = 1.0
     if box[0] <= y < box[1]:
         weights[3 * box[2] : 3 * box[3]] = inside
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _mix_rows(first, second, first_weights, second_weights):
     for x in range(len(first)):
         a = np.float32(first[x])
@@ -173,7 +173,7 @@ def _mix_rows(first, second, first_weights, second_weights):
         second[x] = np.int32(b * second_weights[x] + a * (_ONE - second_weights[x]) + _HALF)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def mix_pairs(worker, counter, images, boxes, weights, scratch):
     """Mix the images at i and N - 1 - i into each other, in place, two rows at a time.
 

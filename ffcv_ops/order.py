@@ -10,9 +10,13 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import numpy as np
-from ffcv.traversal_order.base import TraversalOrder
 
+import ffcv_ops.pipeline  # noqa: F401
 from ffcv_ops import rng
+
+# isort: split
+# after ours: ffcv_ops.pipeline makes ffcv importable
+from ffcv.traversal_order.base import TraversalOrder
 
 # Of timm's RepeatAugSampler, after DeiT's: the epoch is a multiple of this many samples, over all ranks.
 _SELECTED_ROUND = 256

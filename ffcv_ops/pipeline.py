@@ -9,7 +9,6 @@ exceptions propagate.
 from __future__ import annotations
 
 import importlib.util
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from llvmlite import ir
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-if sys.version_info >= (3, 12) and importlib.util.find_spec("distutils") is None:
+if importlib.util.find_spec("distutils") is None:
     try:
         import setuptools  # noqa: F401  its import provides the distutils that ffcv asks for
     except ImportError:
@@ -30,9 +29,24 @@ if sys.version_info >= (3, 12) and importlib.util.find_spec("distutils") is None
             "ffcv imports distutils, which Python 3.12 removed and setuptools provides: run `pip install setuptools`"
         ) from None
 
+from ffcv.memory_managers import OSCacheManager
+from ffcv.pipeline import Compiler
 from ffcv.pipeline.operation import Operation
 
-from ffcv_ops.memory import Memory
+from ffcv_ops.memory import Memory, read_mapped
+
+
+def _compile_reader(manager: OSCacheManager) -> Callable[..., Any]:
+    """FFCV's reader of a mapped file, left to infer its types.
+
+    FFCV declares them, and in doing so sets ``mutable`` on the ``uint8[::1]`` that Numba shares within a process. The
+    type's hash changes, and every kernel compiled for such arrays before raises a KeyError when another calls it.
+    """
+    return Compiler.compile(read_mapped)
+
+
+# For processes that use FFCV's own loader beside ours.
+OSCacheManager.compile_reader = _compile_reader
 
 # A counter set to this value tells every worker that there is nothing left to take.
 _NOTHING_LEFT = np.int64(1) << 62

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numba as nb
 import numpy as np
 import torch
 
+from ffcv_ops.kernels import kernel
 from ffcv_ops.pillow_ops import (
     AUTO_CONTRAST,
     BRIGHTNESS,
@@ -47,7 +47,7 @@ from ffcv.pipeline.state import State
 IMAGENET_MEAN = (124, 116, 104)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def augment_samples(worker, counter, images, operations, arguments, cubic, fill, scratch):
     """Apply to every image its operations, in place.
 
@@ -102,7 +102,7 @@ class Draws:
     cubic: np.ndarray
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _uniforms_into(seed, epoch, sample_ids, copies, stream, numbers):
     for i in range(len(sample_ids)):
         for index in range(numbers.shape[1]):

@@ -18,6 +18,7 @@ from llvmlite import ir
 from numba.extending import intrinsic
 
 from ffcv_ops import jpeg
+from ffcv_ops.kernels import kernel
 
 for _name, _entry in jpeg.function_addresses().items():
     llvm.add_symbol(f"ffcv_ops_{_name}", _entry)
@@ -74,34 +75,34 @@ def _pointer(typing_context, address) -> Any:
     return nb.types.CPointer(nb.types.uint8)(nb.types.int64), codegen
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def memory(address, size_bytes):
     """The bytes at an address as an array (size_bytes,) of uint8, which must not outlive them."""
     return nb.carray(_pointer(np.int64(address)), (np.int64(size_bytes),), np.uint8)  # type: ignore[call-arg]
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _address(array):
     return np.int64(array.ctypes.data)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _read_u2(data, offset):
     return np.int64(data[offset]) << 8 | np.int64(data[offset + 1])
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _read_u4(data, offset):
     return _read_u2(data, offset) << 16 | _read_u2(data, offset + 2)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _write_u2(data, offset, value):
     data[offset] = value >> 8
     data[offset + 1] = value & 0xFF
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def read_layout(data):
     """Where things are in a JPEG with restart segments and their index.
 
@@ -132,7 +133,7 @@ def read_layout(data):
     return Layout(height, width, frame, interval, position + 2 + _read_u2(data, position + 2))
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _has_index(data):
     if data.size < _ROWS_OFFSET or data[2] != 0xFF or data[3] != _INDEX_MARKER:
         return False
@@ -142,14 +143,14 @@ def _has_index(data):
     return True
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _is_420(data, frame):
     if frame == 0 or frame + 14 > data.size or data[frame + 4] != 3:
         return False
     return data[frame + 6] == 0x22 and data[frame + 9] == 0x11 and data[frame + 12] == 0x11
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def splice_into(data, layout, rows, segments, out):
     """Write the JPEG of some restart segments of another.
 
@@ -203,7 +204,7 @@ def splice_into(data, layout, rows, segments, out):
     return length
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _next_marker(data, position, stop):
     """The offset of the first marker that begins in [position, stop], -1 if there is none."""
     while position <= stop:
@@ -217,7 +218,7 @@ def _next_marker(data, position, stop):
     return -1
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def decode_planes_into(handle, data, size, window, eighths, numbers, spliced, planes):
     """Decode the part of a JPEG under a window.
 
@@ -270,7 +271,7 @@ def decode_planes_into(handle, data, size, window, eighths, numbers, spliced, pl
     return _decode(handle, data, (0, 0, size[0], size[1]), subsampling, eighths, numbers, planes)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _decode(handle, data, region, subsampling, eighths, numbers, planes):
     top, left, height, width = region
     height, width = (height * eighths + 7) // 8, (width * eighths + 7) // 8
@@ -292,14 +293,14 @@ def _decode(handle, data, region, subsampling, eighths, numbers, planes):
     return Planes(OK if status == 0 else BAD_JPEG, top, left, plane_height, plane_width, v, h)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def renew_decompressor(handle):
     """Exchange a decompressor that has failed for a fresh one: TurboJPEG may leave it amid the bad image's header."""
     _close_decompressor(handle)
     return _open_decompressor()
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def read_memory(address, size_bytes):
     """A copy of the bytes at an address."""
     return memory(address, size_bytes).copy()

@@ -29,9 +29,9 @@ def jpeg_bytes(image, quality=90):
     return cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].reshape(-1)
 
 
-def write_images(path, images, *, labels=None, raw=False, per_page=None):
+def write_images(path, images, *, labels=None, raw=False, per_page=None, encode=jpeg_bytes):
     """Write images, as JPEGs or raw, `per_page` of them in a page (default: as many as fit); labels are 0, 1, 2, ..."""
-    payloads = [np.ascontiguousarray(image).reshape(-1) if raw else jpeg_bytes(image) for image in images]
+    payloads = [np.ascontiguousarray(image).reshape(-1) if raw else encode(image) for image in images]
     sizes = np.array([payload.size for payload in payloads])
     if per_page is None:
         pages, offsets, page, offset = [], [], 0, 0

@@ -4,13 +4,17 @@ Run as a script, ``python -m tests.test_faults stock|ours FOLDER``, this prints 
 """
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import textwrap
 import threading
+import time
 import warnings
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -19,8 +23,12 @@ from tests.betons import photographs, spoil, write_images, write_tables
 
 NUM_SAMPLES = 93
 
-# Fault -> what is found with FFCV's loader, what is found with ours.
+# Fault -> what is found with FFCV, what is found with ours. Not here: that FFCV's writer cannot go on after a kill, for
+# which it has no option (ours: test_write_beton.py); and of ffcv-imagenet's script, which is no package to be run, the
+# missing seed, resume and training loss (ours: test_train.py). Its rule for weight decay is written out below.
 TABLE = {
+    "files written by 1 and by 2 workers": ("different bytes", "same bytes"),
+    "an image cannot be written": ("hangs", "BadImage"),
     "an operation raises": ("hangs", "ZeroDivisionError"),
     "the file was never finished": ("opens", "ValueError"),
     "the file lacks its last 30 bytes": ("opens", "ValueError"),
@@ -36,6 +44,15 @@ TABLE = {
     "an order of one's own, as an instance": ("TypeError", "runs"),
     "random order without the system's cache": ("holds 31 of 31 pages", "ValueError"),
     "memory for an image beside its result": ("12288 bytes a sample", "0 bytes a sample"),
+    "mixup of two samples of one class": ("mass 0.3", "mass 1.0"),
+    "mixup of a batch in another epoch": ("same lambda", "other lambda"),
+    "CutMix": ("AttributeError", "runs"),
+    "RandAugment": ("AttributeError", "runs"),
+    "normalisation on a GPU, without cupy": ("ModuleNotFoundError", "runs"),
+    "normalisation to bfloat16": ("TypeError", "runs"),
+    "norm layers of ResNet-50 under weight decay": ("4 of 53", "0 of 53"),
+    "a kernel calls one compiled before the loader was made": ("KeyError", "runs"),
+    "Python has no distutils": ("ModuleNotFoundError", "runs"),
     "the interpreter exits": ("numba's finalizers raise", ""),
 }
 
@@ -57,11 +74,45 @@ def found(tmp_path_factory):
     }
     findings = {}
     for which, process in processes.items():
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
         assert process.returncode == 0, err
         at_exit = "numba's finalizers raise" if "<finalize object" in err and "KeyError" in err else err
         findings[which] = {**json.loads(out.splitlines()[-1]), "the interpreter exits": at_exit}
+        findings[which]["Python has no distutils"] = without_distutils(which)
     return findings
+
+
+def without_distutils(which):
+    """Import the loader where distutils is found by none but setuptools, as from Python 3.12 on."""
+    script = """
+        import sys
+
+        class Without:
+            def __init__(self, finder):
+                self.finder = finder
+            def find_spec(self, name, path=None, target=None):
+                return None if name == "distutils" else self.finder.find_spec(name, path, target)
+
+        # Installed, setuptools provides distutils before anybody imports it; FFCV does not ask for it to be installed.
+        finders = [finder for finder in sys.meta_path if type(finder).__name__ != "DistutilsMetaFinder"]
+        sys.meta_path = [Without(finder) for finder in finders]
+        try:
+            __import__({"stock": "ffcv.loader", "ours": "ffcv_ops.loader"}[sys.argv[1]])
+        except ModuleNotFoundError as error:
+            assert error.name == "distutils", error
+            print(type(error).__name__)
+        else:
+            print("runs")
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), which],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 @pytest.mark.parametrize("fault", TABLE)
@@ -78,10 +129,33 @@ def write_files(folder):
         file.seek(beton.HEADER_TYPE.fields["alloc_table_ptr"][1])
         file.write(bytes(8))
     os.truncate(folder / "cut.beton", os.path.getsize(folder / "cut.beton") - 30)
+    for number, image in enumerate(images[:12]):
+        for name in ("images", "bad_images"):
+            (folder / name / "class").mkdir(parents=True, exist_ok=True)
+            assert cv2.imwrite(str(folder / name / "class" / f"{number:02d}.png"), image)
+    (folder / "bad_images" / "class" / "07.png").write_bytes(b"no image")
     # 2 TiB that take no room on the disk: two samples in each page of 2 GiB, all else a hole.
     place = (1 + np.arange(2048) // 2) * (1 << 31) + 768 * (np.arange(2048) % 2)
     images = [np.zeros((16, 16, 3), np.uint8)] * len(place)
     write_tables(folder / "huge.beton", images, np.full(len(place), 768), place, True, None, page_size=1 << 31)
+
+
+class Pictures:
+    """The images of a folder, for FFCV's writer; each of its processes waits until all have begun."""
+
+    def __init__(self, folder, num_workers):
+        self.paths = sorted(folder.glob("class/*"))
+        self.begin = multiprocessing.Barrier(num_workers)
+        self.has_begun = False
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        if not self.has_begun:
+            self.begin.wait()
+            self.has_begun = True
+        return cv2.imread(str(self.paths[index]))[:, :, ::-1], 0
 
 
 class Probes:
@@ -94,13 +168,15 @@ class Probes:
         from ffcv.loader.loader import Loader as StockLoader
         from ffcv.transforms import Squeeze, ToTensor
 
-        from ffcv_ops.crops import RandomResizedCrop
-        from ffcv_ops.loader import Loader
-
         self.torch = torch
         self.ours = which == "ours"
         self.folder = folder
-        self.loader = Loader if self.ours else StockLoader
+        self.loader = self.stock_loader = StockLoader
+        if self.ours:  # stock's faults are to be seen as they are without us
+            from ffcv_ops.crops import RandomResizedCrop
+            from ffcv_ops.loader import Loader
+
+            self.loader = Loader
         crop = (lambda: RandomResizedCrop(24)) if self.ours else (lambda: RandomResizedCropRGBImageDecoder((24, 24)))
         self.images = lambda: {"image": [crop(), ToTensor()], "label": None}
         self.labels = lambda *more: {"image": None, "label": [IntDecoder(), ToTensor(), Squeeze(1), *more]}
@@ -109,7 +185,7 @@ class Probes:
         return self.loader(str(self.folder / f"{name}.beton"), batch_size, num_workers, **arguments)
 
     def outcome(self, action):
-        """Return what an action does within five seconds."""
+        """Return what an action does; "hangs" once it has used no CPU time for five seconds, however long it takes."""
         outcomes = ["hangs"]
 
         def act():
@@ -121,7 +197,10 @@ class Probes:
 
         thread = threading.Thread(target=act, daemon=True)
         thread.start()
-        thread.join(timeout=5)
+        used = -1.0
+        while thread.is_alive() and time.process_time() - used > 0.25:
+            used = time.process_time()
+            thread.join(timeout=5)
         return outcomes[0]
 
     def answers(self):
@@ -131,6 +210,9 @@ class Probes:
         quasi = {"rank": 0, "world_size": 2} if self.ours else {}
         labels = self.labels
         return {
+            # First, so that FFCV's writer forks a process without threads.
+            "files written by 1 and by 2 workers": self.written(),
+            "an image cannot be written": self.outcome(lambda: self.write("bad_images", 1) and "writes"),
             "an operation raises": self.outcome(lambda: list(self.make(pipelines=labels(self.failing())))),
             "the file was never finished": self.outcome(lambda: self.make("unfinished") and "opens"),
             "the file lacks its last 30 bytes": self.outcome(lambda: self.make("cut") and "opens"),
@@ -157,6 +239,14 @@ class Probes:
             ),
             "random order without the system's cache": self.outcome(self.pages),
             "memory for an image beside its result": self.scratch(),
+            "mixup of two samples of one class": self.mass(),
+            "mixup of a batch in another epoch": self.lambdas(),
+            "CutMix": self.outcome(lambda: self.operation("CutMix", cutmix_alpha=1.0) and None),
+            "RandAugment": self.outcome(lambda: self.operation("RandAugment", config="rand-m7-mstd0.5-inc1") and None),
+            "normalisation on a GPU, without cupy": self.outcome(lambda: self.normalize(np.float32) and None),
+            "normalisation to bfloat16": self.outcome(lambda: self.normalize(self.torch.bfloat16) and None),
+            "norm layers of ResNet-50 under weight decay": self.decayed(),
+            "a kernel calls one compiled before the loader was made": self.outcome(self.kernels),
         }
 
     def failing(self):
@@ -252,6 +342,108 @@ class Probes:
         parts = [part for parts in memory.values() for part in (parts if isinstance(parts, tuple) else (parts,))]
         total = sum(part.nbytes for part in parts if part is not None)
         return f"{total // (8 * 5) - 24 * 24 * 3} bytes a sample"
+
+    def write(self, name, num_workers):
+        target = self.folder / f"{name}-{'ours' if self.ours else 'stock'}-{num_workers}.beton"
+        if self.ours:
+            from ffcv_ops.writer import write
+
+            write(self.folder / name, target, num_workers=num_workers, notice=lambda line: None)
+        else:
+            from ffcv.fields import IntField, RGBImageField
+            from ffcv.writer import DatasetWriter
+
+            fields = {"image": RGBImageField(), "label": IntField()}
+            writer = DatasetWriter(str(target), fields, num_workers=num_workers, page_size=beton.MIN_PAGE_SIZE)
+            writer.from_indexed_dataset(Pictures(self.folder / name, num_workers), chunksize=1)
+        return target.read_bytes()
+
+    def written(self):
+        return "same bytes" if self.write("images", 1) == self.write("images", 2) else "different bytes"
+
+    def mass(self):
+        labels, lam = self.torch.tensor([4, 4]), 0.7
+        targets = self.torch.empty(2, 10)
+        if self.ours:
+            from ffcv_ops.mix import Plan, dense_targets_into
+
+            box, no = np.tile([0, 8, 0, 8], (2, 1)), np.zeros(2, bool)
+            dense_targets_into(labels, Plan(np.array([1, 0]), np.full(2, lam, np.float32), box, no), 0.0, targets)
+        else:
+            from ffcv.transforms import MixupToOneHot
+
+            MixupToOneHot(10).generate_code()(self.torch.tensor([[4, 4, lam]] * 2), targets)
+        return f"mass {float(targets[0].sum()):.1f}"
+
+    def lambdas(self):
+        ids, lam = np.arange(8), []
+        for epoch in range(2):
+            if self.ours:
+                from ffcv_ops.mix import draw_plan
+
+                lam.append(float(draw_plan(0, epoch, ids, (8, 8), mixup_alpha=0.5, cutmix_alpha=0).lam[0]))
+            else:
+                from ffcv.transforms import LabelMixup
+
+                mixed = LabelMixup(0.5, True).generate_code()(ids[:, None], np.empty((8, 3), np.float32), ids)
+                lam.append(float(mixed[0, 2]))
+        return "same lambda" if lam[0] == lam[1] else "other lambda"
+
+    def operation(self, name, **arguments):
+        import ffcv.transforms
+
+        if not self.ours:
+            return getattr(ffcv.transforms, name)(**arguments)
+        import ffcv_ops
+
+        return ffcv_ops.Mix(10, **arguments) if name == "CutMix" else getattr(ffcv_ops, name)(**arguments)
+
+    def normalize(self, dtype):
+        mean, std = np.full(3, 120.0), np.full(3, 60.0)
+        if not self.ours:
+            from ffcv.transforms import NormalizeImage
+
+            return NormalizeImage(mean, std, dtype).generate_code_gpu()
+        from ffcv_ops import Normalize
+
+        dtype = self.torch.float32 if dtype is np.float32 else dtype
+        images = self.torch.zeros(2, 4, 4, 3, dtype=self.torch.uint8)
+        normalized = Normalize(mean, std, dtype).generate_code()(
+            images, self.torch.empty(2, 4, 4, 3, dtype=dtype), None
+        )
+        assert normalized.dtype == dtype and bool((normalized == -2).all())
+        return "runs"
+
+    def decayed(self):
+        from torchvision.models import resnet50
+
+        from training.optim import parameter_groups
+
+        model = resnet50()
+        norms = {name for name, part in model.named_modules() if isinstance(part, self.torch.nn.BatchNorm2d)}
+        if self.ours:
+            groups = parameter_groups(model, weight_decay=1e-4, bn_wd=0.0)
+            decaying = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+            found = [name for name in norms if id(model.get_submodule(name).weight) in decaying]
+        else:
+            found = [name for name in norms if "bn" not in name]  # the rule of ffcv-imagenet's script
+        return f"{len(found)} of {len(norms)}"
+
+    def kernels(self):
+        """FFCV's loader is made also in the process of ours."""
+        import numba as nb
+
+        @nb.njit
+        def first(data):
+            return data[0]
+
+        @nb.njit
+        def second(data):
+            return first(data[1:])
+
+        first(np.ones(2, np.uint8))
+        self.stock_loader(str(self.folder / "good.beton"), 8, 1, pipelines=self.labels())
+        second(np.ones(2, np.uint8))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import io
 import os
 import signal
 import subprocess
@@ -10,17 +11,21 @@ import textwrap
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
+import cv2
 import numpy as np
 import psutil
 import pytest
 import torch
 from ffcv.fields.basics import IntDecoder
+from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 from ffcv.loader.loader import Loader as StockLoader
 from ffcv.pipeline import PipelineSpec
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.transforms import Squeeze, ToTensor
 from ffcv.traversal_order.base import TraversalOrder
+from PIL import Image
 
 from ffcv_ops import rng
 from ffcv_ops.crops import CenterCrop, RandomResizedCrop
@@ -141,30 +146,48 @@ def test_ranks_share_the_samples(path, order, world_size):
         assert len(set(sum(training, []))) == sum(map(len, training))
 
 
-def test_processes_take_rank_and_world_size_from_torch_distributed(path, tmp_path):
+def test_under_torchrun_batches_depend_on_seed_epoch_and_rank_alone(path, tmp_path):
+    """Two ranks, 1, 2 and 4 workers, resumed or not; and a sample looks as it does in a run of one process."""
     script = """
-        import sys, torch
+        import hashlib, sys, torch
+        from ffcv_ops.crops import RandomResizedCrop
         from ffcv_ops.loader import Loader, OrderOption
-        from ffcv_ops.normalize import Label, Normalize
-        rank, path, store = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-        torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+        from ffcv_ops.normalize import Label
+
+        def sample_digests(order, num_workers, drop_last, skip=0, **distributed):
+            pipelines = {"image": [RandomResizedCrop(24)], "label": [Label()]}
+            with Loader(sys.argv[1], 4, 1, order=order, seed=2, drop_last=drop_last, pipelines=pipelines,
+                        **distributed) as loader:
+                loader.num_workers = num_workers  # also above the CPUs of this machine
+                return [[(int(label), hashlib.sha256(image.tobytes()).hexdigest())
+                         for image, label in zip(*batch, strict=True)] for batch in loader.epoch(1, skip=skip)]
+
+        torch.distributed.init_process_group("gloo")
         for order in OrderOption:
+            alone = dict(sum(sample_digests(order, 2, False), []))
             for drop_last in (False, True):
-                loader = Loader(path, 4, 1, order=order, distributed=True, seed=2, drop_last=drop_last,
-                                pipelines={"image": None, "label": [Label()]})
-                mine = torch.cat([batch[0].clone() for batch in loader]).tolist()
+                mine = sample_digests(order, 1, drop_last, distributed=True)
+                for num_workers in (2, 4):
+                    assert sample_digests(order, num_workers, drop_last, distributed=True) == mine
+                    assert sample_digests(order, num_workers, drop_last, skip=3, distributed=True) == mine[3:]
                 both = [None, None]
-                torch.distributed.all_gather_object(both, mine)
-                together = sorted(both[0] + both[1])
-                if drop_last:
-                    assert len(both[0]) == len(both[1]) == 28 and len(set(together)) == 56, both
-                else:
-                    assert together == list(range(61)), both
+                torch.distributed.all_gather_object(both, sum(mine, []))
+                together = dict(both[0] + both[1])
+                assert together.items() <= alone.items()
+                assert len(together) == len(both[0]) + len(both[1]) == (56 if drop_last else 61)
+                assert not drop_last or len(both[0]) == len(both[1])
         torch.distributed.destroy_process_group()
     """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    ranks = [subprocess.Popen([*command, str(rank), path, tmp_path / "store"]) for rank in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(script))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program), str(path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_copies_are_told_to_operations(path):
@@ -224,6 +247,50 @@ def test_stock_operations_run_by_their_own_convention(path):
     for expected, found in zip(stock, ours, strict=True):
         assert [part.shape for part in expected] == [part.shape for part in found]
         assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+
+
+def jpegs_of_all_kinds(image):
+    """What JPEGs of others may be, by kind, and how far the pixels may be from a full decode (PSNR in dB)."""
+
+    def sampled(factor):
+        return cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, factor])[1].reshape(-1)
+
+    def saved(mode="RGB", **options):
+        stream = io.BytesIO()
+        Image.fromarray(image).convert(mode).save(stream, "jpeg", quality=95, **options)
+        return np.frombuffer(stream.getvalue(), np.uint8)
+
+    return {
+        "4:4:4": (sampled(cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444), 45),
+        "4:2:2": (sampled(cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422), 35),
+        "4:2:0": (sampled(cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420), 35),
+        "4:4:0": (sampled(cv2.IMWRITE_JPEG_SAMPLING_FACTOR_440), 35),
+        "4:1:1": (sampled(cv2.IMWRITE_JPEG_SAMPLING_FACTOR_411), 32),
+        "gray": (saved("L"), 45),
+        "progressive": (saved(progressive=True), 35),
+        "RGB": (saved(keep_rgb=True), 45),
+        "CMYK": (saved("CMYK"), None),
+    }
+
+
+def test_jpegs_of_all_kinds_give_their_pixels_or_are_named(tmp_path):
+    (image,) = photographs(1, side=96)
+    kinds = jpegs_of_all_kinds(image)
+    encoded = iter([data for data, _ in kinds.values()])
+    file = write_images(tmp_path / "kinds.beton", [image] * len(kinds), encode=lambda _: next(encoded))
+    good = [i for i, (_, least_psnr) in enumerate(kinds.values()) if least_psnr is not None]
+
+    def load(decoder, ids):
+        with Loader(file, len(ids), 1, indices=ids, pipelines={"image": [decoder], "label": [Label()]}) as loader:
+            return next(iter(loader))[0].astype(int)
+
+    ours, full = load(CenterCrop(96, ratio=1), good), load(SimpleRGBImageDecoder(), good)
+    for (kind, (data, least_psnr)), found, whole in zip(kinds.items(), ours, full, strict=False):
+        assert np.abs(whole - cv2.imdecode(data, cv2.IMREAD_COLOR)[:, :, ::-1]).mean() < 1, kind
+        assert 10 * np.log10(255**2 / max(((found - whole) ** 2).mean(), 1e-3)) > least_psnr, kind
+    (bad,) = set(range(len(kinds))) - set(good)
+    with pytest.raises(SampleError, match=rf"kinds\.beton: sample {bad}: TurboJPEG: "):
+        load(CenterCrop(96, ratio=1), [bad])
 
 
 def test_a_consumer_in_inference_mode_gets_the_same_batches(path):
@@ -335,6 +402,47 @@ def test_a_file_cut_during_an_epoch_is_an_error(tmp_path):
             list(iterator)
         with pytest.raises(ValueError, match="its size has changed"):
             iter(loader)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system ends the process")
+@pytest.mark.parametrize("decoder", ["ours", "stock", "none"])
+def test_a_mapped_file_cut_during_an_epoch_is_an_error_too(tmp_path, decoder):
+    """Reading behind the end of a mapped file raises SIGBUS; that of another's map still ends the process."""
+    path = write_images(tmp_path / "cut.beton", photographs(30), per_page=1)
+    script = """
+        import mmap, os, sys
+        from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+        from ffcv_ops.crops import RandomResizedCrop
+        from ffcv_ops.loader import Loader
+        from ffcv_ops.normalize import Label
+
+        path, decoder = sys.argv[1:]
+        decode = SimpleRGBImageDecoder() if decoder == "stock" else RandomResizedCrop(16)
+        loader = Loader(path, 2, 2, True, on_error="skip", pipelines={"image": [decode], "label": [Label()]})
+        iterator = loader.epoch(0)
+        next(iterator)
+        with open(path, "rb") as file:
+            other = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        os.truncate(path, 12 << 21)
+        if decoder == "none":
+            other[20 << 21]
+        try:
+            print(sum(1 for _ in iterator))
+        except OSError as error:
+            print(error)
+        try:
+            loader.epoch(1)
+        except ValueError as error:
+            print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), path, decoder], capture_output=True, text=True, timeout=180
+    )
+    if decoder == "none":
+        assert done.returncode == -signal.SIGBUS, done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert "cut or replaced while in use" in done.stdout and "its size has changed" in done.stdout
 
 
 @pytest.mark.parametrize("os_cache", [True, False])

@@ -1,6 +1,7 @@
 """The training script as its user runs it: whole runs, killed runs, several processes, mistakes."""
 
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -54,7 +56,7 @@ def run_script(*arguments, folder, launcher=(sys.executable,), **options):
 
 
 def finish(process, status=0):
-    output, _ = process.communicate(timeout=180)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == status, output
     return output
 
@@ -214,6 +216,77 @@ def test_killed_and_resumed_equals_undisturbed(recipe, whole_run, tmp_path):
     ):
         for name in ("epoch", "train/loss", "train/acc1", "val/loss", "val/acc1", "lr"):
             assert ours[name] == theirs[name], name
+
+
+def start_forked(folder, *arguments):
+    """Start the script in a copy of this process, which has imported what takes longest; return its output too."""
+    reader, writer = os.pipe()
+
+    def run():
+        os.chdir(folder)
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+        sys.argv = ["train_imagenet.py", *map(str, arguments)]
+        train_imagenet.main()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    os.close(writer)
+    return process, open(reader)
+
+
+def weights_after(num_kills, recipe, folder, seed):
+    """Kill runs, and the runs that go on from them, at random moments; yield the weights of each that is through."""
+    draw = np.random.default_rng(seed)
+    num_killed = num_resumed = num_whole = step = 0
+    while num_killed < num_kills or step:
+        run = folder / f"run_{seed}_{num_whole}"
+        run.mkdir(exist_ok=True)
+        last = run / "checkpoints" / "last.ckpt"
+        resume = ["--resume", last] if last.exists() else []
+        num_resumed += len(resume) // 2
+        process, output = start_forked(
+            run,
+            "--config-file",
+            recipe,
+            "--no_wandb",
+            "--training.save_every_steps=2",
+            "--logging.log_every=1",
+            *resume,
+        )
+        num_left = int(draw.integers(1, max(2, 25 - step))) if num_killed < num_kills else 25
+        with output:
+            for line in output:
+                num_left -= bool(re.match(r"epoch \d  step ", line))
+                if num_left == 0:
+                    time.sleep(draw.uniform(0, 0.2))
+                    process.kill()
+                    break
+            rest = output.read()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            num_killed += 1
+            step = torch.load(last, weights_only=True)["state"]["step"] if last.exists() else 0
+            continue
+        assert process.exitcode == 0, rest
+        yield torch.load(last, weights_only=True)
+        num_whole, step = num_whole + 1, 0
+    print(f"seed {seed}: {num_killed} runs killed, {num_resumed} resumed, {num_whole} finished")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(4))
+def test_kills_at_random_moments_change_no_weight(recipe, tmp_path, seed):
+    process, output = start_forked(tmp_path, "--config-file", recipe, "--no_wandb")
+    assert output.read() and process.join() is None and process.exitcode == 0
+    expected = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    all_found = list(weights_after(5, recipe, tmp_path, seed))
+    assert all_found
+    for found in all_found:
+        for part in ("model", "ema"):
+            for name, value in expected[part].items():
+                assert torch.equal(found[part][name], value), name
 
 
 def test_two_processes_agree_and_count_each_validation_sample_once(recipe, tmp_path):

@@ -196,6 +196,33 @@ def test_killed_runs_go_on_and_make_the_same_bytes(large, tmp_path):
     assert len(digests) == 1
 
 
+@pytest.mark.soak
+def test_twenty_kills_at_random_moments_change_no_byte(large, tmp_path):
+    started = time.monotonic()
+    assert begin(large, tmp_path / "whole.beton").wait(600) == 0
+    duration_s = time.monotonic() - started
+    draw = np.random.default_rng(0)
+    num_killed = num_resumed = 0
+    while num_killed < 20:
+        target = tmp_path / f"killed_{num_killed}.beton"
+        process = begin(large, target)
+        time.sleep(draw.uniform(0, duration_s))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if process.returncode == 0:  # through before its moment came
+            target.unlink()
+            continue
+        num_killed += 1
+        process = begin(large, target)
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+        num_resumed += "resuming: " in output
+        assert target.read_bytes() == (tmp_path / "whole.beton").read_bytes()
+        target.unlink()
+    print(f"{num_killed} runs killed, {num_resumed} went on where they were, all with the same bytes")
+    assert num_resumed >= 5
+
+
 @pytest.mark.parametrize(
     ("number", "name", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
 )

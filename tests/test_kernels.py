@@ -1,0 +1,50 @@
+"""Numba's cache on disk, told of what a kernel calls in other modules."""
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import ffcv_ops
+from ffcv_ops import kernels
+
+SCRIPT = """
+    import numpy as np
+    from ffcv_ops.crops import draw_boxes_into
+    ids, boxes = np.arange(3), np.empty((3, 4))
+    drawn, sides = (0, 0, ids, np.zeros(3, np.int64)), np.full(3, 500)
+    draw_boxes_into(drawn, sides, sides, (0.08, 1.0), (0.75, 1.5), 0.5, boxes, np.empty(3, np.bool_))
+    print(sum(draw_boxes_into.stats.cache_hits.values()), boxes.tolist())
+"""
+
+
+def test_a_change_in_a_module_that_a_kernel_calls_is_seen(tmp_path):
+    package = tmp_path / "ffcv_ops"
+    shutil.copytree(Path(ffcv_ops.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def run(module, old, new):
+        source = (package / module).read_text()
+        assert old in source
+        (package / module).write_text(source.replace(old, new, 1))
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+        command = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        hits, boxes = done.stdout.split(maxsplit=1)
+        return int(hits), boxes
+
+    compiled, boxes = run("rng.py", "\nCROP = ", "\nCROP = 0 + ")
+    assert compiled == 0
+    assert run("writer.py", '"""', '"""Not of any kernel. ') == (1, boxes)
+    compiled, others = run("rng.py", "\nCROP = 0 + ", "\nCROP = 77 + ")
+    assert compiled == 0 and others != boxes
+
+
+def test_the_modules_that_a_kernel_uses_are_found():
+    import ffcv_ops.crops  # noqa: F401
+
+    used = kernels._used_by("ffcv_ops.crops", set())
+    assert {f"ffcv_ops.{name}" for name in ("crops", "jpeg", "region", "resample", "rng", "pipeline")} <= used
+    assert "ffcv_ops.loader" not in used and all(name.startswith("ffcv_ops") for name in used)
