@@ -28,6 +28,7 @@ from training.recipe import FLAGS, RECIPE, read_recipe, read_settings
 
 # (what is printed, what runs, in commands)
 SUBSTITUTIONS = [
+    (r"(--split (train|val))(?!.*--source)", r"\1 --source {data}/\2"),  # instead of the default, /fsx/ns1
     (r"(?<![\w.])/(fsx/ns1|data/imagenet|data|scratch)(?=/|$)", "{data}"),  # the folder of train/ and val/
     (r"--nproc_per_node[= ]\d+", "--nproc_per_node=2"),
     (r"--epochs[= ]\d+", "--epochs 1"),
@@ -80,7 +81,8 @@ FOREIGN_FILES = {
 FOREIGN_FLAGS = {
     "sbatch": {"nodes", "time", "partition", "account", "cpus-per-task", "gpus-per-node", "requeue", "signal"},
     "pip": {"no-deps", "no-build-isolation", "upgrade"},
-    "pytest": {"durations"},
+    "timm": {"mixup", "cutmix"},
+    "anybody": {"section.key"},
 }
 # What the tests of a command share: a process that has imported everything forks for each.
 SERVER = """
@@ -206,7 +208,7 @@ def target_of(command: Command) -> tuple[str, str, list[str]]:
     if program == "torchrun":
         options = get_args_parser().parse_args(rest)
         return "script", options.training_script, options.training_script_args
-    script = next((word for word in rest if word.endswith((".sh", ".sbatch"))), None)
+    script = next((word for word in rest if (ROOT / word).is_file()), None)
     if program in ("bash", "sbatch") and script:
         return "shell", script, rest[rest.index(script) + 1 :]
     raise AssertionError(
@@ -216,7 +218,7 @@ def target_of(command: Command) -> tuple[str, str, list[str]]:
     )
 
 
-def check_what_is_named(command: Command, argv_given_to: dict[str, str] | None = None) -> None:
+def check_what_is_named(command: Command) -> None:
     """That the files, flags and settings of a command exist, though it does not run."""
     program = command.words[0]
     if program == "make":
