@@ -46,7 +46,7 @@ def test_a_pipe_among_the_images_is_refused_not_waited_for(tmp_path: Path) -> No
         scan(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "folder/run", ".."])
+@pytest.mark.parametrize("name", ["../elsewhere", "/elsewhere/run", "folder/run"])
 def test_a_checkpoint_does_not_choose_where_logs_go(tmp_path: Path, name: str) -> None:
     path = tmp_path / "last.ckpt"
     torch.save({"format": FORMAT, "state": {"run_name": name}}, path)
@@ -65,7 +65,7 @@ def test_a_recipe_makes_no_python_objects(tmp_path: Path, capsys: pytest.Capture
         yaml.safe_load(path.read_text())
 
 
-@pytest.mark.parametrize("arch", ["hf-hub:somebody/model", "local-dir:/tmp/model", "os.system"])
+@pytest.mark.parametrize("arch", ["hf-hub:somebody/model", "local-dir:model", "os.system"])
 def test_an_architecture_is_one_of_the_libraries(arch: str) -> None:
     with pytest.raises(ValueError, match="unknown to torchvision and timm"):
         find_library(arch)
