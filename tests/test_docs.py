@@ -72,6 +72,8 @@ NOT_RUN = [
 SOAKED = r"torchrun (?!.*(--nnodes|HEAD))"
 # Words in capitals that a reader replaces: {data} is the folder that stands for ImageNet.
 PLACEHOLDERS = {"IMAGE_FOLDER": "{data}/train", "IMAGE_FOLDERS": "{data}", "FOLDER": "{data}/train"}
+# What an installed package calls the scripts.
+CONSOLE = {"write-beton": "python write_beton.py", "train-imagenet": "python train_imagenet.py"}
 # Files of others that documents name.
 FOREIGN_FILES = {
     "path/to/ffcv-imagenet/rn50_configs/rn50_16_epochs.yaml": "lr:\n  lr: 1.7\n  lr_schedule_type: cyclic\n"
@@ -184,7 +186,7 @@ def unique_commands() -> list[Command]:
     for document in DOCUMENTS:
         for block in blocks(document):
             for command in commands(block):
-                found.setdefault(command.text, command)
+                found.setdefault(re.sub("|".join(CONSOLE), lambda name: CONSOLE[name[0]], command.text), command)
     return list(found.values())
 
 
@@ -199,8 +201,8 @@ def reason_not_to_run(command: Command) -> str | None:
 def target_of(command: Command) -> tuple[str, str, list[str]]:
     """What a command runs: "script" or "module", which one, and its arguments."""
     program, *rest = command.words
-    if program in ("write-beton", "train-imagenet"):
-        return "script", {"write-beton": "write_beton.py", "train-imagenet": "train_imagenet.py"}[program], rest
+    if program in CONSOLE:
+        return "script", CONSOLE[program].split()[1], rest
     if program in ("python", "python3") and rest[:1] == ["-m"]:
         return "module", rest[1], rest[2:]
     if program in ("python", "python3") and rest[0].endswith(".py"):
@@ -289,8 +291,7 @@ def test_the_command_runs_with_several_processes(world: World, command: Command)
             assert not world.run("script", "write_beton.py", ["--source", str(world.data / split)], world.folder, {})[0]
     text = world.substitute(command.text, SUBSTITUTIONS)
     text = re.sub(r"torchrun", f"{sys.executable} -m torch.distributed.run", text)
-    if "train_imagenet.py" in text:
-        text += " --config-file small_run.yaml"
+    text += " --config-file small_run.yaml" if "train_imagenet.py" in text else " --overwrite"
     done = subprocess.run(shlex.split(text), cwd=world.folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{command.where}: {text}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
 
