@@ -106,7 +106,7 @@ def prose(document: Path) -> str:
 
 
 def code_spans(document: Path) -> list[str]:
-    """Code within sentences and tables; of tables that compare, without the first column, which is another project's."""
+    """Code within sentences and tables; of tables that compare, without the first column: another project's."""
     text = prose(document)
     if document.name == "MIGRATING.md":
         text = re.sub(r"^\| .*? \|", "|", text, flags=re.MULTILINE)

@@ -110,12 +110,11 @@ def damaged_jpegs(count: int) -> list[np.ndarray]:
 
 
 def test_tampered_jpegs_end_in_a_reason_never_in_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    contents = damaged_jpegs(200)
-    images = photographs(200, side=96)
-    monkeypatch.setattr("betons.jpeg_bytes", lambda image, contents=iter(contents): next(contents))
+    images, upcoming = photographs(200, side=96), iter(damaged_jpegs(200))
+    monkeypatch.setattr("betons.jpeg_bytes", lambda image: next(upcoming))
     paths = [write_images(tmp_path / f"{part}.beton", images[part::2]) for part in range(2)]
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, *map(str, paths)], capture_output=True, text=True, cwd=ROOT, timeout=120
+        [sys.executable, "-c", LOAD, *map(str, paths)], capture_output=True, text=True, cwd=ROOT, timeout=300
     )
     assert done.returncode == 0, f"{done.returncode}: {done.stderr[-2000:]}"
     counts = [tuple(map(int, line.split())) for line in done.stdout.splitlines() if re.fullmatch(r"\d+ \d+", line)]
