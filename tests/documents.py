@@ -11,9 +11,24 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md",
 # What begins a command in a block that does not say its language.
 PROGRAMS = (
     *("python", "python3", "torchrun", "make", "bash", "sbatch", "pip", "source", "git", "wandb", "apt", "apt-get"),
-    *("sudo", "conda", "docker", "export", "cd", "cp", "rsync", "tar", "curl", "wget", "write-beton", "train-imagenet"),
+    *(
+        "sudo",
+        "conda",
+        "docker",
+        "srun",
+        "export",
+        "cd",
+        "cp",
+        "rsync",
+        "tar",
+        "curl",
+        "wget",
+        "write-beton",
+        "train-imagenet",
+    ),
 )
 SHELL = ("sh", "bash", "shell", "console")
+SUBSTITUTED = re.compile(r"\$\([^)]*\)")  # what another command prints
 ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
 
 
@@ -79,7 +94,7 @@ def commands(block: Block) -> Iterator[Command]:
         if not text or text.startswith("#"):
             continue
         try:
-            words = shlex.split(text, comments=True)
+            words = shlex.split(SUBSTITUTED.sub("", text), comments=True)
         except ValueError:  # prose with an apostrophe
             words = text.split()
         variables = []

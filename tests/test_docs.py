@@ -63,7 +63,8 @@ NOT_RUN = [
         r"(sudo|apt|apt-get|conda|docker|pip|python -m pip|git|wandb|rsync|curl|wget) ",
         "changes the machine, or needs a network",
     ),
-    (r"sbatch ", "needs Slurm"),
+    (r"(sbatch|srun) ", "needs Slurm"),
+    (r"(until|while|for|if) ", "a loop of the shell around what is shown elsewhere"),
     (r"bash launch/", "needs a GPU, a terminal or other machines"),
     (r"torchrun .*(--nnodes[= ]|HEAD)", "needs two machines"),
     (r"torchrun ", "each process takes its seconds to start; `pytest -m soak` runs it"),
@@ -71,7 +72,7 @@ NOT_RUN = [
 ]
 SOAKED = r"torchrun (?!.*(--nnodes|HEAD))"
 # Words in capitals that a reader replaces: {data} is the folder that stands for ImageNet.
-PLACEHOLDERS = {"IMAGE_FOLDER": "{data}/train", "IMAGE_FOLDERS": "{data}", "FOLDER": "{data}/train"}
+PLACEHOLDERS = {"IMAGE_FOLDER": "{data}/train", "RUN": ".", "RUN_FOLDER": ".", "ANOTHER_RUN_FOLDER": "."}
 # What an installed package calls the scripts.
 CONSOLE = {"write-beton": "python write_beton.py", "train-imagenet": "python train_imagenet.py"}
 # Files of others that documents name.
@@ -271,7 +272,7 @@ def test_the_command_runs(world: World, command: Command) -> None:
         return
     kind, target, argv = target_of(command)
     argv = shlex.split(world.substitute(shlex.join(argv), SUBSTITUTIONS).replace("'", ""))
-    argv = [world.substitute(PLACEHOLDERS.get(word, word), []) for word in argv]
+    argv = [world.substitute(PLACEHOLDERS.get(word, word), []) for word in argv if word != "..."]
     if target == "train_imagenet.py":
         argv += ["--config-file", "small_run.yaml"]
     environment = dict(variable.split("=", 1) for variable in command.variables)
@@ -336,7 +337,7 @@ def test_every_command_in_a_sentence_names_what_exists() -> None:
     for document in DOCUMENTS:
         spans = tuple(span for span in code_spans(document) if re.match(r"(make|bash|sbatch|python|torchrun) \S", span))
         for command in commands(Block(document, 0, "sh", spans)):
-            if not re.search(r" -[ch]\b|[A-Z]{3,}$", command.text):
+            if not re.search(r" -[ch]\b|[A-Z]{3,}$|\.\.\.", command.text):
                 check_what_is_named(command)
 
 
