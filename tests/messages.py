@@ -65,6 +65,7 @@ class Sources:
                 if isinstance(function, ast.FunctionDef):
                     self.functions[function.name] = function
                     self.owners.update((node, function) for node in ast.walk(function))  # the innermost comes last
+        self._followed: set[ast.stmt] = set()
         self.carriers: dict[str, set[str]] = {}
         while self._find_carriers():
             pass
@@ -152,12 +153,19 @@ class Sources:
             for statement in ast.walk(function):
                 if isinstance(statement, ast.Assign) and _name(statement.targets[0]) == node.id:
                     if not isinstance(statement.value, ast.Name):
-                        yield from self._open_ended(self._resolve(statement.value, function), function, node.id)
+                        yield from self._open_ended(self._follow(statement, function), function, node.id)
         elif isinstance(node, ast.Call) and _name(node.func) in self.functions and not _raises(node):
             called = self.functions[_name(node.func)]
             for statement in ast.walk(called):
                 if isinstance(statement, ast.Return) and isinstance(statement.value, (ast.Constant, ast.JoinedStr)):
-                    yield from self._resolve(statement.value, called)
+                    yield from self._follow(statement, called)
+
+    def _follow(self, statement: ast.Assign | ast.Return, function: ast.FunctionDef):
+        """What a statement assigns or returns; nothing where that leads back to it."""
+        if statement not in self._followed and statement.value is not None:
+            self._followed.add(statement)
+            yield from self._resolve(statement.value, function)
+            self._followed.discard(statement)
 
     @staticmethod
     def _open_ended(texts, function: ast.FunctionDef, name: str):
@@ -193,9 +201,10 @@ def _raises(call: ast.Call) -> bool:
 
 def shell_messages(path: Path) -> Iterator[Message]:
     """What a shell script says on stderr, or hands to its functions that stop it."""
-    spoken = r'(?:\b(?:stop|give_up)|echo) "([^"]+)"(?=[^\n]*>&2|[^\n]*\n)'
-    for match in re.finditer(spoken, path.read_text(encoding="utf-8")):
-        line = path.read_text(encoding="utf-8")[: match.start()].count("\n") + 1
-        parts = re.split(r"\$\w+|\$\{[^}]+\}|\$\([^)]+\)", match[1])
-        names = re.findall(r"\$[\w({][^)}\s]*", match[1])
+    source = path.read_text(encoding="utf-8")
+    for match in re.finditer(r'\b(?:stop|give_up) "([^"]+)"|\becho "([^"]+)"[^\n]*>&2', source):
+        line = source[: match.start()].count("\n") + 1
+        said = match[1] or match[2]
+        parts = re.split(r"\$\w+|\$\{[^}]+\}|\$\([^)]+\)", said)
+        names = re.findall(r"\$[\w({][^)}\s]*", said)
         yield Message(tuple(parts), tuple(names[: len(parts) - 1]), f"{path.relative_to(ROOT)}:{line}")

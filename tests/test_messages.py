@@ -68,6 +68,9 @@ def test_messages_are_found_however_they_are_put(tmp_path: Path) -> None:
         "    raise fail('the disk is full')\n"
         "def say():\n"
         "    raise AssertionError('only the author gets this')\n"
+        "def again(text):\n"
+        "    text = f'{text}'\n"
+        "    raise ValueError(text)\n"
     )
     texts = {message.text for message in Sources([source], root=tmp_path).messages()}
     assert texts == {
