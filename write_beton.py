@@ -221,9 +221,11 @@ def paths(chosen: Any) -> tuple[Path, Path]:
     if chosen.split is None and chosen.source is None:
         raise ValueError("say what to write: --split train, --split val, or --source FOLDER")
     source = Path(chosen.source) if chosen.source else ROOT / chosen.split
+    if not source.is_dir():
+        raise ValueError(f"{source}: no such folder; --source names the one with a subfolder of images for each class")
     absolute = Path(os.path.abspath(source))
     target = Path(chosen.target) if chosen.target else absolute.parent / f"{absolute.name}.beton"
-    inner = sorted(entry.name for entry in source.iterdir() if entry.is_dir()) if source.is_dir() else []
+    inner = sorted(entry.name for entry in source.iterdir() if entry.is_dir())
     if inner and set(inner) <= {"train", "val", "test"}:
         name = chosen.split if chosen.split in inner else inner[0]
         raise ValueError(f"{source}: holds the splits, not the classes of one; use --source {source / name}")

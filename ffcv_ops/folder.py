@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISLNK, S_ISREG
 
 import numpy as np
 
@@ -76,6 +77,8 @@ def stat_image(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Return an image file's size in bytes and time of its last change in ns."""
     # That of a link without a target is a bad image's, for the encoder to report.
     stat = os.stat(path) if os.path.exists(path) else os.lstat(path)
+    if not S_ISREG(stat.st_mode) and not S_ISLNK(stat.st_mode):  # to open a pipe would be to wait for ever
+        raise ValueError(f"{path}: is no file, though it is named like an image; remove or rename it")
     return stat.st_size, stat.st_mtime_ns
 
 
@@ -101,8 +104,10 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
 
     content = Path(path).read_bytes()
     if content.startswith(b"\xff\xd8"):
+        # Beyond this Pillow raises DecompressionBombError, and has the word.
+        max_pixels = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else None
         try:
-            return jpeg.decode(np.frombuffer(content, np.uint8))
+            return jpeg.decode(np.frombuffer(content, np.uint8), max_pixels=max_pixels)
         except ValueError:
             pass
     with Image.open(io.BytesIO(content)) as image:

@@ -124,12 +124,14 @@ def scan_start(jpeg: np.ndarray) -> tuple[int, int]:
             return position, interval
 
 
-def decode(jpeg: np.ndarray) -> np.ndarray:
+def decode(jpeg: np.ndarray, *, max_pixels: int | None = None) -> np.ndarray:
     """Decode a whole JPEG, whoever wrote it.
 
     Parameters
     ----------
     jpeg : ndarray of uint8, shape (size_bytes,)
+    max_pixels : int, optional
+        Decode no image that claims to have more.
 
     Returns
     -------
@@ -139,7 +141,7 @@ def decode(jpeg: np.ndarray) -> np.ndarray:
     Raises
     ------
     ValueError
-        With TurboJPEG's message, if it reports an error or a warning.
+        With TurboJPEG's message, if it reports an error or a warning; or for an image of too many pixels.
     """
     library = turbojpeg()
     jpeg = np.ascontiguousarray(jpeg, dtype=np.uint8)
@@ -149,6 +151,8 @@ def decode(jpeg: np.ndarray) -> np.ndarray:
         found = map(ctypes.byref, (width, height, subsampling, colourspace))
         if library.tjDecompressHeader3(handle, jpeg.ctypes.data, jpeg.size, *found):
             raise ValueError(_last_error(handle))
+        if max_pixels is not None and height.value * width.value > max_pixels:
+            raise ValueError(f"{width.value} x {height.value} px are more than {max_pixels} px")
         image = np.empty((height.value, width.value, 3), np.uint8)
         size = width.value, 0, height.value
         if library.tjDecompress2(handle, jpeg.ctypes.data, jpeg.size, image.ctypes.data, *size, _TJPF_RGB, 0):

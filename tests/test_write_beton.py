@@ -104,6 +104,7 @@ def test_mistakes_are_named_before_any_work(data, written, tmp_path):
     mistakes = [
         ([], "--split train"),
         (["--source", tmp_path / "missing"], "no such folder"),
+        (["--source", tmp_path / "neither" / "there"], "there: no such folder; --source names the one"),
         (["--source", data], f"use --source {data / 'train'}"),
         (["--source", source, "--target", written], "use --overwrite"),
         (["--source", source, "--qualty=3"], "did you mean --quality"),

@@ -80,6 +80,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"training.resume={path} is not a checkpoint of a run (one such as checkpoints/last.ckpt); "
             "weights alone are loaded with --model.weights"
         )
+    name = str(content["state"].get("run_name", ""))
+    if Path(name).name != name:  # the run's log files are called so
+        raise ValueError(f"training.resume={path} names its log files {name!r}: it is not to be trusted")
     return content
 
 
