@@ -94,7 +94,8 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
 
     from ffcv_ops import jpeg
 
-    content = Path(path).read_bytes()
+    with open(path, "rb", buffering=0) as file:
+        content = file.read()
     if content.startswith(b"\xff\xd8"):
         try:
             return jpeg.decode(np.frombuffer(content, np.uint8))

@@ -7,7 +7,7 @@ import os
 import signal
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 # One message to work on and one to begin with when that is answered.
@@ -36,11 +36,15 @@ class Workers:
     num_workers : int
     build : callable
         Called once in each process with `args`; returns the function of messages. Both are importable by name.
+    preload : sequence of str
+        Modules that the fork server imports for all of them, where it has not been started yet.
     """
 
-    def __init__(self, num_workers: int, build: Callable[..., Callable[[Any], Any]], *args: Any):
+    def __init__(
+        self, num_workers: int, build: Callable[..., Callable[[Any], Any]], *args: Any, preload: Sequence[str] = ()
+    ):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([build.__module__, "cv2", "PIL.Image", "ffcv_ops.jpeg"])
+        context.set_forkserver_preload([build.__module__, "cv2", "PIL.Image", "ffcv_ops.jpeg", *preload])
         self._outstanding = [0] * num_workers
         self._connections: list[multiprocessing.connection.Connection] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []

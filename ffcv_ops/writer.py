@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ffcv_ops import beton, journal
+from ffcv_ops import beton, journal, jpeg
 from ffcv_ops.folder import ImageFolder, class_difference, load_image, scan
 from ffcv_ops.processes import WorkerKilled, Workers, map_in_order, num_cpus
 
@@ -36,7 +36,6 @@ _HEAD_BYTES = beton.HEADER_TYPE.itemsize + 2 * beton.FIELD_TYPE.itemsize
 _CHUNK = 16
 _CHUNKS_A_WORKER = 4
 _ESTIMATE_IMAGES = 16, 128
-_MAX_SIDE_PX = 65500
 # The two uses of the storage seed draw from different keys.
 _ORDER_STREAM, _RAW_STREAM = 0, 1
 
@@ -93,8 +92,8 @@ class WriteSettings:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, not {self.mode!r}")
         if self.mode == "smart" and self.smart_threshold is None:
             raise ValueError("mode smart needs smart_threshold: images whose pixels take more bytes become JPEG")
-        if not 0 <= self.max_side <= _MAX_SIDE_PX:
-            raise ValueError(f"max_side must be 0 (keep sizes) or 1 to {_MAX_SIDE_PX} px, not {self.max_side}")
+        if not 0 <= self.max_side <= jpeg.MAX_SIDE_PX:
+            raise ValueError(f"max_side must be 0 (keep sizes) or 1 to {jpeg.MAX_SIDE_PX} px, not {self.max_side}")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality must be 1 to 100, not {self.quality}")
         if not 0 <= self.raw_share <= 1:
@@ -143,6 +142,7 @@ class Plan:
             "format": beton.MANIFEST_VERSION,
             "images": listing.hexdigest(),
             "libraries": library_versions(),
+            "encoder": jpeg.ENCODER,
             **asdict(self.settings),
         }
 
@@ -201,11 +201,18 @@ class _Encoded:
     entries: list[Entry | str]
 
 
+def _start_workers(num_workers: int, settings: WriteSettings, root: Path, partial_path: Path) -> Workers:
+    # The encoder's kernels are loaded once, before the processes are forked, where they will be used.
+    preload = [] if settings.mode == "raw" else ["ffcv_ops.encoder"]
+    return Workers(num_workers, _Encoder, settings, root, partial_path, preload=preload)
+
+
 class _Encoder:
     """Answers messages in a worker process."""
 
     def __init__(self, settings: WriteSettings, root: Path, partial_path: Path):
-        self.settings, self.root = settings, root
+        # Text, for joining paths takes as long as reading a small file.
+        self.settings, self.root = settings, os.fspath(root)
         self._file = os.open(partial_path, os.O_WRONLY)
         self._kept: dict[int, list[memoryview]] = {}
 
@@ -218,7 +225,9 @@ class _Encoder:
         contents = []
         for path, keep_raw in zip(message.paths, message.raw, strict=True):
             try:
-                mode, width, height, content = encode_image(load_image(self.root / path), self.settings, keep_raw)
+                mode, width, height, content = encode_image(
+                    load_image(os.path.join(self.root, path)), self.settings, keep_raw
+                )
             except (MemoryError, ImportError):
                 raise  # not the image's fault
             except Exception as error:  # Pillow raises what its decoders happen to raise
@@ -246,11 +255,9 @@ def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
 
 def encode_image(image: np.ndarray, settings: WriteSettings, keep_raw: bool) -> tuple[int, int, int, memoryview]:
     """Return mode, width, height and bytes of an image (H, W, 3), shrunk and encoded as the settings say."""
-    from ffcv_ops import jpeg
-
     image = shrink(image, settings.max_side)
     height, width = image.shape[:2]
-    if max(height, width) > _MAX_SIDE_PX:
+    if max(height, width) > jpeg.MAX_SIDE_PX:
         raise ValueError(f"{width} x {height} px are more than a file can hold; set max_side")
     if settings.mode == "smart":
         assert settings.smart_threshold is not None
@@ -450,7 +457,7 @@ def _write(
     except OSError as error:
         raise ValueError(f"{target}.partial: cannot be written ({error.strerror})") from error
     try:
-        with closing(partial), closing(Workers(num_workers, _Encoder, settings, source, partial.path)) as workers:
+        with closing(partial), closing(_start_workers(num_workers, settings, source, partial.path)) as workers:
             if partial.changed:
                 notice(f"starting over: since {partial.path} was begun, {', '.join(partial.changed)} changed")
             layout = _Layout(plan, partial)
