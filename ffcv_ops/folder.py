@@ -102,7 +102,8 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
 
     from ffcv_ops import jpeg
 
-    content = Path(path).read_bytes()
+    with open(path, "rb", buffering=0) as file:
+        content = file.read()
     if content.startswith(b"\xff\xd8"):
         # Beyond this Pillow raises DecompressionBombError, and has the word.
         max_pixels = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else None

@@ -19,7 +19,10 @@ import numpy as np
 
 INDEX_MARKER = 0xEA
 INDEX_NAME = b"ffcvrow\0"
+# To be counted up with every change of the bytes that `encode` makes of an image.
+ENCODER = 2
 MCU_PX = 16
+MAX_SIDE_PX = 65500
 _SEGMENT_MCUS = 2
 _SEGMENT_BYTES = 160
 _TJPF_RGB = 0
@@ -31,72 +34,75 @@ def encode(image: np.ndarray, quality: int = 90) -> np.ndarray:
     Parameters
     ----------
     image : ndarray of uint8, shape (H, W, 3)
-        RGB, 1 to 65500 px a side.
+        RGB, 1 to `MAX_SIDE_PX` px a side.
     quality : int
         1 to 100, as libjpeg counts it.
 
     Returns
     -------
     ndarray of uint8, shape (size_bytes,)
-        A function of the image, the quality and the version of OpenCV alone.
+        A function of the image, the quality and `ENCODER` alone.
 
     Raises
     ------
     ValueError
-        If the image is not uint8 (H, W, 3) or cannot be encoded.
+        If the image is not uint8 (H, W, 3) or too large, or the quality is not from 1 to 100.
     """
-    import cv2  # here, so that who only decodes does not need it
+    from ffcv_ops import encoder  # here, so that who only decodes does not compile it
 
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"a JPEG is made of uint8 pixels (H, W, 3), got {image.dtype} {image.shape}")
-    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    mcus_per_row = -(-image.shape[1] // MCU_PX)
+    height, width = image.shape[:2]
+    if max(height, width) > MAX_SIDE_PX:
+        raise ValueError(f"a JPEG has at most {MAX_SIDE_PX} px a side, got {height} x {width}")
+    if not 1 <= quality <= 100:
+        raise ValueError(f"quality must be 1 to 100, not {quality}")
+    tables, divisors = encoder.quantisation(int(quality))
+    dc, ends, tokens, counts = encoder.tokenise(np.ascontiguousarray(image), divisors)
+    mcus_per_row = -(-width // MCU_PX)
     interval = restart_interval(mcus_per_row, _SEGMENT_MCUS)
-    jpeg = _compress(bgr, quality, interval)
+    huffman, codes, num_bits = encoder.build_codes(dc, interval, counts)
     # A segment costs about three bytes more than its data. Where there is little data, as in the sky, longer segments
     # keep the file as small as one without.
-    num_segments = mcus_per_row // interval * -(-image.shape[0] // MCU_PX)
-    coarser = restart_interval(mcus_per_row, interval * _SEGMENT_BYTES * num_segments / jpeg.size)
+    num_segments = mcus_per_row // interval * -(-height // MCU_PX)
+    coarser = restart_interval(mcus_per_row, interval * _SEGMENT_BYTES * num_segments / (num_bits / 8))
     if coarser > interval:
-        jpeg = _compress(bgr, quality, coarser)
-    return _with_index(jpeg, mcus_per_row)
+        interval = coarser
+        huffman, codes, num_bits = encoder.build_codes(dc, interval, counts)
+    scan, starts = encoder.write_scan(dc, ends, tokens, interval, codes, num_bits)
+    header = _header(height, width, tables.tobytes(), huffman.tobytes(), interval)
+    rows = starts[:: mcus_per_row // interval]
+    index_start = 2 + 4 + len(INDEX_NAME)
+    offsets = rows + (index_start + 4 * rows.size + len(header))
+    index = _segment(INDEX_MARKER, INDEX_NAME + offsets.astype(">u4").tobytes())
+    return np.concatenate((np.frombuffer(b"\xff\xd8" + index + header, np.uint8), scan))
+
+
+def _header(height: int, width: int, tables: bytes, huffman: bytes, interval: int) -> bytes:
+    """From APP0 to SOS, as libjpeg writes it."""
+    segments = [_segment(0xE0, b"JFIF\0\1\1\0\0\1\0\1\0\0")]
+    segments += [_segment(0xDB, bytes([number]) + tables[64 * number : 64 * number + 64]) for number in range(2)]
+    # Eight bits; three components: number, sampling factors, quantisation table.
+    size = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    segments.append(_segment(0xC0, b"\x08" + size + b"\3\1\x22\0\2\x11\1\3\x11\1"))
+    size_bytes = len(huffman) // 4
+    for number, name in ((0, 0x00), (2, 0x10), (1, 0x01), (3, 0x11)):
+        table = huffman[number * size_bytes : (number + 1) * size_bytes]
+        segments.append(_segment(0xC4, bytes([name]) + table[: 16 + sum(table[:16])]))
+    segments.append(_segment(0xDD, interval.to_bytes(2, "big")))
+    # Three components: number, Huffman tables; all coefficients, whole.
+    segments.append(_segment(0xDA, b"\3\1\0\2\x11\3\x11\0\x3f\0"))
+    return b"".join(segments)
+
+
+def _segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + (2 + len(content)).to_bytes(2, "big") + content
 
 
 def restart_interval(mcus_per_row: int, wanted: float) -> int:
     """MCUs between restart markers: the divisor of `mcus_per_row` whose ratio to `wanted` is nearest 1."""
     divisors = [k for k in range(1, mcus_per_row + 1) if mcus_per_row % k == 0]
     return min(divisors, key=lambda k: max(k / wanted, wanted / k))
-
-
-def _compress(bgr: np.ndarray, quality: int, interval: int) -> np.ndarray:
-    import cv2
-
-    options = [
-        *(cv2.IMWRITE_JPEG_QUALITY, int(quality)),
-        *(cv2.IMWRITE_JPEG_OPTIMIZE, 1),
-        *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420),
-        *(cv2.IMWRITE_JPEG_RST_INTERVAL, interval),
-    ]
-    try:
-        encoded, jpeg = cv2.imencode(".jpg", bgr, options)
-    except cv2.error as error:
-        raise ValueError(f"OpenCV cannot encode {bgr.shape} at quality {quality}: {error}") from error
-    if not encoded:
-        raise ValueError(f"OpenCV cannot encode {bgr.shape} at quality {quality}")
-    return jpeg.reshape(-1)
-
-
-def _with_index(jpeg: np.ndarray, mcus_per_row: int) -> np.ndarray:
-    """Insert the offsets of the MCU rows, counted from SOI in the file that results, behind SOI."""
-    start, interval = scan_start(jpeg)
-    scan = jpeg[start : jpeg.size - 2]
-    markers = np.flatnonzero((scan[:-1] == 0xFF) & (scan[1:] >= 0xD0) & (scan[1:] <= 0xD7))
-    row_starts = markers[mcus_per_row // interval - 1 :: mcus_per_row // interval] + 2
-    offsets = np.concatenate(([0], row_starts, [scan.size])) + start
-    length = 2 + len(INDEX_NAME) + 4 * offsets.size
-    offsets += length + 2
-    index = bytes([0xFF, INDEX_MARKER]) + length.to_bytes(2, "big") + INDEX_NAME + offsets.astype(">u4").tobytes()
-    return np.concatenate((jpeg[:2], np.frombuffer(index, np.uint8), jpeg[2:]))
 
 
 def index_bytes(jpeg: np.ndarray) -> int:

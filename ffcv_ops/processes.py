@@ -9,7 +9,7 @@ import pickle
 import signal
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,6 +49,8 @@ class Workers:
         Called once in each process with `args`; returns the function of messages. Both are importable by name.
     leader : Leader, optional
         Of other ranks, whose workers count as well, behind the `num_workers` of this process.
+    preload : sequence of str
+        Modules that the fork server imports for all of them, where it has not been started yet.
     """
 
     def __init__(
@@ -57,8 +59,9 @@ class Workers:
         build: Callable[..., Callable[[Any], Any]],
         *args: Any,
         leader: "ranks.Leader | None" = None,
+        preload: Sequence[str] = (),
     ):
-        context = fork_server(build)
+        context = fork_server(build, preload)
         self._leader = leader
         self._connections: list[multiprocessing.connection.Connection] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []
@@ -70,7 +73,7 @@ class Workers:
             theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
-        lent = leader.hire(build, args) if leader else []
+        lent = leader.hire(build, args, preload) if leader else []
         self._lenders = [lender for lender, _ in lent]
         self._connections += [connection for _, connection in lent]
         self._outstanding = [0] * len(self._connections)
@@ -132,10 +135,10 @@ class Workers:
             process.join()
 
 
-def fork_server(build: Callable[..., Any]) -> multiprocessing.context.ForkServerContext:
-    """Return what starts processes that call `build`, with its module and the codecs imported already."""
+def fork_server(build: Callable[..., Any], preload: Sequence[str]) -> multiprocessing.context.ForkServerContext:
+    """Return what starts processes that call `build`, with its module, the codecs and `preload` imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([build.__module__, "cv2", "PIL.Image", "ffcv_ops.jpeg"])
+    context.set_forkserver_preload([build.__module__, "cv2", "PIL.Image", "ffcv_ops.jpeg", *preload])
     return context
 
 

@@ -64,6 +64,7 @@ class _Job:
 
     build: Callable[..., Callable[[Any], Any]]
     args: tuple[Any, ...]
+    preload: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,12 @@ class Leader:
             self.hosts.add(hello.host)
             self.num_workers += hello.num_workers
 
-    def hire(self, build: Callable[..., Callable[[Any], Any]], args: tuple[Any, ...]) -> list[tuple[str, Connection]]:
+    def hire(
+        self, build: Callable[..., Callable[[Any], Any]], args: tuple[Any, ...], preload: Sequence[str]
+    ) -> list[tuple[str, Connection]]:
         """Have the other ranks start their workers; return whose each is, and the connection to it."""
         for _, connection in self.ranks:
-            connection.send(_Job(build, args))
+            connection.send(_Job(build, args, preload))
         deadline_s = time.monotonic() + _JOIN_S
         return [self._accept(deadline_s) for _ in range(self.num_workers)]
 
@@ -217,7 +220,7 @@ def _work(control: Connection, processes: dict[int, BaseProcess], address: _Addr
             message = control.recv()
             if isinstance(message, bool):
                 return message
-            context = fork_server(message.build)
+            context = fork_server(message.build, message.preload)
             for _ in range(hello.num_workers):
                 args = address, str(hello), message.build, message.args
                 process = context.Process(target=_serve_rank_0, args=args, daemon=True)

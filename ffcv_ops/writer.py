@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ffcv_ops import beton, journal
+from ffcv_ops import beton, journal, jpeg
 from ffcv_ops.folder import ImageFolder, class_difference, load_image, scan, stat_image
 from ffcv_ops.processes import WorkerKilled, Workers, map_in_order, num_cpus
 from ffcv_ops.ranks import Leader
@@ -41,7 +41,6 @@ _HEAD_BYTES = beton.HEADER_TYPE.itemsize + 2 * beton.FIELD_TYPE.itemsize
 _CHUNK = 16
 _CHUNKS_A_WORKER = 4
 _ESTIMATE_IMAGES = 16, 128
-_MAX_SIDE_PX = 65500
 # The two uses of the storage seed draw from different keys.
 _ORDER_STREAM, _RAW_STREAM = 0, 1
 
@@ -98,8 +97,8 @@ class WriteSettings:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, not {self.mode!r}")
         if self.mode == "smart" and self.smart_threshold is None:
             raise ValueError("mode smart needs smart_threshold: images whose pixels take more bytes become JPEG")
-        if not 0 <= self.max_side <= _MAX_SIDE_PX:
-            raise ValueError(f"max_side must be 0 (keep sizes) or 1 to {_MAX_SIDE_PX} px, not {self.max_side}")
+        if not 0 <= self.max_side <= jpeg.MAX_SIDE_PX:
+            raise ValueError(f"max_side must be 0 (keep sizes) or 1 to {jpeg.MAX_SIDE_PX} px, not {self.max_side}")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality must be 1 to 100, not {self.quality}")
         if not 0 <= self.raw_share <= 1:
@@ -148,6 +147,7 @@ class Plan:
             "format": beton.MANIFEST_VERSION,
             "images": listing.hexdigest(),
             "libraries": library_versions(),
+            "encoder": jpeg.ENCODER,
             **asdict(self.settings),
         }
 
@@ -162,8 +162,6 @@ def library_versions() -> dict[str, str]:
 
 def encoder_versions() -> dict[str, str]:
     """What must be the same on all machines that encode for one file: the libraries, and what they make of an image."""
-    from ffcv_ops import jpeg
-
     wave = np.arange(240, dtype=np.int64) ** 2 // 97
     image = ((wave[:, None, None] + wave[None, :, None] * np.arange(1, 4)) % 256).astype(np.uint8)
     _, _, _, content = encode_image(image, WriteSettings(max_side=199), keep_raw=False)
@@ -229,11 +227,20 @@ class _Encoded:
     entries: list[Entry | str]
 
 
+def _start_workers(
+    num_workers: int, settings: WriteSettings, root: Path, partial_path: Path, leader: Leader | None
+) -> Workers:
+    # The encoder's kernels are loaded once, before the processes are forked, where they will be used.
+    preload = [] if settings.mode == "raw" else ["ffcv_ops.encoder"]
+    return Workers(num_workers, _Encoder, settings, root, partial_path, leader=leader, preload=preload)
+
+
 class _Encoder:
     """Answers messages in a worker process."""
 
     def __init__(self, settings: WriteSettings, root: Path, partial_path: Path):
-        self.settings, self.root, self.partial_path = settings, root, partial_path
+        # Text, for joining paths takes as long as reading a small file.
+        self.settings, self.root, self.partial_path = settings, os.fspath(root), partial_path
         self._kept: dict[int, list[memoryview]] = {}
 
     @cached_property
@@ -255,9 +262,10 @@ class _Encoder:
         entries: list[Entry | str] = []
         contents = []
         for path, stat, keep_raw in zip(message.paths, message.stats, message.raw, strict=True):
-            self._check_same(self.root / path, stat)
+            path = os.path.join(self.root, path)
+            self._check_same(path, stat)
             try:
-                mode, width, height, content = encode_image(load_image(self.root / path), self.settings, keep_raw)
+                mode, width, height, content = encode_image(load_image(path), self.settings, keep_raw)
             except (MemoryError, ImportError):
                 raise  # not the image's fault
             except Exception as error:  # Pillow raises what its decoders happen to raise
@@ -269,7 +277,7 @@ class _Encoder:
             self._kept[message.chunk] = contents
         return _Encoded(message.chunk, entries)
 
-    def _check_same(self, path: Path, stat: list[int]) -> None:
+    def _check_same(self, path: str, stat: list[int]) -> None:
         """Refuse another image than was listed, such as another machine may have under the same name."""
         try:
             same = list(stat_image(path)) == stat
@@ -297,11 +305,9 @@ def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
 
 def encode_image(image: np.ndarray, settings: WriteSettings, keep_raw: bool) -> tuple[int, int, int, memoryview]:
     """Return mode, width, height and bytes of an image (H, W, 3), shrunk and encoded as the settings say."""
-    from ffcv_ops import jpeg
-
     image = shrink(image, settings.max_side)
     height, width = image.shape[:2]
-    if max(height, width) > _MAX_SIDE_PX:
+    if max(height, width) > jpeg.MAX_SIDE_PX:
         raise ValueError(f"{width} x {height} px are more than a file can hold; set max_side")
     if settings.mode == "smart":
         assert settings.smart_threshold is not None
@@ -510,7 +516,7 @@ def _write(
     try:
         with (
             closing(partial),
-            closing(Workers(num_workers, _Encoder, settings, source, partial.path, leader=leader)) as workers,
+            closing(_start_workers(num_workers, settings, source, partial.path, leader)) as workers,
         ):
             if leader:
                 notice(f"{workers.num_workers} workers on {len(leader.hosts)} machine(s)")

@@ -1,6 +1,7 @@
 """Slow, obvious twins of the kernels, for the tests to compare with."""
 
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -91,3 +92,70 @@ def full_range_rgb(y: np.ndarray, cb: np.ndarray, cr: np.ndarray) -> np.ndarray:
     y, cb, cr = y.astype(float), cb - 128.0, cr - 128.0
     channels = y + 1.402 * cr, y - 0.344136286 * cb - 0.714136286 * cr, y + 1.772 * cb
     return np.clip(np.rint(np.stack(channels, axis=-1)), 0, 255).astype(np.uint8)
+
+
+# --- JPEG
+
+
+def jpeg_coefficients(image: np.ndarray, tables: np.ndarray, zigzag: np.ndarray) -> np.ndarray:
+    """(num_blocks, 64) coefficients before rounding, in the order of a 4:2:0 scan; sides are multiples of 16."""
+    r, g, b = (image[:, :, channel].astype(float) for channel in range(3))
+    luma = 0.299 * r + 0.587 * g + 0.114 * b
+    chroma = [128 + (b - luma) * 0.5 / (1 - 0.114), 128 + (r - luma) * 0.5 / (1 - 0.299)]
+    halves = [plane.reshape(len(plane) // 2, 2, -1, 2).mean((1, 3)) for plane in chroma]
+    blocks = []
+    for top in range(0, image.shape[0], 16):
+        for left in range(0, image.shape[1], 16):
+            blocks += [luma[top + y : top + y + 8, left + x : left + x + 8] for y in (0, 8) for x in (0, 8)]
+            blocks += [half[top // 2 : top // 2 + 8, left // 2 : left // 2 + 8] for half in halves]
+    k, x = np.arange(8)[:, None], np.arange(8)
+    dct = np.cos((2 * x + 1) * k * np.pi / 16) / 2 * np.where(k == 0, math.sqrt(0.5), 1)
+    transformed = np.array([dct @ (block - 128) @ dct.T for block in blocks])[:, zigzag[:, 0], zigzag[:, 1]]
+    return transformed / tables[[0, 0, 0, 0, 1, 1] * (len(blocks) // 6)]
+
+
+def decoded_coefficients(jpeg: bytes) -> np.ndarray:
+    """(num_blocks, 64) coefficients that a baseline 4:2:0 JPEG with restart markers holds, read bit by bit."""
+    codes, position = {}, 2
+    while True:
+        marker, length = jpeg[position + 1], int.from_bytes(jpeg[position + 2 : position + 4], "big")
+        content = jpeg[position + 4 : position + 2 + length]
+        position += 2 + length
+        if marker == 0xC4:
+            code, symbols = 0, iter(content[17:])
+            for bits in range(1, 17):
+                for _ in range(content[bits]):
+                    codes[content[0], f"{code:0{bits}b}"] = next(symbols)
+                    code += 1
+                code *= 2
+        if marker == 0xDD:
+            interval = int.from_bytes(content, "big")
+        if marker == 0xDA:
+            break
+    blocks = []
+    for segment in re.split(rb"\xff[\xd0-\xd9]", jpeg[position:])[:-1]:
+        bits = iter("".join(f"{byte:08b}" for byte in segment.replace(b"\xff\0", b"\xff")))
+        last = [0, 0, 0]
+        for number in range(6 * interval):
+            component = max(number % 6 - 3, 0)
+            blocks.append(_read_block(bits, codes, min(component, 1)))
+            blocks[-1][0] = last[component] = blocks[-1][0] + last[component]
+        assert "0" not in bits
+    return np.array(blocks)
+
+
+def _read_block(bits, codes, table: int) -> list[int]:
+    block, k = [0] * 64, 0
+    while k < 64:
+        code = next(bits)
+        while (16 * (k > 0) + table, code) not in codes:
+            code += next(bits)
+        symbol = codes[16 * (k > 0) + table, code]
+        if k > 0 and symbol == 0:
+            break
+        k += symbol >> 4
+        extra = "".join(next(bits) for _ in range(symbol & 15))
+        # A number that begins with 0 is negative.
+        block[k] = int(extra or "0", 2) - (2 ** len(extra) - 1 if extra.startswith("0") else 0)
+        k += 1
+    return block

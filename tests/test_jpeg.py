@@ -119,8 +119,14 @@ def test_what_is_not_an_image_is_refused(image):
 
 
 def test_an_image_too_large_for_a_jpeg_is_refused():
-    with pytest.raises(ValueError, match="cannot encode"):
+    with pytest.raises(ValueError, match="at most 65500 px a side, got 1 x 70000"):
         jpeg.encode(np.zeros((1, 70_000, 3), np.uint8))
+
+
+@pytest.mark.parametrize("quality", [0, 101])
+def test_a_quality_that_is_none_is_refused(quality):
+    with pytest.raises(ValueError, match=f"quality must be 1 to 100, not {quality}"):
+        jpeg.encode(np.zeros((8, 8, 3), np.uint8), quality)
 
 
 # --- region decode
