@@ -370,7 +370,7 @@ def test_a_run_without_a_compiler_goes_on_without_compiling(recipe, whole_run, t
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     output = finish(run_script("--config-file", recipe, "--no_wandb", "--training.compile=1", folder=tmp_path))
     (note,) = (line for line in output.splitlines() if "torch.compile failed" in line)
-    assert "training goes on without it (InvalidCxxCompiler: No working C++ compiler" in note
+    assert "training goes on without it" in note and "InvalidCxxCompiler: No working C++ compiler" in note
     ours, theirs = (torch.load(p / "checkpoints" / "last.ckpt", weights_only=True) for p in (tmp_path, whole_run[0]))
     assert all(torch.equal(ours["model"][name], value) for name, value in theirs["model"].items())
 
