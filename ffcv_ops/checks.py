@@ -372,7 +372,12 @@ def _empty_folder(path: Path) -> Finding:
     kind, mount = storage.filesystem(path)
     text = f"no .beton file, {_size(shutil.disk_usage(path).free)} free on {kind} ({mount})"
     if not os.access(path, os.W_OK):
-        return "error", str(path), f"{text}, and not to be written to", f"sudo chown $USER {path}"
+        return (
+            "error",
+            str(path),
+            f"{text}, and not to be written to",
+            f"sudo chown $USER {path}  # where it is mounted to be written to",
+        )
     return "warning", str(path), text, f"python write_beton.py --source FOLDER --target {path}/train.beton"
 
 
@@ -455,7 +460,7 @@ def _try_import(module: str, blame: str | None = None) -> tuple[Any, tuple[str, 
     origin = Path(spec.origin) if spec is not None and spec.origin else None
     if origin is not None and installed is not None and installed not in origin.parents:
         text = f"{origin} hides the installed one: {reason}"
-        return None, (text, f"remove {origin.parent} from PYTHONPATH ({os.environ.get('PYTHONPATH', 'not set')})")
+        return None, (text, f"remove {origin.parent} from PYTHONPATH, or rename {origin.name}")
     return None, (reason, crash_remedy() if "failed to map" in reason else install_command())
 
 
