@@ -34,7 +34,7 @@ BATCH_SIZE = 100
 IMAGENET_NUM_TRAIN = 1_281_167
 MIN_PASS = 900
 RATIOS = (0.875, 0.5)
-FILES = [
+FILES: list[dict[str, Any]] = [
     *({"max_side": side, "quality": quality} for side in (256, 400, 500, 0) for quality in (90, 95)),
     {"max_side": 500, "mode": "proportion", "raw_share": 0.5},
     {"max_side": 256, "mode": "raw"},
