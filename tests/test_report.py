@@ -132,7 +132,7 @@ def test_no_points_no_chart():
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two runs' folders, the second of an older version that kept no facts."""
+    """The folders of two runs, of three epochs and of two, with different base learning rates."""
     for name, count in (("first", 3), ("second", 2)):
         logs = tmp_path / name / "logs"
         logs.mkdir(parents=True)
