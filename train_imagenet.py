@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -528,7 +528,7 @@ class Run:
     def images_of(self, ids: np.ndarray) -> np.ndarray:
         """Validation images as the model gets them, but in 8 bits, uint8 (N, H, W, 3)."""
         alone = dataclasses.replace(self.world, rank=0, world_size=1)
-        with val_loader(self.recipe, alone, 1, torch.float32, indices=np.sort(ids)) as loader:
+        with val_loader(self.recipe, alone, 1, torch.float32, indices=np.sort(ids).tolist()) as loader:
             batches = [denormalized(images, IMAGENET_MEAN, IMAGENET_STD) for images, _ in loader]
         return np.concatenate(batches)[np.argsort(np.argsort(ids))] if batches else np.zeros((0, 1, 1, 3), np.uint8)
 
@@ -708,7 +708,7 @@ def train_loader(recipe: Settings, world: World, threads: int, dtype: torch.dtyp
 
 
 def val_loader(
-    recipe: Settings, world: World, threads: int, dtype: torch.dtype, indices: np.ndarray | None = None
+    recipe: Settings, world: World, threads: int, dtype: torch.dtype, indices: Sequence[int] | None = None
 ) -> Loader:
     """Batches of normalised float images (N, 3, H, W) and labels (N,): this rank's share, each sample once.
 

@@ -177,7 +177,7 @@ class HostAsGpu(str):
         return "0"
 
     def __eq__(self, other: object) -> bool:
-        return other == 0 or str.__eq__(self, other)  # type: ignore[arg-type]
+        return other == 0 or str.__eq__(self, other)
 
     __hash__ = str.__hash__
 
@@ -318,9 +318,9 @@ def profile(run: Any, options: argparse.Namespace) -> None:
     profiler.stop()
     trainer.gradient, trainer.update = originals[:2]
     loop.Meter.add, loop.FiniteCheck.fails = originals[2:]  # type: ignore[method-assign]
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        profiler.export_chrome_trace(file.name)
-        events = json.loads(Path(file.name).read_text())["traceEvents"]
+    with tempfile.NamedTemporaryFile(suffix=".json") as trace:
+        profiler.export_chrome_trace(trace.name)
+        events = json.loads(Path(trace.name).read_text())["traceEvents"]
     summary = summarize(events, threading.get_native_id(), elapsed_s, options.batches - options.warmup)
     case = {"size": options.size, "batch_size": options.batch_size, "precision": options.precision}
     with open(options.profile, "a", encoding="utf-8") as file:
@@ -465,7 +465,7 @@ def write_file(data: Path, folder: Path, num_images: int) -> None:
         link = folder / "images" / image.parent.name / f"{number // len(images):05d}_{image.name}"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(image.resolve())
-    paths = ["--source", folder / "images", "--target", folder / "train.beton"]
+    paths: list[str | Path] = ["--source", folder / "images", "--target", folder / "train.beton"]
     subprocess.run([sys.executable, ROOT / "write_beton.py", "--split", "train", *paths], check=True)
 
 

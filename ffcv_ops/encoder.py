@@ -445,8 +445,8 @@ def _build_table_into(counts, table):
         weights[i] = counts[used[i]]
     _merge_rarest(weights, lengths)
     num_codes = np.zeros(num_used + 2 + _LONGEST_CODE, np.int64)
-    for length in lengths:
-        num_codes[length] += 1
+    for i in range(lengths.size):
+        num_codes[lengths[i]] += 1
     _shorten(num_codes)
     longest = _LONGEST_CODE
     while num_codes[longest] == 0:
