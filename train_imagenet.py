@@ -55,7 +55,6 @@ from training.schedule import build_resolution, build_schedule
 IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL = 1_281_167, 50_000
 
 
-@record
 def main() -> None:
     recipe = read_recipe(sys.argv[1:])
     try:
@@ -517,5 +516,8 @@ def git_commit() -> str | None:
     return commit + ("+" if changed else "")
 
 
+# What is started, as a script or by the command's name: torchrun learns of an error from it.
+command = record(main)
+
 if __name__ == "__main__":
-    main()
+    command()
