@@ -86,7 +86,6 @@ IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL = 1_281_167, 50_000
 SECONDS_TO_END = 10
 
 
-@record
 def main() -> None:
     recipe = read_recipe(sys.argv[1:])
     try:
@@ -821,5 +820,8 @@ def git_commit() -> str | None:
     return commit + ("+" if changed else "")
 
 
+# What is started, as a script or by the command's name: torchrun learns of an error from it.
+command = record(main)
+
 if __name__ == "__main__":
-    main()
+    command()
