@@ -48,7 +48,7 @@ def run_script(*arguments, folder, launcher=(sys.executable,), **options):
 
 
 def finish(process, status=0):
-    output, _ = process.communicate(timeout=180)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == status, output
     return output
 
