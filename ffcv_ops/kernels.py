@@ -19,7 +19,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     Numba alone looks at the function's own file. What a kernel calls is compiled into it, and often lies elsewhere, so
     here a change of any module of this package that the function's module uses, directly or not, counts too.
     """
-    dispatcher = nb.njit(cache=True, nogil=True)(function)
+    dispatcher: Any = nb.njit(cache=True, nogil=True)(function)
     if dispatcher is not function:  # which it is where NUMBA_DISABLE_JIT is set
         dispatcher._cache = _Cache(function)
     return dispatcher
