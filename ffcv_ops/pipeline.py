@@ -8,6 +8,7 @@ exceptions propagate.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import threading
 import weakref
@@ -23,7 +24,7 @@ from numba.extending import intrinsic
 
 if importlib.util.find_spec("distutils") is None:
     try:
-        import setuptools  # noqa: F401  its import provides the distutils that ffcv asks for
+        importlib.import_module("setuptools")  # which provides the distutils that ffcv asks for
     except ImportError:
         raise ImportError(
             "ffcv imports distutils, which Python 3.12 removed and setuptools provides: run `pip install setuptools`"
