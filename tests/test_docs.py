@@ -84,7 +84,7 @@ FOREIGN_FILES = {
 FOREIGN_FLAGS = {
     "sbatch": {"nodes", "time", "partition", "account", "cpus-per-task", "gpus-per-node", "requeue", "signal"},
     "pip": {"no-deps", "no-build-isolation", "upgrade"},
-    "timm": {"mixup", "cutmix"},
+    "timm": {"mixup", "cutmix", "aa", "remode", "sched-on-updates", "warmup-prefix"},
     "anybody": {"section.key"},
 }
 # What the tests of a command share: a process that has imported everything forks for each.
