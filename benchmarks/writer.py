@@ -133,7 +133,12 @@ def serve(peer: str, folder: Path, num_workers: int) -> None:
 
     PEERS[peer](folder, num_workers, mark)
     (first, start_s, start_cpu_s), (last, end_s, end_cpu_s) = marks
-    print(json.dumps({"images": last - first, "wall_s": end_s - start_s, "cpu_s": end_cpu_s - start_cpu_s}))
+    measured = {"images": last - first, "wall_s": end_s - start_s, "cpu_s": end_cpu_s - start_cpu_s}
+    print(json.dumps(measured), flush=True)
+    # FFCV's worker may hang when all is written, and its parent with it.
+    for process in psutil.Process().children(recursive=True):
+        process.kill()
+    os._exit(0)
 
 
 def run(peer: str, folder: Path, num_workers: int) -> dict[str, float]:

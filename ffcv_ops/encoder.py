@@ -445,8 +445,8 @@ def _build_table_into(counts, table):
         weights[i] = counts[used[i]]
     _merge_rarest(weights, lengths)
     num_codes = np.zeros(num_used + 2 + _LONGEST_CODE, np.int64)
-    for i in range(lengths.size):
-        num_codes[lengths[i]] += 1
+    for depth in lengths:
+        num_codes[depth] += 1
     _shorten(num_codes)
     longest = _LONGEST_CODE
     while num_codes[longest] == 0:
@@ -591,8 +591,7 @@ def write_scan(dc, ends, tokens, interval, codes, num_bits):
     num_segments = dc.size // segment_blocks
     data, scan = np.empty(num_bits // 8 + 16, np.uint8), np.empty(num_bits // 4 + 4 * num_segments, np.uint8)
     starts = np.empty(num_segments + 1, np.int64)
-    position: Any = np.uint64(0)
-    first: Any = 0
+    position, first = np.uint64(0), np.int64(0)
     for segment in range(num_segments):
         starts[segment] = position
         part = slice(segment * segment_blocks, (segment + 1) * segment_blocks)

@@ -212,14 +212,14 @@ def _is_zero(content: bytes) -> bool:
 
 
 def _check_jpeg(jpeg: np.ndarray, width: int, height: int) -> str | None:
-    from ffcv_ops.jpeg import decode
+    from ffcv_ops.jpeg import check
 
     try:
-        image = decode(jpeg)
+        found = check(jpeg)
     except (ValueError, MemoryError) as error:
         return str(error) or "its header asks for more memory than there is"
-    if image.shape != (height, width, 3):
-        return f"the JPEG has {image.shape[1]} x {image.shape[0]} px, the metadata {width} x {height}"
+    if found != (height, width):
+        return f"the JPEG has {found[1]} x {found[0]} px, the metadata {width} x {height}"
     return None
 
 

@@ -674,7 +674,7 @@ def _manifest(
         "settings": asdict(plan.settings),
         "source": {"folder": str(plan.folder.root.absolute()), "num_images": len(plan.folder.paths)},
         "skipped": [{"image": path, "reason": reason} for path, reason in skipped],
-        "versions": {"python": platform.python_version(), **library_versions()},
+        "versions": {"python": platform.python_version(), "encoder": str(jpeg.ENCODER), **library_versions()},
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "classes": plan.folder.classes,
         "class_counts": np.bincount(labels, minlength=len(plan.folder.classes)).tolist(),

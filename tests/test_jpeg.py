@@ -255,6 +255,28 @@ def test_decode_says_what_turbojpeg_says():
         jpeg.decode(jpeg.encode(photograph(64, 48))[:-300])
 
 
+def verdict(read, data):
+    try:
+        read(data)
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_check_finds_what_a_decode_finds():
+    """At an eighth of the size all of the file is read nevertheless."""
+    rng = np.random.default_rng(5)
+    damaged = 0
+    for data in (jpeg.encode(photograph(97, 130)), pillow_jpeg(photograph(97, 130), progressive=True)):
+        assert jpeg.check(data) == (97, 130)
+        for _ in range(150):
+            other = data[: rng.integers(2, data.size)].copy() if rng.integers(4) == 0 else data.copy()
+            other[rng.integers(2, other.size, 3)] = rng.integers(0, 256, 3)
+            found = verdict(jpeg.decode, other)
+            assert (found is None) == (verdict(jpeg.check, other) is None)
+            damaged += found is not None
+    assert 150 < damaged < 300
+
+
 # --- the library
 
 

@@ -22,7 +22,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 
 from ffcv_ops import folder as folders
-from ffcv_ops import journal, writer
+from ffcv_ops import journal, jpeg, writer
 from ffcv_ops.beton import manifest_path, read_beton
 from ffcv_ops.jpeg import decode
 from ffcv_ops.verify import verify
@@ -420,6 +420,17 @@ def test_a_torn_journal_counts_as_far_as_it_is_whole(many, tmp_path):
     journal_path.write_bytes(whole[:-40])
     os.truncate(partial, partial.stat().st_size // 2)
     assert quiet(many, target, settings)["digest"] == expected["digest"]
+
+
+def test_another_encoder_starts_over(many, tmp_path, monkeypatch):
+    target, notices = tmp_path / "file.beton", []
+    settings = WriteSettings("raw", page_size=PAGE_SIZE)
+    with pytest.raises(KeyboardInterrupt):
+        quiet(many, target, settings, progress=stop_after(40))
+    monkeypatch.setattr(jpeg, "ENCODER", jpeg.ENCODER + 1)
+    manifest = write(many, target, settings, num_workers=1, notice=notices.append)
+    assert "starting over" in notices[0] and "encoder changed" in notices[0]
+    assert manifest["versions"]["encoder"] == str(jpeg.ENCODER)
 
 
 def test_changed_images_start_over(many, tmp_path):
