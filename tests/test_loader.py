@@ -19,7 +19,6 @@ import psutil
 import pytest
 import torch
 from ffcv.fields.basics import IntDecoder
-from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 from ffcv.loader.loader import Loader as StockLoader
 from ffcv.pipeline import PipelineSpec
 from ffcv.pipeline.allocation_query import AllocationQuery
@@ -250,7 +249,7 @@ def test_stock_operations_run_by_their_own_convention(path):
 
 
 def jpegs_of_all_kinds(image):
-    """What JPEGs of others may be, by kind, and how far the pixels may be from a full decode (PSNR in dB)."""
+    """What JPEGs of others may be, by kind, and the least PSNR of their pixels, in dB, to OpenCV's."""
 
     def sampled(factor):
         return cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, factor])[1].reshape(-1)
@@ -261,14 +260,14 @@ def jpegs_of_all_kinds(image):
         return np.frombuffer(stream.getvalue(), np.uint8)
 
     return {
-        "4:4:4": (sampled(cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444), 45),
-        "4:2:2": (sampled(cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422), 35),
-        "4:2:0": (sampled(cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420), 35),
-        "4:4:0": (sampled(cv2.IMWRITE_JPEG_SAMPLING_FACTOR_440), 35),
-        "4:1:1": (sampled(cv2.IMWRITE_JPEG_SAMPLING_FACTOR_411), 32),
-        "gray": (saved("L"), 45),
-        "progressive": (saved(progressive=True), 35),
-        "RGB": (saved(keep_rgb=True), 45),
+        "4:4:4": (sampled(cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444), 70),
+        "4:2:2": (sampled(cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422), 55),
+        "4:2:0": (sampled(cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420), 50),
+        "4:4:0": (sampled(cv2.IMWRITE_JPEG_SAMPLING_FACTOR_440), 55),
+        "4:1:1": (sampled(cv2.IMWRITE_JPEG_SAMPLING_FACTOR_411), 45),
+        "gray": (saved("L"), 70),
+        "progressive": (saved(progressive=True), 50),
+        "RGB": (saved(keep_rgb=True), 70),
         "CMYK": (saved("CMYK"), None),
     }
 
@@ -284,10 +283,10 @@ def test_jpegs_of_all_kinds_give_their_pixels_or_are_named(tmp_path):
         with Loader(file, len(ids), 1, indices=ids, pipelines={"image": [decoder], "label": [Label()]}) as loader:
             return next(iter(loader))[0].astype(int)
 
-    ours, full = load(CenterCrop(96, ratio=1), good), load(SimpleRGBImageDecoder(), good)
-    for (kind, (data, least_psnr)), found, whole in zip(kinds.items(), ours, full, strict=False):
-        assert np.abs(whole - cv2.imdecode(data, cv2.IMREAD_COLOR)[:, :, ::-1]).mean() < 1, kind
-        assert 10 * np.log10(255**2 / max(((found - whole) ** 2).mean(), 1e-3)) > least_psnr, kind
+    images = load(CenterCrop(96, ratio=1), good)
+    for (kind, (data, least_psnr)), found in zip(kinds.items(), images, strict=False):
+        expected = cv2.imdecode(data, cv2.IMREAD_COLOR)[:, :, ::-1]
+        assert 10 * np.log10(255**2 / max(((found - expected) ** 2).mean(), 1e-3)) > least_psnr, kind
     (bad,) = set(range(len(kinds))) - set(good)
     with pytest.raises(SampleError, match=rf"kinds\.beton: sample {bad}: TurboJPEG: "):
         load(CenterCrop(96, ratio=1), [bad])
