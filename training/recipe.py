@@ -946,7 +946,7 @@ def keep_global_batch(recipe: Settings, before: Mapping[str, Any], *, world_size
     """
     training, wanted, was = recipe.training, before["global_batch_size"], before["recipe"]["training"]
     asked = [training.batch_size, training.accumulation]
-    if before["asked_batch"] != asked or training.batch_size * training.accumulation * world_size == wanted:
+    if before.get("asked_batch", asked) != asked or training.batch_size * training.accumulation * world_size == wanted:
         return
     shared = _shared_out(wanted, world_size, training.batch_size)
     arithmetic = _batch_arithmetic(was["batch_size"], before["world_size"], was["accumulation"])
