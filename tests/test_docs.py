@@ -89,18 +89,8 @@ FOREIGN_FILES = {
 }
 # Flags of others that documents name, by their owner.
 FOREIGN_FLAGS = {
-    "sbatch": {
-        "exclusive",
-        "ntasks-per-node",
-        "nodes",
-        "time",
-        "partition",
-        "account",
-        "cpus-per-task",
-        "gpus-per-node",
-        "requeue",
-        "signal",
-    },
+    "sbatch": {"nodes", "time", "partition", "account", "cpus-per-task", "gpus-per-node", "requeue", "signal"},
+    "srun": {"exclusive", "ntasks-per-node"},
     "docker": {"device", "ipc", "network", "shm-size", "ulimit"},
     "pip": {"no-deps", "no-build-isolation", "upgrade"},
     "timm": {"mixup", "cutmix", "aa", "remode", "sched-on-updates", "warmup-prefix"},
@@ -184,6 +174,14 @@ class World:
             flush=True,
         )
         return int(self.server.stdout.readline()), self.log.read_text()
+
+    def write_data(self) -> None:
+        """Write the .beton files, unless a command has."""
+        for split in ("train", "val"):
+            if not (self.data / f"{split}.beton").exists():
+                assert not self.run("script", "write_beton.py", ["--source", str(self.data / split)], self.folder, {})[
+                    0
+                ]
 
     def close(self) -> None:
         self.server.communicate()
@@ -302,12 +300,10 @@ REPEATED = repeated_commands()
 
 @pytest.mark.parametrize("command", COMMANDS, ids=[f"{c.where} {c.text}"[:100] for c in COMMANDS])
 def test_the_command_runs(world: World, command: Command) -> None:
-    kind, target, argv = "", "", []
-    if not reason_not_to_run(command):
-        kind, target, argv = target_of(command)
-    if not kind or (command in REPEATED and target != "train_imagenet.py"):
+    if reason_not_to_run(command) or (command in REPEATED and target_of(command)[1] != "train_imagenet.py"):
         check_what_is_named(command)
         return
+    kind, target, argv = target_of(command)
     argv = shlex.split(world.substitute(shlex.join(argv), SUBSTITUTIONS).replace("'", ""))
     argv = [world.substitute(PLACEHOLDERS.get(word, word), []) for word in argv if word != "..."]
     if target == "train_imagenet.py":
@@ -326,9 +322,7 @@ def test_the_command_runs(world: World, command: Command) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("command", [c for c in COMMANDS if re.match(SOAKED, c.text)], ids=lambda c: c.text[:80])
 def test_the_command_runs_with_several_processes(world: World, command: Command) -> None:
-    for split in ("train", "val"):
-        if not (world.data / f"{split}.beton").exists():
-            assert not world.run("script", "write_beton.py", ["--source", str(world.data / split)], world.folder, {})[0]
+    world.write_data()
     text = world.substitute(command.text, SUBSTITUTIONS)
     text = re.sub(r"torchrun", f"{sys.executable} -m torch.distributed.run", text)
     text += " --config-file small_run.yaml" if "train_imagenet" in text else " --overwrite"
@@ -342,9 +336,7 @@ def test_the_code_runs(world: World, block: Block) -> None:
     for name in sorted(set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE))):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
-    for split in ("train", "val"):
-        if not (world.data / f"{split}.beton").exists():
-            assert not world.run("script", "write_beton.py", ["--source", str(world.data / split)], world.folder, {})[0]
+    world.write_data()
     code = world.substitute(code, PYTHON_SUBSTITUTIONS)
     status, output = world.run("code", code, [], world.data, {})
     assert status == 0, f"{block.where}: this code ended with exit status {status}:\n{code}\n\n{output[-3000:]}"
