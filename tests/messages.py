@@ -98,6 +98,9 @@ class Sources:
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
             if _name(node.targets[0].value) in COLLECTIONS:
                 yield node.value
+        elif isinstance(node, ast.Assign) and _name(node.targets[0]) in COLLECTIONS:
+            if isinstance(node.value, ast.Call) and _name(node.value.func) == "fromkeys":
+                yield from node.value.args[1:]
         elif isinstance(node, ast.Return) and node.value is not None:
             if WORDINGS.fullmatch(getattr(self.owners.get(node), "name", "")):
                 yield node.value

@@ -1,8 +1,9 @@
 """What the documents say holds: commands and code run as printed, on small data in the place of ImageNet.
 
-Every command of README.md and docs/ runs, in their order, in one folder that stands for a clone. `SUBSTITUTIONS` are
-all that is changed in it. What cannot run here is in `NOT_RUN` with the reason; of that at least the files that are
-named, the flags and the settings must exist.
+Of the commands of README.md and docs/ the first of each kind runs, in their order, in one folder that stands for a
+clone. `SUBSTITUTIONS` are all that is changed in it. Of a kind that ran already (`MODES`), training commands run with
+--dry_run, and of others the script's parser reads the arguments. What cannot run here is in `NOT_RUN` with the reason;
+of that at least the files that are named, the flags and the settings must exist.
 """
 
 import ast
@@ -11,9 +12,11 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -54,6 +57,7 @@ PYTHON_SUBSTITUTIONS = [
     (r"(RandomResizedCrop|CenterCrop)\(224", r"\1(32"),
     (r"skip=\d+", "skip=1"),
     (r"(range\(|max_epochs=)\d+", r"\g<1>2"),
+    (r"resnet50", "resnet18"),
 ]
 # (commands, why they do not run here)
 NOT_RUN = [
@@ -65,14 +69,17 @@ NOT_RUN = [
     ),
     (r"(sbatch|srun) ", "needs Slurm"),
     (r"(until|while|for|if) ", "a loop of the shell around what is shown elsewhere"),
-    (r"bash launch/", "needs a GPU, a terminal or other machines"),
+    (r"bash launch/", "needs a GPU, a terminal, or other disks and machines"),
+    (r"python -m ffcv_ops.doctor", "imports everything several times; tests/test_doctor.py runs it"),
     (r"torchrun .*(--nnodes[= ]|HEAD)", "needs two machines"),
     (r"torchrun ", "each process takes its seconds to start; `pytest -m soak` runs it"),
     (r"python benchmarks/", "minutes of measuring"),
 ]
 SOAKED = r"torchrun (?!.*(--nnodes|HEAD))"
+# The words by which commands with one script differ in what they do.
+MODES = {"--dry_run", "--preview", "--eval_only", "--resume", "--inspect", "--verify", "--help", "train", "val"}
 # Words in capitals that a reader replaces: {data} is the folder that stands for ImageNet.
-PLACEHOLDERS = {"IMAGE_FOLDER": "{data}/train", "RUN": ".", "RUN_FOLDER": ".", "ANOTHER_RUN_FOLDER": "."}
+PLACEHOLDERS = {"IMAGE_FOLDER": "{data}/train", "RUN_FOLDER": ".", "ANOTHER_RUN_FOLDER": "another_run"}
 # What an installed package calls the scripts.
 CONSOLE = {"write-beton": "python write_beton.py", "train-imagenet": "python train_imagenet.py"}
 # Files of others that documents name.
@@ -83,16 +90,19 @@ FOREIGN_FILES = {
 # Flags of others that documents name, by their owner.
 FOREIGN_FLAGS = {
     "sbatch": {"nodes", "time", "partition", "account", "cpus-per-task", "gpus-per-node", "requeue", "signal"},
+    "srun": {"exclusive", "ntasks-per-node"},
+    "docker": {"device", "ipc", "network", "shm-size", "ulimit"},
     "pip": {"no-deps", "no-build-isolation", "upgrade"},
     "timm": {"mixup", "cutmix", "aa", "remode", "sched-on-updates", "warmup-prefix"},
     "anybody": {"section.key"},
 }
 # What the tests of a command share: a process that has imported everything forks for each.
 SERVER = """
-import json, os, runpy, sys
+import gc, json, os, runpy, sys
 sys.path.insert(0, sys.argv[1])
 import cv2, matplotlib.pyplot, timm, torch, torchvision
 import train_imagenet, write_beton, training.preview
+gc.freeze()  # or each process, as it ends, would look at all that was imported: 2 s
 def run(kind, target, argv):
     sys.argv = [target, *argv]
     if kind == "module":
@@ -165,6 +175,14 @@ class World:
         )
         return int(self.server.stdout.readline()), self.log.read_text()
 
+    def write_data(self) -> None:
+        """Write the .beton files, unless a command has."""
+        for split in ("train", "val"):
+            if not (self.data / f"{split}.beton").exists():
+                assert not self.run("script", "write_beton.py", ["--source", str(self.data / split)], self.folder, {})[
+                    0
+                ]
+
     def close(self) -> None:
         self.server.communicate()
 
@@ -210,7 +228,7 @@ def target_of(command: Command) -> tuple[str, str, list[str]]:
         return "script", rest[0], rest[1:]
     if program == "torchrun":
         options = get_args_parser().parse_args(rest)
-        return "script", options.training_script, options.training_script_args
+        return "script", options.training_script + ".py" * options.module, options.training_script_args
     script = next((word for word in rest if (ROOT / word).is_file()), None)
     if program in ("bash", "sbatch") and script:
         return "shell", script, rest[rest.index(script) + 1 :]
@@ -231,8 +249,7 @@ def check_what_is_named(command: Command) -> None:
         return
     kind, target, argv = target_of(command)
     if kind == "module":
-        assert importlib.util.find_spec(target), f"{command.where}: there is no module {target}"
-        return
+        target = target.replace(".", "/") + ".py"
     assert (ROOT / target).is_file(), f"{command.where}: there is no {target}"
     if kind == "shell":
         subprocess.run(["bash", "-n", ROOT / target], check=True)
@@ -245,7 +262,7 @@ def check_what_is_named(command: Command) -> None:
 def check_settings(command: Command, target: str, argv: list[str]) -> None:
     """That the script's own parser takes the arguments; of scripts with argparse, that it knows the flags."""
     if target in ("train_imagenet.py", "write_beton.py"):
-        there = [word for word in argv if not word.startswith(("--resume", "--model.weights"))]
+        there = shlex.split(re.sub(r"--(resume|model\.weights)[= ]\S+", "", shlex.join(argv)))
         try:
             if target == "train_imagenet.py":
                 read_recipe(there)
@@ -265,16 +282,34 @@ def argparse_flags(path: Path) -> set[str]:
     return {word.value for word in words if isinstance(word, ast.Constant) and str(word.value).startswith("--")}
 
 
+def repeated_commands() -> set[Command]:
+    """The commands that do what one before them has done, with other settings."""
+    kinds, repeated = set(), set()
+    for command in COMMANDS:
+        if not reason_not_to_run(command):
+            _, target, argv = target_of(command)
+            kind = target, frozenset(argv) & MODES
+            if kind in kinds:
+                repeated.add(command)
+            kinds.add(kind)
+    return repeated
+
+
+REPEATED = repeated_commands()
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=[f"{c.where} {c.text}"[:100] for c in COMMANDS])
 def test_the_command_runs(world: World, command: Command) -> None:
-    if reason_not_to_run(command):
+    if reason_not_to_run(command) or (command in REPEATED and target_of(command)[1] != "train_imagenet.py"):
         check_what_is_named(command)
         return
     kind, target, argv = target_of(command)
     argv = shlex.split(world.substitute(shlex.join(argv), SUBSTITUTIONS).replace("'", ""))
     argv = [world.substitute(PLACEHOLDERS.get(word, word), []) for word in argv if word != "..."]
     if target == "train_imagenet.py":
-        argv += ["--config-file", "small_run.yaml"]
+        argv += ["--config-file", "small_run.yaml", *["--dry_run"] * (command in REPEATED)]
+    if target == "training.compare":
+        shutil.copytree(world.folder / "logs", world.folder / "another_run" / "logs")
     environment = dict(variable.split("=", 1) for variable in command.variables)
     status, output = world.run(kind, target, argv, world.folder, environment)
     assert status == 0, (
@@ -287,12 +322,10 @@ def test_the_command_runs(world: World, command: Command) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("command", [c for c in COMMANDS if re.match(SOAKED, c.text)], ids=lambda c: c.text[:80])
 def test_the_command_runs_with_several_processes(world: World, command: Command) -> None:
-    for split in ("train", "val"):
-        if not (world.data / f"{split}.beton").exists():
-            assert not world.run("script", "write_beton.py", ["--source", str(world.data / split)], world.folder, {})[0]
+    world.write_data()
     text = world.substitute(command.text, SUBSTITUTIONS)
     text = re.sub(r"torchrun", f"{sys.executable} -m torch.distributed.run", text)
-    text += " --config-file small_run.yaml" if "train_imagenet.py" in text else " --overwrite"
+    text += " --config-file small_run.yaml" if "train_imagenet" in text else " --overwrite"
     done = subprocess.run(shlex.split(text), cwd=world.folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{command.where}: {text}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
 
@@ -303,9 +336,7 @@ def test_the_code_runs(world: World, block: Block) -> None:
     for name in sorted(set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE))):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
-    for split in ("train", "val"):
-        if not (world.data / f"{split}.beton").exists():
-            assert not world.run("script", "write_beton.py", ["--source", str(world.data / split)], world.folder, {})[0]
+    world.write_data()
     code = world.substitute(code, PYTHON_SUBSTITUTIONS)
     status, output = world.run("code", code, [], world.data, {})
     assert status == 0, f"{block.where}: this code ended with exit status {status}:\n{code}\n\n{output[-3000:]}"
@@ -341,10 +372,12 @@ def test_every_command_in_a_sentence_names_what_exists() -> None:
                 check_what_is_named(command)
 
 
+@cache
 def known_settings() -> set[str]:
     return {".".join(path) for config in (RECIPE, write_beton.CONFIG) for path in config.entries}
 
 
+@cache
 def known_flags() -> set[str]:
     scripts = [
         *ROOT.glob("benchmarks/*.py"),

@@ -19,7 +19,9 @@ EXCLUDED = {
 
 @pytest.fixture(scope="module")
 def messages() -> list[Message]:
-    python = [path for folder in (".", "ffcv_ops", "training") for path in sorted((ROOT / folder).glob("*.py"))]
+    python = [
+        path for folder in (".", "ffcv_ops", "training", "launch") for path in sorted((ROOT / folder).glob("*.py"))
+    ]
     shell = [message for path in sorted((ROOT / "launch").glob("*.s*")) for message in shell_messages(path)]
     return [*Sources(python).messages(), *shell]
 
