@@ -82,7 +82,7 @@ def test_the_layout_is_that_of_ffcv():
     assert beton.IMAGE_TYPE == RGBImageField().metadata_type
     for number, field in ffcv.types.TYPE_ID_HANDLER.items():
         if field is not None:
-            assert beton._TYPE_NAMES[number] == field.__name__
+            assert beton.TYPE_NAMES[number] == field.__name__
 
 
 def test_a_stock_file_passes(stock_file):

@@ -178,7 +178,7 @@ def test_sample_pages_is_the_page_of_the_lowest_pointer():
     np.testing.assert_array_equal(sample_pages(table, 5, 100), [1, 0, 2, 1, 0])
 
 
-def test_imagenet_s_orders_take_less_than_half_a_second():
+def test_imagenet_s_orders_take_less_than_a_second():
     ids = np.arange(1_281_167)
     pages = ids // 150
     for order in (
@@ -191,7 +191,7 @@ def test_imagenet_s_orders_take_less_than_half_a_second():
             started = time.process_time()
             order()
             times.append(time.process_time() - started)
-        assert min(times) < 0.5
+        assert min(times) < 1
 
 
 def test_torch_s_sampler_would_repeat_what_ours_does_not():

@@ -364,7 +364,7 @@ def test_a_recipe_that_asks_for_processes_gets_them_and_a_terminal_one_bar(recip
     assert command[0] == "python" and Path(tmp_path, command[-1]).exists() and "--eval_only" in command
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_without_a_compiler_goes_on_without_compiling(recipe, whole_run, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
