@@ -14,7 +14,7 @@ demo: setup
 	@bash launch/demo.sh
 
 test: setup
-	$(python) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: setup
 	$(python) -m ruff format --check .

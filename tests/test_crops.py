@@ -337,6 +337,7 @@ def test_what_cannot_be_is_refused(make, message):
 # --- compiled code
 
 
+@pytest.mark.soak
 def test_a_second_process_loads_the_kernel_from_disk_wherever_the_library_lies(crop, tmp_path):
     """The cache holds TurboJPEG's functions by name: another copy of the library serves as well."""
     code = textwrap.dedent("""

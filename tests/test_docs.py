@@ -29,6 +29,8 @@ from torch.distributed.run import get_args_parser
 import write_beton
 from training.recipe import FLAGS, RECIPE, read_recipe, read_settings
 
+pytestmark = pytest.mark.slow
+
 # (what is printed, what runs, in commands)
 SUBSTITUTIONS = [
     (r"(--split (train|val))(?!.*--source)", r"\1 --source {data}/\2"),  # instead of the default, /fsx/ns1

@@ -22,6 +22,8 @@ import pytest
 from ffcv_ops import beton
 from tests.betons import photographs, spoil, write_images, write_tables
 
+pytestmark = pytest.mark.slow
+
 NUM_SAMPLES = 93
 
 # Fault -> what is found with FFCV, what is found with ours. Not here: that FFCV's writer cannot go on after a kill, for

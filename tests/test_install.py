@@ -17,6 +17,8 @@ import ffcv_ops
 import train_imagenet
 from training import recipe as recipe_module
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

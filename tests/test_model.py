@@ -127,7 +127,7 @@ def test_unusable_weights_say_why(tmp_path):
         build_model("resnet18", weights=tmp_path / "resnet34.pt")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_a_compiled_model_is_the_model(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -20,6 +20,8 @@ from ffcv_ops import read_beton
 from ffcv_ops.order import random_order
 from training.recipe import keep_global_batch, read_recipe
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 NUM_TRAIN, NUM_VAL, GLOBAL_BATCH = 130, 37, 32
 # An architecture without BatchNorm, whose statistics are each rank's own, and no mixing, which is each batch's own.
@@ -110,12 +112,16 @@ def ranks():
 
 @pytest.fixture(scope="module")
 def undisturbed(ranks, data, tmp_path_factory):
-    """The folders of whole runs by 1, 2 and 4 ranks at the same global batch."""
+    """By the number of ranks, the folders of whole runs at the same global batch, made when first asked for."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    folders = {world_size: folder / str(world_size) for world_size in (1, 2, 4)}
-    for world_size, run in folders.items():
-        ranks.run(run, world_size, "--config-file", data / "recipe.yaml")
-    return folders
+
+    class Runs(dict):
+        def __missing__(self, world_size):
+            self[world_size] = folder / str(world_size)
+            ranks.run(self[world_size], world_size, "--config-file", data / "recipe.yaml")
+            return self[world_size]
+
+    return Runs()
 
 
 def last(folder):
@@ -151,7 +157,7 @@ def assert_nearly_same_run(ours, theirs):
         torch.testing.assert_close(a[name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.soak)])
 def test_several_ranks_train_as_one_does(undisturbed, world_size):
     assert_nearly_same_run(undisturbed[world_size], undisturbed[1])
 
@@ -278,6 +284,7 @@ def workers(torchrun):
     return found
 
 
+@pytest.mark.soak
 def test_torchrun_restarts_a_killed_worker_and_the_run_ends_as_if_undisturbed(undisturbed, data, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     command += [ROOT / "train_imagenet.py", "--config-file", data / "recipe.yaml", "--batch_size=16"]

@@ -30,6 +30,8 @@ from training.model import IMAGENET_MEAN, IMAGENET_STD
 from training.predictions import Predictions
 from training.report import NUM_MISTAKES_SHOWN
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 NUM_TRAIN, NUM_VAL = 130, 37  # neither divides into batches of 16 on two ranks
 RECIPE = """
