@@ -186,6 +186,9 @@ def _decode(jpeg: np.ndarray, eighths: int, max_pixels: int | None = None) -> tu
         height, width, subsampling, colourspace = (ctypes.c_int() for _ in range(4))
         found = map(ctypes.byref, (width, height, subsampling, colourspace))
         if library.tjDecompressHeader3(handle, jpeg.ctypes.data, jpeg.size, *found):
+            if hasattr(library, "tj3DecompressHeader"):
+                # TurboJPEG 3's older function says of all bad headers that they lack a subsampling; this one says why.
+                library.tj3DecompressHeader(handle, jpeg.ctypes.data, jpeg.size)
             raise ValueError(_last_error(handle))
         if max_pixels is not None and height.value * width.value > max_pixels:
             raise ValueError(f"{width.value} x {height.value} px are more than {max_pixels} px")
@@ -280,3 +283,5 @@ def _declare(library: ctypes.CDLL) -> None:
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    if hasattr(library, "tj3DecompressHeader"):
+        library.tj3DecompressHeader.argtypes = [pointer, pointer, ctypes.c_size_t]
