@@ -64,7 +64,9 @@ def test_without_setup_it_takes_python3_and_says_what_to_install(tmp_path):
     venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
     path = os.pathsep.join([str(tmp_path / "bare/bin"), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": ""}
-    done = subprocess.run(["make", "doctor"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "doctor"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode != 0 and not (tmp_path / ".venv").exists()
     command, *lines = done.stdout.splitlines()
     assert command.strip() == "python3 -m ffcv_ops.doctor"

@@ -223,7 +223,8 @@ class AddIndices(ToTensor):
 
     def generate_code(self):
         def add(values, _, indices):
-            return values + torch.from_numpy(np.asarray(indices).astype("i8"))[:, None]
+            # reshaped, for in the stock loader the values may have been squeezed by then: Squeeze works in place
+            return values.reshape(-1, 1) + torch.from_numpy(np.asarray(indices).astype("i8"))[:, None]
 
         add.with_indices = True
         return add
