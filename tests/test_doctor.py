@@ -46,7 +46,7 @@ def data(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("data") / "train.beton", photographs(20))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_where_all_is_well_there_is_no_error(data):
     status, found = run("--data", data.parent)
     assert status == 0, found
@@ -185,6 +185,7 @@ def test_what_libraries_print_is_no_part_of_the_answer(monkeypatch, tmp_path):
     assert ask("loud:check_it") == [("ok", "it", "fine", "")]
 
 
+@pytest.mark.soak
 def test_the_training_side_without_a_wandb_key(monkeypatch, tmp_path):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
         monkeypatch.delenv(name, raising=False)

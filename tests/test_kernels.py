@@ -7,6 +7,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 import ffcv_ops
 from ffcv_ops import kernels
 
@@ -20,6 +22,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.soak
 def test_a_change_in_a_module_that_a_kernel_calls_is_seen(tmp_path):
     package = tmp_path / "ffcv_ops"
     shutil.copytree(Path(ffcv_ops.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))

@@ -661,6 +661,7 @@ def test_waiting_is_accounted_for(path):
         assert loader.take_wait_s() == 0
 
 
+@pytest.mark.soak
 def test_the_interpreter_exits_without_a_word(path):
     script = """
         import sys

@@ -347,6 +347,7 @@ def test_two_processes_agree_and_count_each_validation_sample_once(recipe, tmp_p
     assert float(match[2]) == pytest.approx(100 * record["val/acc1"], abs=1e-3)
 
 
+@pytest.mark.soak
 def test_a_recipe_that_asks_for_processes_gets_them_and_a_terminal_one_bar(recipe, tmp_path):
     options = ["--training.distributed=1", "--dist.world_size=2", "--dist.port=29543", "--no_wandb"]
     options += ["--epochs", "1", "--lr.warmup_epochs=0"]
