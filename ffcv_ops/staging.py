@@ -141,8 +141,10 @@ def _check_space(found: Beton, target: Path, pages_done: int) -> None:
 
 def _copy_pages(found: Beton, partial: journal.PartialFile, source: int, progress: Callable[[int, int], None]) -> None:
     def copy(page: Page) -> tuple[Page, str, list[int]]:
-        content = os.pread(source, page.stop - page.start, page.start)
-        if len(content) < page.stop - page.start:
+        size, content = page.stop - page.start, b""
+        while part := os.pread(source, size - len(content), page.start + len(content)):  # one call reads below 2 GiB
+            content = content + part if content else part
+        if len(content) < size:
             raise StageError(f"{found.path}: was cut while it was read")
         page_hash, changed, _ = page.check(content)
         if not changed:
