@@ -197,7 +197,8 @@ def check_pytorch(options: Options) -> Iterator[Finding]:
         text = "no NVIDIA GPU to be seen: everything runs on the CPU"
         yield "warning", "GPU", text, "none on a machine without one; in a container: docker run --gpus all"
     else:
-        yield "error", "PyTorch", f"{about}; {driver}, but no GPU can be used: {_why_no_gpu(torch)}", _gpu_remedy(torch)
+        reason, remedy = _why_no_gpu(torch)
+        yield "error", "PyTorch", f"{about}; {driver}, but no GPU can be used: {reason}", remedy
 
 
 def _driver() -> str | None:
@@ -211,25 +212,19 @@ def _driver() -> str | None:
     return f"driver {version[1]} for CUDA up to {cuda[1]}" if version and cuda else None
 
 
-def _why_no_gpu(torch: Any) -> str:
+def _why_no_gpu(torch: Any) -> tuple[str, str]:
+    """Why PyTorch uses none of the GPUs that there are, and what mends it."""
     if torch.version.cuda is None:
-        return "this PyTorch was built without CUDA"
+        remedy = f"{_short(sys.executable)} -m pip install --force-reinstall torch torchvision"
+        return "this PyTorch was built without CUDA", remedy
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and hidden.strip() in ("", "-1"):
-        return f"CUDA_VISIBLE_DEVICES={hidden} hides all"
+        return f"CUDA_VISIBLE_DEVICES={hidden} hides all", "unset CUDA_VISIBLE_DEVICES"
     try:
         torch.cuda.init()
     except Exception as error:
-        return _one_line(error)
-    return "PyTorch gives no reason"
-
-
-def _gpu_remedy(torch: Any) -> str:
-    if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
-        return "unset CUDA_VISIBLE_DEVICES"
-    if torch.version.cuda is None:
-        return f"{_short(sys.executable)} -m pip install --force-reinstall torch torchvision"
-    return _UPDATE_DRIVER
+        return _one_line(error), _UPDATE_DRIVER
+    return "PyTorch gives no reason", _UPDATE_DRIVER
 
 
 def _gpu(torch: Any, number: int) -> Finding:
@@ -451,7 +446,7 @@ def _try_import(module: str, blame: str | None = None) -> tuple[Any, tuple[str, 
     try:
         return importlib.import_module(module), None
     except Exception as error:
-        reason = _one_line(error)
+        reason, is_missing = _one_line(error), isinstance(error, ModuleNotFoundError)
     try:
         installed = Path(str(metadata.distribution(name).locate_file(name)))
     except metadata.PackageNotFoundError:
@@ -461,7 +456,7 @@ def _try_import(module: str, blame: str | None = None) -> tuple[Any, tuple[str, 
     if origin is not None and installed is not None and installed not in origin.parents:
         text = f"{origin} hides the installed one: {reason}"
         return None, (text, f"remove {origin.parent} from PYTHONPATH, or rename {origin.name}")
-    return None, (reason, crash_remedy() if "failed to map" in reason else install_command())
+    return None, (reason, install_command() if is_missing else crash_remedy())
 
 
 def _requirements() -> dict[str, str]:
@@ -492,16 +487,26 @@ def in_range(version: str, ranges: str) -> bool:
 
 
 def install_command() -> str:
-    """What installs all packages in their ranges."""
-    if (_ROOT / "launch" / "setup.sh").is_file():
+    """What installs all packages in their ranges, or leads to where they are installed."""
+    environment = _ROOT / ".venv"
+    stamp = environment / "setup.stamp"  # where it is right, make setup takes all else to be so
+    if not _is_clone():
+        wanted = (f"'{name}{ranges}'" for name, ranges in _requirements().items())
+        return f"{_short(sys.executable)} -m pip install {' '.join(wanted)}"
+    if not stamp.exists():
         return "make setup"
-    return f"{_short(sys.executable)} -m pip install " + " ".join(f"'{name}{r}'" for name, r in _requirements().items())
+    if Path(sys.prefix).resolve() != environment.resolve():
+        return f"source {_short(str(environment))}/bin/activate"
+    return f"rm {_short(str(stamp))} && make setup"
 
 
 def reinstall_command() -> str:
     """What replaces packages that are there and do not work."""
-    command = install_command()
-    return f"rm -r .venv && {command}" if command == "make setup" else f"{command} --force-reinstall"
+    return "rm -r .venv && make setup" if _is_clone() else f"{install_command()} --force-reinstall"
+
+
+def _is_clone() -> bool:
+    return (_ROOT / "launch" / "setup.sh").is_file()
 
 
 def crash_remedy() -> str:

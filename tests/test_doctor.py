@@ -12,6 +12,7 @@ import sys
 import venv
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from betons import photographs, write_images
@@ -132,10 +133,10 @@ def test_the_disk_is_compared_with_the_cpus(data, fits):
     assert (status == "warning") == ((images if fits else pages) < decoded) == bool(remedy) == bool(rates[4])
 
 
-def test_no_data_at_all(monkeypatch):
-    (finding,) = ask(checks.check_data)
+def test_no_data_at_all():
     if any(Path(path).exists() for path in checks.DATA):
         pytest.skip("there is data in the default place")
+    (finding,) = ask(checks.check_data)
     assert finding.status == "warning" and "/fsx/ns1/train.beton" in finding.text and "write_beton.py" in finding.remedy
 
 
@@ -151,7 +152,38 @@ def test_a_package_out_of_its_range(monkeypatch, tmp_path):
     (tmp_path / "numba-0.59.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: numba\nVersion: 0.59\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     (finding,) = ask(checks.check_packages)
-    assert finding == ("error", "packages", "numba 0.59 is not >=0.61", "make setup")
+    assert finding == ("error", "packages", "numba 0.59 is not >=0.61", checks.install_command())
+
+
+def test_what_installs_is_no_command_that_would_do_nothing(monkeypatch, tmp_path):
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/setup.sh").touch()
+    monkeypatch.setattr(checks, "_ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert checks.install_command() == "make setup"
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/setup.stamp").touch()
+    assert checks.install_command() == "source .venv/bin/activate", "another Python than that of setup"
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    assert checks.install_command() == "rm .venv/setup.stamp && make setup"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "visible", "reason", "remedy"),
+    [
+        (None, "0", "this PyTorch was built without CUDA", "-m pip install --force-reinstall torch torchvision"),
+        ("13.0", "", "CUDA_VISIBLE_DEVICES= hides all", "unset CUDA_VISIBLE_DEVICES"),
+        ("13.0", "0", "RuntimeError: the driver is too old", checks._UPDATE_DRIVER),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_has_a_reason_and_its_remedy(monkeypatch, cuda, visible, reason, remedy):
+    def init():
+        raise RuntimeError("the driver is too old")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    torch = SimpleNamespace(version=SimpleNamespace(cuda=cuda), cuda=SimpleNamespace(init=init))
+    said, mends = checks._why_no_gpu(torch)
+    assert said == reason and mends.endswith(remedy)
 
 
 def test_few_open_files():

@@ -4,6 +4,7 @@ A check yields (status, name, text) or (status, name, text, remedy).
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +26,8 @@ def check_models() -> Findings:
         import torchvision  # noqa: F401
     except Exception as error:
         text = f"torchvision {version('torchvision')} with PyTorch {version('torch')}: {error}".splitlines()[0]
-        yield "error", "models", text, f"pip install --force-reinstall torchvision torch=={version('torch')}"
+        pip = f"{sys.executable} -m pip"
+        yield "error", "models", text, f"{pip} install --force-reinstall torchvision torch=={version('torch')}"
         return
     yield "ok", "models", f"torchvision {version('torchvision')}, timm {version('timm')}"
 
