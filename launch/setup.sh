@@ -87,7 +87,7 @@ END
 fingerprint() {
     cat pyproject.toml constraints.txt launch/setup.sh | cksum
     interpreter "$1"
-    pwd
+    pwd -P
 }
 
 interpreter() {
@@ -179,10 +179,16 @@ stop() {
     exit 1
 }
 
+# Whether there is a .venv of this interpreter, made in this folder: its scripts hold the path.
+serves() {
+    .venv/bin/python -c 'import pip' 2>/dev/null &&
+        [ "$(interpreter .venv/bin/python)" = "$(interpreter "$1")" ] &&
+        grep -qsF "$(pwd -P)/.venv" .venv/bin/activate
+}
+
 build_venv() {
     local python=$1
-    if ! .venv/bin/python -c 'import pip' 2>/dev/null ||
-        [ "$(interpreter .venv/bin/python)" != "$(interpreter "$python")" ]; then
+    if ! serves "$python"; then
         printf 'setup: making .venv with %s\n' "$("$python" --version)"
         "$python" -m venv --clear .venv
     fi

@@ -2,10 +2,12 @@
 
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,7 +126,8 @@ def test_an_interpreter_that_does_not_fit_is_refused(clone: Path) -> None:
 def test_what_is_done_is_left_alone() -> None:
     stamp = ROOT / ".venv/setup.stamp"
     checksum = "cat pyproject.toml constraints.txt launch/setup.sh | cksum"
-    if not stamp.exists() or subprocess.check_output(checksum, shell=True, cwd=ROOT) not in stamp.read_bytes():
+    made_from = stamp.read_text().splitlines() if stamp.exists() else []
+    if made_from[::2] != [subprocess.check_output(checksum, shell=True, cwd=ROOT, text=True).strip(), str(ROOT)]:
         pytest.skip("make setup is due here")
     before = stamp.stat().st_mtime_ns
     python = f"{sys.base_prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
@@ -135,13 +138,28 @@ def test_what_is_done_is_left_alone() -> None:
     assert stamp.stat().st_mtime_ns == before
 
 
-def digits(folder: Path) -> dict[str, bytes]:
-    subprocess.run([sys.executable, ROOT / "launch/make_digits.py", folder], check=True, capture_output=True)
+def test_an_environment_that_was_moved_is_made_anew(clone: Path) -> None:
+    venv.create(clone / ".venv", with_pip=False, symlinks=True)
+    (packages,) = clone.glob(".venv/lib/python*/site-packages")
+    (packages / "pip.py").touch()
+
+    def serves() -> bool:
+        asked = ["bash", "-c", f"source launch/setup.sh; serves {sys.executable}"]
+        return subprocess.run(asked, cwd=clone).returncode == 0
+
+    assert serves()
+    clone = clone.rename(clone.with_name("moved"))
+    assert not serves(), "its scripts, activate among them, lead to the old folder"
+
+
+def images(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.jpg"))}
 
 
 def test_the_digits_are_an_image_folder_and_always_the_same(tmp_path: Path) -> None:
-    files = digits(tmp_path / "first")
+    script = ROOT / "launch/make_digits.py"
+    subprocess.run([sys.executable, script, tmp_path / "first"], check=True, capture_output=True)
+    files = images(tmp_path / "first")
     assert sum(name.startswith("train/") for name in files) == 1433
     assert sum(name.startswith("val/") for name in files) == 364
     for split in ("train", "val"):
@@ -149,4 +167,5 @@ def test_the_digits_are_an_image_folder_and_always_the_same(tmp_path: Path) -> N
     with Image.open(tmp_path / "first" / next(iter(files))) as image:
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (32, 32))
     assert len({name.rpartition("/")[2] for name in files}) == len(files)
-    assert digits(tmp_path / "second") == files
+    runpy.run_path(str(script))["make_digits"](tmp_path / "second")
+    assert images(tmp_path / "second") == files
