@@ -12,7 +12,7 @@ from betons import photographs
 from browsers import PageReader, needs_chromium, screenshot
 
 from training import page
-from training.compare import main
+from training.compare import main, read_runs
 from training.page import Series, line_chart
 from training.predictions import ClassResult, Predictions
 from training.report import write_report
@@ -172,6 +172,12 @@ def test_a_run_without_facts_is_compared_without_them(runs, tmp_path, capsys):
     assert main([str(record), str(runs[0] / "logs"), "--out", str(tmp_path / "out.html")]) == 0
 
 
+def test_runs_that_are_called_alike_are_told_apart(runs, tmp_path):
+    (record,) = runs[1].glob("logs/*.jsonl")
+    copy = shutil.copy(record, tmp_path / "first.jsonl")
+    assert [run.name for run in read_runs([str(runs[0]), str(copy)])] == [str(runs[0]), str(copy)]
+
+
 def test_what_cannot_be_compared_is_named(runs, tmp_path, capsys):
     (record,) = runs[1].glob("logs/*.jsonl")
     (tmp_path / "empty").mkdir()
@@ -187,4 +193,8 @@ def test_what_cannot_be_compared_is_named(runs, tmp_path, capsys):
     for text, message in (("", "has not finished an epoch"), ('{"epoch": 0}\n{"epo', "line 2: not a record")):
         record.write_text(text)
         assert main([str(runs[1])]) == 2 and message in capsys.readouterr().err
+    facts = runs[0] / "logs" / "train_2026-01-01_00-00-00.recipe.json"
+    for text in ("{", "[]", '{"recipe": {"lr": 1}}', json.dumps({"recipe": FACTS["recipe"]})):
+        facts.write_text(text)
+        assert main([str(runs[0])]) == 2 and "cannot be read as a run's recipe" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.html"))

@@ -70,7 +70,7 @@ def read_runs(given: Sequence[str]) -> list[Run]:
         raise ValueError(f"{twice} was given twice: name different runs")
     labels = [Path(text).absolute().name.removesuffix(".jsonl") for text in given]
     if len(set(labels)) < len(labels):
-        labels = [text.removesuffix(".jsonl") for text in given]
+        labels = list(given)
     return [
         Run(name, path, read_records(path), read_facts(path.with_suffix(".recipe.json")))
         for name, path in zip(labels, paths, strict=True)
@@ -114,7 +114,8 @@ def read_facts(path: Path) -> dict[str, Any]:
         return {}
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        facts["recipe"].items()
+        _settings(facts)
+        dict(environment_rows(facts))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: cannot be read as a run's recipe ({error})") from None
     return facts

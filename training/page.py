@@ -4,12 +4,14 @@ Light or dark follows the reader's system. All text is escaped here, and the pag
 """
 
 import base64
+import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 import numpy as np
+from PIL import Image
 
 NUM_COLORS = 8
 _WIDTH, _HEIGHT = 520, 250
@@ -84,8 +86,8 @@ def heading(text: str, level: int = 2) -> str:
     return f"<h{level}>{escape(text)}</h{level}>"
 
 
-def paragraph(text: str, *, faint: bool = True) -> str:
-    return f'<p class="{"faint" if faint else ""}">{escape(text)}</p>'
+def paragraph(text: str) -> str:
+    return f'<p class="faint">{escape(text)}</p>'
 
 
 def percent(share: float, decimals: int = 2) -> str:
@@ -131,10 +133,6 @@ def image_sheet(images: Iterable[tuple[np.ndarray, str, str]]) -> str:
 
 
 def _data_url(image: np.ndarray) -> str:
-    import io
-
-    from PIL import Image
-
     buffer = io.BytesIO()
     picture = Image.fromarray(image)
     if min(picture.size) < 96:  # browsers blur what they enlarge

@@ -76,7 +76,7 @@ def write_report(
 
 
 def standing(records: Sequence[Mapping[str, Any]], epochs: int) -> str:
-    """How far a run is: ``epoch 5 of 16 finished at 2026-01-31 12:00``."""
+    """How far a run is: ``5 of 16 epochs finished, the last at 2026-01-31 12:00``."""
     last = records[-1]
     moment = time.strftime("%Y-%m-%d %H:%M", time.localtime(last["time"])) if "time" in last else "?"
     done = last["epoch"] + 1
