@@ -18,7 +18,8 @@ run python train_imagenet.py --config-file rn50_configs/demo.yaml
 cat <<'END'
 
 Made  demo/digits/  the digits as image folders, and as .beton files with their manifests
-      demo/run/     the run: log, record and curve in logs/, checkpoints and exported weights in checkpoints/
+      demo/run/     the run: report.html; log, record and curve in logs/; checkpoints and exported weights in
+                    checkpoints/
 
 Next, on ImageNet:
   source .venv/bin/activate

@@ -11,21 +11,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md",
 # What begins a command in a block that does not say its language.
 PROGRAMS = (
     *("python", "python3", "torchrun", "make", "bash", "sbatch", "pip", "source", "git", "wandb", "apt", "apt-get"),
-    *(
-        "sudo",
-        "conda",
-        "docker",
-        "srun",
-        "export",
-        "cd",
-        "cp",
-        "rsync",
-        "tar",
-        "curl",
-        "wget",
-        "write-beton",
-        "train-imagenet",
-    ),
+    *("sudo", "conda", "docker", "srun", "export", "cd", "cp", "rsync", "tar", "curl", "wget"),
+    *("write-beton", "train-imagenet"),
 )
 SHELL = ("sh", "bash", "shell", "console")
 SUBSTITUTED = re.compile(r"\$\([^)]*\)")  # what another command prints

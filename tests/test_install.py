@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from documents import DOCUMENTS
 from setuptools import build_meta
 
 import ffcv_ops
@@ -24,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def copy_sources(folder):
     """The files that a clone has, without what building and running leave in them."""
-    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.egg-info", "build", "dist", "demo", ".*_cache")
+    left_behind = ["build", "dist", "demo", "logs", "checkpoints", "runs", "*.beton", "__pycache__", "*.egg-info"]
+    ignored = shutil.ignore_patterns(".git", ".venv", ".*_cache", *left_behind)
     return shutil.copytree(ROOT, folder, ignore=ignored)
 
 
@@ -92,7 +94,8 @@ def test_a_source_distribution_holds_what_builds_and_tests(tmp_path, monkeypatch
     monkeypatch.chdir(copy_sources(tmp_path / "sources"))
     archive = tmp_path / build_meta.build_sdist(tmp_path)
     names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
-    wanted = {"Makefile", "constraints.txt", "launch/setup.sh", "docs/WRITING.md", "tests/conftest.py", "LICENSE"}
+    wanted = {"Makefile", "constraints.txt", "launch/setup.sh", ".ci/run", "tests/conftest.py", "LICENSE"}
+    wanted |= {str(path.relative_to(ROOT)) for path in DOCUMENTS}
     assert wanted | {"rn50_configs/demo.yaml", "ffcv_ops/py.typed", "write_beton.py"} <= names
     assert not [name for name in names if name.endswith(".pyc")]
 

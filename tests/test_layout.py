@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python", "sklearn": "scikit-lea
 PEERS = {"nvidia"}
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """The top-level modules that a file imports, wherever in it."""
     modules = set()
