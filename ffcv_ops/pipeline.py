@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -29,6 +30,11 @@ if importlib.util.find_spec("distutils") is None:
         raise ImportError(
             "ffcv imports distutils, which Python 3.12 removed and setuptools provides: run `pip install setuptools`"
         ) from None
+
+if len(os.sched_getaffinity(0)) == 1 and config.THREADING_LAYER == "default":  # type: ignore[attr-defined]
+    # ffcv starts Numba's threading layer when it is imported. On one CPU, TBB leaves the layer's first task for later,
+    # a fork loses it, and the interpreter waits for it at its exit. Nothing is parallel there: the plainest will do.
+    config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
 
 from ffcv.memory_managers import OSCacheManager
 from ffcv.pipeline import Compiler

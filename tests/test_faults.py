@@ -26,6 +26,16 @@ pytestmark = pytest.mark.slow
 
 NUM_SAMPLES = 93
 
+
+def has_tbb():
+    """Whether Numba finds TBB, of which Debian's OpenCV brings one."""
+    try:
+        from numba.np.ufunc import tbbpool  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 # Fault -> what is found with FFCV, what is found with ours. Not here: that FFCV's writer cannot go on after a kill, for
 # which it has no option (ours: test_write_beton.py); and of ffcv-imagenet's script, which is no package to be run, the
 # missing seed, resume and training loss (ours: test_train.py). Its rule for weight decay is written out below.
@@ -57,6 +67,7 @@ TABLE = {
     "a kernel calls one compiled before the loader was made": ("KeyError", "runs"),
     "Python has no distutils": ("ModuleNotFoundError", "runs"),
     "the interpreter exits": ("numba's finalizers raise", ""),
+    "the interpreter exits after a fork on one CPU": ("hangs" if has_tbb() else "runs", "runs"),
 }
 
 
@@ -82,6 +93,7 @@ def found(tmp_path_factory):
         at_exit = "numba's finalizers raise" if "<finalize object" in err and "KeyError" in err else err
         findings[which] = {**json.loads(out.splitlines()[-1]), "the interpreter exits": at_exit}
         findings[which]["Python has no distutils"] = without_distutils(which)
+        findings[which]["the interpreter exits after a fork on one CPU"] = exit_after_fork(which)
     return findings
 
 
@@ -116,6 +128,28 @@ def without_distutils(which):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def exit_after_fork(which):
+    """Import the loader on one CPU, fork as many a library does, and leave within 8 seconds."""
+    script = """
+        import os, sys
+
+        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+        __import__({"stock": "ffcv.loader", "ours": "ffcv_ops.loader"}[sys.argv[1]])
+        if os.fork() == 0:
+            os._exit(0)
+        print("leaves", flush=True)
+    """
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), which]
+    with subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "leaves\n"
+        try:
+            assert process.wait(timeout=8) == 0
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return "hangs"
+    return "runs"
 
 
 @pytest.mark.parametrize("fault", TABLE)
