@@ -25,5 +25,6 @@ LDFLAGS="-Wl,--as-needed ${LDFLAGS:-}" \
 # auditwheel names the wheel by the oldest glibc that has what it asks for.
 auditwheel repair --wheel-dir "$work/packed" "$work"/linked/ffcv-*.whl >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
 mkdir -p dist
-mv "$work"/packed/ffcv-*.whl dist/
-printf 'ffcv-wheel: made %s\n' "$(find_wheel "$python")"
+name=$(basename "$work"/packed/ffcv-*.whl)
+mv "$work/packed/$name" dist/
+printf 'ffcv-wheel: made dist/%s\n' "$name"

@@ -181,9 +181,10 @@ class World:
         """Write the .beton files, unless a command has."""
         for split in ("train", "val"):
             if not (self.data / f"{split}.beton").exists():
-                assert not self.run("script", "write_beton.py", ["--source", str(self.data / split)], self.folder, {})[
-                    0
-                ]
+                status, output = self.run(
+                    "script", "write_beton.py", ["--source", f"{self.data}/{split}"], self.folder, {}
+                )
+                assert status == 0, output
 
     def close(self) -> None:
         self.server.communicate()
