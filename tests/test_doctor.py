@@ -111,6 +111,34 @@ def test_fewer_cpus_than_workers():
     assert "--cpus-per-task" in finding.remedy
 
 
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({"/proc/self/cgroup": "0::/job/step\n", "/sys/fs/cgroup/job/cpu.max": "150000 100000\n"}, 1.5),
+        ({"/proc/self/cgroup": "0::/job\n", "/sys/fs/cgroup/job/cpu.max": "max 100000\n"}, None),
+        ({"/proc/self/cgroup": "0::/../gone\n", "/sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2),
+        (
+            {
+                "/proc/self/cgroup": "9:memory:/job\n4:cpu,cpuacct:/job\n1:name=systemd:/\n",
+                "/sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": "300000\n",
+                "/sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000\n",
+                "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            3,
+        ),
+    ],
+)
+def test_the_time_that_control_groups_leave(monkeypatch, files, quota):
+    monkeypatch.setattr(checks, "_read", lambda path: files.get(str(path), ""))
+    assert checks.cpu_quota() == quota
+    asked = argparse.Namespace(num_workers=1000)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(1000)))
+    (finding,) = checks.check_cpus(asked)
+    assert finding[0] == ("ok" if quota is None else "warning")
+    assert quota is None or finding[3].startswith(f"--num_workers {int(quota)},")
+
+
 def test_data_that_is_cut_missing_or_not_there_yet(data, tmp_path):
     cut, empty = tmp_path / "cut.beton", tmp_path / "empty"
     cut.write_bytes(data.read_bytes()[:-100])
