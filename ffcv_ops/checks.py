@@ -115,7 +115,7 @@ def _loaded_library(name: str) -> str | None:
 def check_ffcv(options: Options) -> Iterator[Finding]:
     """Write images with our writer, load them with ours and with FFCV's compiled decoder, compare the pixels."""
     # Which makes ffcv importable where Python has no distutils.
-    _, trouble = _try_import("ffcv_ops.pipeline", blame="ffcv")
+    _, trouble = _try_import("ffcv_ops.stock", blame="ffcv")
     if trouble:
         yield "error", "ffcv", *trouble
         return

@@ -16,7 +16,7 @@ from ffcv_ops.kernels import kernel
 from ffcv_ops.pipeline import Batch, BatchOperation, SampleError, take
 
 # isort: split
-# after ours: ffcv_ops.pipeline makes ffcv importable
+# after ours: ffcv_ops.stock makes ffcv importable
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.state import State
 

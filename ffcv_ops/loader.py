@@ -27,7 +27,7 @@ from ffcv_ops.order import EpochOrder, QuasiRandom, Random, Repeated, Sequential
 from ffcv_ops.pipeline import Batch, BatchOperation, SampleError, WorkerPool
 from ffcv_ops.plan import Buffers, Plan
 
-# Behind ffcv_ops.pipeline, which makes ffcv importable where Python has no distutils.
+# Behind ffcv_ops.stock, which makes ffcv importable.
 from ffcv.loader.loader import DEFAULT_OS_CACHE, OrderOption  # isort: skip
 from ffcv.loader.loader import Loader as StockLoader  # isort: skip
 from ffcv.memory_managers import OSCacheManager, ProcessCacheManager  # isort: skip

@@ -21,7 +21,7 @@ from ffcv_ops.pipeline import Batch, BatchOperation, take
 from ffcv_ops.rng import MIX, batch_id, generator
 
 # isort: split
-# after ours: ffcv_ops.pipeline makes ffcv importable
+# after ours: ffcv_ops.stock makes ffcv importable
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.state import State
 

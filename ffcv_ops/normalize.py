@@ -10,7 +10,7 @@ import torch
 from ffcv_ops.pipeline import Batch, BatchOperation
 
 # isort: split
-# after ours: ffcv_ops.pipeline makes ffcv importable
+# after ours: ffcv_ops.stock makes ffcv importable
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.state import State
 

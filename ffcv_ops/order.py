@@ -11,11 +11,11 @@ from abc import abstractmethod
 
 import numpy as np
 
-import ffcv_ops.pipeline  # noqa: F401
+import ffcv_ops.stock  # noqa: F401
 from ffcv_ops import rng
 
 # isort: split
-# after ours: ffcv_ops.pipeline makes ffcv importable
+# after ours: ffcv_ops.stock makes ffcv importable
 from ffcv.traversal_order.base import TraversalOrder
 
 # Of timm's RepeatAugSampler, after DeiT's: the epoch is a multiple of this many samples, over all ranks.

@@ -8,9 +8,6 @@ exceptions propagate.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -23,24 +20,14 @@ from llvmlite import ir
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-if importlib.util.find_spec("distutils") is None:
-    try:
-        importlib.import_module("setuptools")  # which provides the distutils that ffcv asks for
-    except ImportError:
-        raise ImportError(
-            "ffcv imports distutils, which Python 3.12 removed and setuptools provides: run `pip install setuptools`"
-        ) from None
+import ffcv_ops.stock  # noqa: F401
+from ffcv_ops.memory import Memory, read_mapped
 
-if len(os.sched_getaffinity(0)) == 1 and config.THREADING_LAYER == "default":  # type: ignore[attr-defined]
-    # ffcv starts Numba's threading layer when it is imported. On one CPU, TBB leaves the layer's first task for later,
-    # a fork loses it, and the interpreter waits for it at its exit. Nothing is parallel there: the plainest will do.
-    config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
-
+# isort: split
+# after ours: ffcv_ops.stock makes ffcv importable
 from ffcv.memory_managers import OSCacheManager
 from ffcv.pipeline import Compiler
 from ffcv.pipeline.operation import Operation
-
-from ffcv_ops.memory import Memory, read_mapped
 
 
 def _compile_reader(manager: OSCacheManager) -> Callable[..., Any]:

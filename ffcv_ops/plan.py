@@ -16,7 +16,7 @@ import torch
 
 from ffcv_ops.pipeline import Batch, BatchOperation
 
-# Behind ffcv_ops.pipeline, which makes ffcv importable where Python has no distutils.
+# Behind ffcv_ops.stock, which makes ffcv importable.
 from ffcv.fields.basics import BasicDecoder  # isort: skip
 from ffcv.pipeline import Compiler  # isort: skip
 from ffcv.pipeline.allocation_query import AllocationQuery, allocate_query  # isort: skip

@@ -41,7 +41,7 @@ from ffcv_ops.pipeline import Batch, BatchOperation, take
 from ffcv_ops.rng import ERASING, RAND_AUGMENT, uniform
 
 # isort: split
-# after ours: ffcv_ops.pipeline makes ffcv importable
+# after ours: ffcv_ops.stock makes ffcv importable
 from ffcv.pipeline.state import State
 
 IMAGENET_MEAN = (124, 116, 104)
