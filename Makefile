@@ -25,9 +25,9 @@ format: setup
 	$(python) -m ruff format .
 	$(python) -m ruff check --fix .
 
-# Works before and without setup.
+# Works before and without setup, and where the Python that .venv was made with is gone.
 doctor:
-	$(if $(wildcard $(python)),$(python),python3) -m ffcv_ops.doctor $(DOCTOR_ARGS)
+	$(shell $(python) -c "" 2>/dev/null && echo $(python) || echo python3) -m ffcv_ops.doctor $(DOCTOR_ARGS)
 
 ffcv-wheel:
 	@bash launch/ffcv_wheel.sh
