@@ -19,7 +19,8 @@ from betons import photographs, write_images
 
 import write_beton
 from ffcv_ops import checks, doctor, read_beton, storage
-from training.doctor import efa_adapters
+from training import logs
+from training.doctor import check_wandb, efa_adapters
 from training.recipe import RECIPE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -255,6 +256,16 @@ def test_the_training_side_without_a_wandb_key(monkeypatch, tmp_path):
     models, *_, wandb = ask("training.doctor:check_training")
     assert models.status == "ok" and models.text == f"torchvision {version('torchvision')}, timm {version('timm')}"
     assert wandb.status == "warning" and "offline" in wandb.text and "setup_wandb.sh" in wandb.remedy
+
+
+@pytest.mark.parametrize(
+    ("mode", "key", "status"), [("online", False, "warning"), ("online", True, "ok"), ("disabled", False, "ok")]
+)
+def test_a_key_is_asked_for_where_runs_are_to_be_online(monkeypatch, mode, key, status):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setattr(logs, "has_wandb_key", lambda: key)
+    (finding,) = check_wandb()
+    assert finding[0] == status
 
 
 def test_efa_is_told_from_other_adapters(tmp_path):

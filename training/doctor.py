@@ -34,7 +34,8 @@ def check_models() -> Findings:
 
 def check_wandb() -> Findings:
     """Whether runs go to Weights & Biases or stay here."""
-    if mode := os.environ.get("WANDB_MODE"):
+    mode = os.environ.get("WANDB_MODE") or "online"
+    if mode != "online":
         yield "ok", "W&B", f"WANDB_MODE={mode}"
         return
     from training.logs import has_wandb_key
