@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ffcv_ops import storage
+from ffcv_ops.control_groups import control_groups, read
 
 DATA = "/fsx/ns1/train.beton", "/fsx/ns1/val.beton"
 """Where write_beton.py puts files and train_imagenet.py expects them, unless told otherwise."""
@@ -269,21 +270,11 @@ def check_cpus(options: Options) -> Iterator[Finding]:
 def cpu_quota() -> float | None:
     """The CPU time a second that control groups leave this process, in CPUs; None where they set no limit."""
     quotas = []
-    for line in _read("/proc/self/cgroup").splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        root = Path("/sys/fs/cgroup") / (controllers and "cpu")
-        # A limit of any group above holds too; within a container the group's own path is often not to be seen.
-        for folder in (root / group.lstrip("/"), *(root / group.lstrip("/")).parents):
-            if controllers:
-                limit = f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}".split()
-            else:
-                limit = _read(folder / "cpu.max").split()
+    for folder in control_groups("cpu"):
+        for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            limit = " ".join(read(folder / file) for file in files).split()
             if len(limit) == 2 and limit[0].isdigit():
                 quotas.append(int(limit[0]) / int(limit[1]))
-            if folder == root:
-                break
     return min(quotas, default=None)
 
 
@@ -513,14 +504,6 @@ def crash_remedy() -> str:
     """What to do where a library cannot be loaded, or ends the process that uses it."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     return reinstall_command() if limit == resource.RLIM_INFINITY else "ulimit -v unlimited"
-
-
-def _read(path: str | Path) -> str:
-    """The text of a small file of the kernel's, "" where there is none."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError:
-        return ""
 
 
 def _one_line(error: BaseException) -> str:

@@ -11,7 +11,6 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -19,6 +18,7 @@ import numpy as np
 import psutil
 
 from ffcv_ops import sigbus
+from ffcv_ops.control_groups import control_groups, read
 
 # As the stock loader: pages are read up to three batches ahead of their use, by twelve threads.
 _PREFETCH_BATCHES = 3
@@ -199,19 +199,19 @@ def _page_lifetimes(
 
 
 def available_bytes() -> int:
-    """Return how many bytes this process may still take, of the machine and of a control group that limits it."""
+    """Return how many bytes this process may still take, of the machine and of the control groups that limit it."""
     available = psutil.virtual_memory().available
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            # The group's usage counts cached file pages, which the kernel gives up on demand.
-            stat = dict(line.split() for line in Path(limit).with_name("memory.stat").read_text().splitlines())
-            cached = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
-            available = min(available, int(Path(limit).read_text()) - int(Path(usage).read_text()) + cached)
-        except (OSError, ValueError):
-            continue
+    for folder in control_groups("memory"):
+        # A group's usage counts cached file pages, which the kernel gives up on demand.
+        stat = dict(line.split() for line in read(folder / "memory.stat").splitlines())
+        for limit, usage, kind in (
+            ("memory.max", "memory.current", ""),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        ):
+            most = read(folder / limit).strip()
+            if most.isdigit():
+                cached = sum(int(stat.get(f"{kind}{name}", 0)) for name in ("inactive_file", "active_file"))
+                available = min(available, int(most) - int(read(folder / usage)) + cached)
     return available
 
 

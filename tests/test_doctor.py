@@ -18,13 +18,15 @@ import pytest
 from betons import photographs, write_images
 
 import write_beton
-from ffcv_ops import checks, doctor, read_beton, storage
+from ffcv_ops import checks, control_groups, doctor, read_beton, storage
 from training import logs
 from training.doctor import check_wandb, efa_adapters
 from training.recipe import RECIPE
 
 ROOT = Path(__file__).resolve().parents[1]
-STDLIB_ONLY = [ROOT / "ffcv_ops" / f"{name}.py" for name in ("__init__", "doctor", "checks", "storage")]
+STDLIB_ONLY = [
+    ROOT / "ffcv_ops" / f"{name}.py" for name in ("__init__", "doctor", "checks", "control_groups", "storage")
+]
 
 
 def ask(check, data=(), num_workers=-1):
@@ -133,7 +135,8 @@ def test_fewer_cpus_than_workers():
     ],
 )
 def test_the_time_that_control_groups_leave(monkeypatch, files, quota):
-    monkeypatch.setattr(checks, "_read", lambda path: files.get(str(path), ""))
+    for module in (control_groups, checks):
+        monkeypatch.setattr(module, "read", lambda path: files.get(str(path), ""))
     assert checks.cpu_quota() == quota
     asked = argparse.Namespace(num_workers=1000)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(1000)))

@@ -13,6 +13,7 @@ import numba as nb
 import numpy as np
 import pytest
 
+from ffcv_ops import control_groups, memory
 from ffcv_ops.beton import read_beton
 from ffcv_ops.memory import MappedFile, PagedFile, Regions, available_bytes, plan_pages
 from ffcv_ops.pipeline import Batch, SampleError, WorkerPool, take
@@ -227,3 +228,30 @@ def test_a_file_cut_in_use_is_an_error_not_zeros(small, tmp_path):
 
 def test_available_memory_is_a_machine_s():
     assert 1 << 20 < available_bytes() < 1 << 50
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {
+            "/proc/self/cgroup": "0::/slurm/job_7/step_0\n",
+            "/sys/fs/cgroup/slurm/job_7/memory.max": "64000\n",
+            "/sys/fs/cgroup/slurm/job_7/memory.current": "60000\n",
+            "/sys/fs/cgroup/slurm/job_7/memory.stat": "anon 10000\ninactive_file 20000\nactive_file 30000\n",
+            "/sys/fs/cgroup/slurm/memory.max": "max\n",
+        },
+        {
+            "/proc/self/cgroup": "7:memory:/slurm/job_7\n4:cpu,cpuacct:/\n",
+            "/sys/fs/cgroup/memory/slurm/job_7/memory.limit_in_bytes": "64000\n",
+            "/sys/fs/cgroup/memory/slurm/job_7/memory.usage_in_bytes": "60000\n",
+            "/sys/fs/cgroup/memory/slurm/job_7/memory.stat": "total_inactive_file 20000\ntotal_active_file 30000\n",
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes": "100000\n",
+        },
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_memory_that_a_scheduler_limits(monkeypatch, files):
+    for module in (control_groups, memory):
+        monkeypatch.setattr(module, "read", lambda path: files.get(str(path), ""))
+    assert available_bytes() == 64000 - 60000 + 50000
