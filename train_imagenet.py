@@ -71,7 +71,7 @@ from training.model import (
 )
 from training.optim import build_ema, build_optimizer
 from training.predictions import Predictions
-from training.preemption import Stopped, StopRequest
+from training.preemption import SECONDS_TO_END, Stopped, StopRequest
 from training.preview import caption, class_names, denormalized, draw_contact_sheet, take_images
 from training.recipe import AUTO, Plan, Settings, courses, keep_global_batch, plan, read_recipe, refuse, summary
 from training.report import NUM_MISTAKES_SHOWN, write_report
@@ -82,8 +82,6 @@ from training.schedule import build_resolution, build_schedule
 from ffcv.transforms import ToDevice, ToTensor
 
 IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL = 1_281_167, 50_000
-# How long the other ranks leave the one that failed to speak and close its logs, before torchrun ends them all.
-SECONDS_TO_END = 10
 
 
 def main() -> None:
@@ -385,7 +383,8 @@ class Run:
         if failures:
             self.compiles = False
             torch.compiler.set_stance("force_eager")
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if error else "on another rank"
+            first_line = str(error).strip().partition("\n")[0]
+            reason = f"{type(error).__name__}: {first_line}" if error else "on another rank"
             self.log.say(f"note: torch.compile failed, training goes on without it ({reason})")
         else:
             self.log.say(f"compiled for {size} px in {time.perf_counter() - started_s:.0f} s")
@@ -427,7 +426,7 @@ class Run:
                 self.checkpoints.save(state)
                 log.say(f"stopped by a signal: {self.where()}, saved as {self.checkpoints.last}; --resume auto goes on")
                 log.close(exit_code=self.stop.exit_status)
-                distributed.wait_for_all()  # torchrun ends the others once one has left
+                distributed.wait_for_all(self.world)  # torchrun ends the others once one has left
                 raise
         self.say_goodbye()
         log.close()
