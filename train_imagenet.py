@@ -326,7 +326,7 @@ class Run:
         )
         self.state = TrainState(**self.begun)
         if checkpoint is not None:
-            self.state = self.checkpoints.restore(checkpoint)
+            self.state = self.checkpoints.restore(checkpoint, weights_only=bool(training.eval_only))
             recipe.notices.extend(differences(checkpoint, self.checkpoints.facts))
         self.eval_model = self.trainer.ema.module if self.trainer.ema is not None else model
         self.trainer.model = self.wrapped(model)
@@ -391,7 +391,9 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         """What makes the run repeatable, stored with its logs and every checkpoint."""
-        recipe = self.recipe
+        recipe, data = self.recipe, {"val": self.val}
+        if not recipe.training.eval_only:
+            data = {"train": self.train_data, "val": self.val}
         return {
             "recipe": recipe.to_dict(),
             "recipe_history": recipe.history(),
@@ -408,7 +410,7 @@ class Run:
             },
             "data": {
                 name: {"path": str(beton.path), "num_samples": beton.num_samples, "digest": beton.digest}
-                for name, beton in (("train", self.train_data), ("val", self.val))
+                for name, beton in data.items()
             },
         }
 
@@ -738,13 +740,19 @@ def val_loader(
 
 
 def differences(checkpoint: dict[str, Any], facts: dict[str, Any]) -> list[str]:
-    """What a resumed run does differently from the one that saved the checkpoint."""
-    notices = []
-    for section, values in facts["recipe"].items():
-        for key, value in values.items():
-            before = checkpoint["recipe"].get(section, {}).get(key, value)
-            if before != value and (section, key) not in (("training", "resume"), ("training", "report")):
-                notices.append(f"{section}.{key} is {value}, and was {before} in the run that is resumed")
+    """What a resumed run does differently from the one that saved the checkpoint, or does it on and with."""
+    passing = {"training.resume", "training.report", "training.eval_only"}
+    was, now = (
+        {f"{section}.{key}": value for section, values in of["recipe"].items() for key, value in values.items()}
+        | {"the commit": of["commit"], "the device": of["device"]}
+        | {f"the version of {name}": number for name, number in of["versions"].items()}
+        for of in (checkpoint, facts)
+    )
+    notices = [
+        f"{name} is {value}, and was {was[name]} in the run that is resumed"
+        for name, value in now.items()
+        if name not in passing and was.get(name, value) != value
+    ]
     for split, data in facts["data"].items():
         before = checkpoint["data"].get(split, data)
         if before["digest"] != data["digest"]:

@@ -314,7 +314,7 @@ def test_two_processes_agree_and_count_each_validation_sample_once(recipe, tmp_p
         dist.destroy_process_group()
     """)
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29541"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     arguments = ["--config-file", recipe, "--no_wandb", "--epochs", "2", "--dist.world_size=4"]
     process = subprocess.Popen(
         [*launcher, str(program), *map(str, arguments), "--training.distributed=1"],
@@ -336,6 +336,7 @@ def test_two_processes_agree_and_count_each_validation_sample_once(recipe, tmp_p
     options = ["--eval_only", "--resume", last, "--report", "evaluation.html"]
     output = finish(run_script("--config-file", recipe, *options, folder=tmp_path))
     assert {*tmp_path.rglob("*")} - before == {tmp_path / "evaluation.html"}
+    assert not re.findall("digest|eval_only", output), "evaluating is no difference from the run that is evaluated"
     page = PageReader(tmp_path / "evaluation.html")
     assert f"{100 * record['val/acc1']:.2f} % top-1 37 images" in page.text and page.num_images > 0
     stored = Predictions.read(next(tmp_path.glob("logs/*.npz")))
@@ -383,8 +384,7 @@ def test_a_run_without_a_compiler_goes_on_without_compiling(recipe, whole_run, t
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_compiled_runs_resume_to_the_bit(recipe, tmp_path, monkeypatch, num_processes):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_processes}"]
-    launcher += [f"--master_port={29551 + num_processes}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
     options = ["--config-file", recipe, "--no_wandb", "--training.compile=1", "--training.save_every_steps=2"]
     folders = [tmp_path / "whole", tmp_path / "cut"]
     for folder in folders:
@@ -460,6 +460,31 @@ def test_classes_numbered_differently_are_refused(call, recipe, data, tmp_path):
     (tmp_path / "val.beton.json").write_text(json.dumps(manifest))
     status, _, err, created = call("--config-file", recipe, f"--data.val_dataset={tmp_path / 'val.beton'}")
     assert (status, created) == (2, set()) and "class 3 is 3 in" in err and "and 4 in" in err
+
+
+def test_a_resumed_run_says_what_has_changed_since():
+    facts = {
+        "recipe": {"training": {"epochs": 4, "resume": "last.ckpt"}, "wandb": {"name": "a new setting"}},
+        "commit": "abc",
+        "device": "a GPU",
+        "versions": {"torch": "2.9", "timm": "1"},
+        "data": {"val": {"path": "val.beton", "digest": "12"}},
+    }
+    before = {
+        "recipe": {"training": {"epochs": 3, "resume": None}},
+        "commit": "abc+",
+        "device": "another",
+        "versions": {"torch": "2.8", "timm": "1"},
+        "data": {"train": {"path": "train.beton", "digest": "34"}, "val": {"path": "val.beton", "digest": "56"}},
+    }
+    assert train_imagenet.differences(before, facts) == [
+        "training.epochs is 4, and was 3 in the run that is resumed",
+        "the commit is abc, and was abc+ in the run that is resumed",
+        "the device is a GPU, and was another in the run that is resumed",
+        "the version of torch is 2.9, and was 2.8 in the run that is resumed",
+        "the val data is not the resumed run's: val.beton has another digest",
+    ]
+    assert train_imagenet.differences(facts, facts) == []
 
 
 def test_dry_run_needs_no_data_and_creates_nothing(call):
