@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from training import checkpoint
-from training.checkpoint import Checkpoints, TrainState, newest_checkpoint, read_checkpoint, save_atomically
+from training.aside import Aside
+from training.checkpoint import Checkpoints, TrainState, copied, newest_checkpoint, read_checkpoint, save_atomically
 from training.distributed import World
 from training.model import build_model
 from training.optim import build_ema, build_optimizer
@@ -38,6 +39,10 @@ def make_checkpoints(folder, *, num_classes=4, world=WORLD, scaled=False, optimi
     return Checkpoints(folder, "resnet18", world, parts, {**FACTS, **facts})
 
 
+def save(checkpoints, state, **options):
+    checkpoints.save(checkpoints.content(state), **options)
+
+
 def take_a_step(checkpoints):
     model = checkpoints.parts["model"]
     model(torch.randn(2, 3, 32, 32)).square().mean().backward()
@@ -49,7 +54,7 @@ def test_everything_comes_back(tmp_path):
     ours = make_checkpoints(tmp_path)
     take_a_step(ours)
     state = TrainState(epoch=3, step=17, best_acc1=0.25, best_epoch=2, run_name="train_x", wandb_id="abc")
-    ours.save(state, is_best=True)
+    save(ours, state, is_best=True)
     theirs = make_checkpoints(tmp_path)
     assert theirs.restore(read_checkpoint(ours.last)) == state
     for part in ("model", "ema"):
@@ -60,11 +65,50 @@ def test_everything_comes_back(tmp_path):
     assert all(torch.equal(mine[key]["momentum_buffer"], other[key]["momentum_buffer"]) for key in mine)
 
 
+def test_a_copy_stays_as_it_is_while_training_goes_on(tmp_path):
+    checkpoints = make_checkpoints(tmp_path, optimizer="adamw")
+    take_a_step(checkpoints)
+    content = copied(checkpoints.content(TrainState(step=1)))
+    checkpoints.save(content)
+    take_a_step(checkpoints)
+    checkpoints.save(content, is_best=True)
+    first, second = (read_checkpoint(path) for path in (checkpoints.last, checkpoints.best(TrainState())))
+    live = checkpoints.content(TrainState(step=1))
+    for part in ("model", "ema"):
+        assert all(torch.equal(first[part][name], second[part][name]) for name in live[part])
+        assert not all(torch.equal(first[part][name], live[part][name]) for name in live[part])
+    for number, values in live["optimizer"]["state"].items():
+        assert all(
+            torch.equal(first["optimizer"]["state"][number][key], content["optimizer"]["state"][number][key])
+            for key in values
+        )
+        assert int(first["optimizer"]["state"][number]["step"]) == 1 and int(values["step"]) == 2
+    assert content["model"]._metadata == live["model"]._metadata
+
+
+def test_work_beside_training_is_done_in_order_and_its_errors_are_raised():
+    aside, done = Aside(), []
+
+    def fail():
+        raise OSError("no space left")
+
+    aside.do(lambda: (time.sleep(0.3), done.append("first")))
+    aside.do(lambda: done.append("second"))
+    assert "first" in done
+    aside.do(fail)
+    with pytest.raises(OSError, match="no space left"):
+        aside.do(lambda: done.append("third"))
+    aside.do(lambda: done.append("fourth"))
+    aside.finish()
+    aside.finish()
+    assert done == ["first", "second", "fourth"]
+
+
 def test_names_and_only_the_best_is_kept(tmp_path):
     checkpoints = make_checkpoints(tmp_path)
-    checkpoints.save(TrainState(epoch=1, best_acc1=0.5, best_epoch=0), is_best=True)
-    checkpoints.save(TrainState(epoch=2, best_acc1=0.76543, best_epoch=1), is_best=True)
-    checkpoints.save(TrainState(epoch=3, best_acc1=0.76543, best_epoch=1))
+    save(checkpoints, TrainState(epoch=1, best_acc1=0.5, best_epoch=0), is_best=True)
+    save(checkpoints, TrainState(epoch=2, best_acc1=0.76543, best_epoch=1), is_best=True)
+    save(checkpoints, TrainState(epoch=3, best_acc1=0.76543, best_epoch=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "last.ckpt",
         "resnet18-epoch=01-val_acc1=0.7654.ckpt",
@@ -84,11 +128,11 @@ def test_killed_between_two_files_a_run_finds_all_that_its_newest_checkpoint_nam
         written.append(path)
         save_atomically(content, path)
 
-    checkpoints.save(TrainState(epoch=1, step=7, best_acc1=0.5, best_epoch=0), is_best=True)
+    save(checkpoints, TrainState(epoch=1, step=7, best_acc1=0.5, best_epoch=0), is_best=True)
     take_a_step(checkpoints)
     monkeypatch.setattr(checkpoint, "save_atomically", save_some)
     with pytest.raises(KeyboardInterrupt):
-        checkpoints.save(TrainState(epoch=2, step=8, best_acc1=0.6, best_epoch=1), is_best=True)
+        save(checkpoints, TrainState(epoch=2, step=8, best_acc1=0.6, best_epoch=1), is_best=True)
     content = read_checkpoint(newest_checkpoint(tmp_path, "resnet18")[0])
     assert checkpoints.best(TrainState(**content["state"])).exists()
     weights = torch.load(checkpoints.weights, weights_only=True)
@@ -97,7 +141,7 @@ def test_killed_between_two_files_a_run_finds_all_that_its_newest_checkpoint_nam
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    make_checkpoints(tmp_path / "run", world=dataclasses.replace(WORLD, rank=1)).save(TrainState(), is_best=True)
+    save(make_checkpoints(tmp_path / "run", world=dataclasses.replace(WORLD, rank=1)), TrainState(), is_best=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -105,7 +149,7 @@ def test_an_earlier_run_is_kept(tmp_path):
     checkpoints, report = make_checkpoints(tmp_path), tmp_path / "report.html"
     assert checkpoints.keep_earlier_run(report) == []
     for number in (1, 2):
-        checkpoints.save(TrainState(epoch=number, best_acc1=0.5, best_epoch=0), is_best=True)
+        save(checkpoints, TrainState(epoch=number, best_acc1=0.5, best_epoch=0), is_best=True)
         report.write_text(f"report {number}")
         moved = checkpoints.keep_earlier_run(report)
         assert {path.parent for path in moved} == {tmp_path / f"earlier-{number}"} and len(moved) == 4
@@ -118,7 +162,7 @@ def test_foreign_and_damaged_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         read_checkpoint(tmp_path / "none.ckpt")
     checkpoints = make_checkpoints(tmp_path)
-    checkpoints.save(TrainState(epoch=1))
+    save(checkpoints, TrainState(epoch=1))
     whole = checkpoints.last.read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
@@ -132,7 +176,7 @@ def test_foreign_and_damaged_files_are_refused(tmp_path):
 
 def saved_by(checkpoints, **state):
     take_a_step(checkpoints)
-    checkpoints.save(TrainState(**state))
+    save(checkpoints, TrainState(**state))
     return read_checkpoint(checkpoints.last)
 
 
@@ -208,10 +252,10 @@ def test_within_an_epoch_of_pages_the_number_of_processes_must_stay(tmp_path):
 def test_the_newest_checkpoint_is_that_with_the_most_steps(tmp_path):
     assert newest_checkpoint(tmp_path / "nowhere", "resnet18") == (None, [])
     checkpoints = make_checkpoints(tmp_path)
-    checkpoints.save(TrainState(step=7, run_name="train_a", best_acc1=0.5, best_epoch=0), is_best=True)
+    save(checkpoints, TrainState(step=7, run_name="train_a", best_acc1=0.5, best_epoch=0), is_best=True)
     best = checkpoints.best(TrainState(best_acc1=0.5, best_epoch=0))
     assert newest_checkpoint(tmp_path, "resnet18") == (checkpoints.last, []), "the last, of equals"
-    checkpoints.save(TrainState(step=3, run_name="train_b"))
+    save(checkpoints, TrainState(step=3, run_name="train_b"))
     assert newest_checkpoint(tmp_path, "resnet18") == (best, [])
     assert newest_checkpoint(tmp_path, "resnet18", run_name="train_b") == (checkpoints.last, [])
     assert newest_checkpoint(tmp_path, "resnet18", run_name="train_c") == (None, [])

@@ -1,5 +1,6 @@
 """The state of a run on disk: what it holds, written whole or not at all, and taken up again."""
 
+import copy
 import re
 import zipfile
 from dataclasses import asdict, dataclass, field
@@ -46,6 +47,18 @@ def save_atomically(content: Any, path: Path) -> None:
     """``torch.save`` under a temporary name, to the disk, then in one move to ``path``."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         torch.save(content, file)
+
+
+def copied(value: Any) -> Any:
+    """A copy on the CPU of what a checkpoint holds, which further steps leave as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        # A state_dict carries the versions of its modules as an attribute, which copy.copy() takes along.
+        new = copy.copy(value)
+        new.update((key, copied(part)) for key, part in value.items())
+        return new
+    return [copied(part) for part in value] if isinstance(value, list) else value
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -197,15 +210,21 @@ class Checkpoints:
             **self.facts,
         }
 
-    def save(self, state: TrainState, *, is_best: bool = False) -> None:
+    def save(self, content: dict[str, Any], *, is_best: bool = False) -> None:
         """Write ``last.ckpt``; for the best epoch so far its own checkpoint and the exported weights too.
 
         In an order such that a run that is killed between them can go on: what a checkpoint names has been written.
+
+        Parameters
+        ----------
+        content : dict
+            What `content` gave, or a copy of it.
+        is_best : bool
         """
         if not self.world.is_main:
             return
+        state = TrainState(**content["state"])
         self.folder.mkdir(parents=True, exist_ok=True)
-        content = self.content(state)
         if is_best:
             save_atomically(content["ema"] or content["model"], self.weights)
             save_atomically(content, self.best(state))

@@ -140,14 +140,16 @@ class RunLog:
             self._wandb.log(values, step=step)
 
     def epoch(self, values: dict[str, float], step: int) -> None:
-        """Record a finished epoch: a JSONL line, the curve drawn anew, W&B."""
+        """Record a finished epoch: a JSONL line, W&B."""
         if not self.is_main:
             return
         self.last = values
-        records = [*self.records(), {**values, "step": step, "time": time.time()}]
-        self._write_records(records)
-        draw_curve(records, self.folder / f"{self._run_name}.png", self.courses)
+        self._write_records([*self.records(), {**values, "step": step, "time": time.time()}])
         self.metrics(values, step)
+
+    def draw(self) -> None:
+        """Draw the curve of the epochs so far."""
+        draw_curve(self.records(), self.folder / f"{self._run_name}.png", self.courses)
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the W&B run and the log file."""
