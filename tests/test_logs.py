@@ -57,7 +57,7 @@ def test_a_full_disk_leaves_the_record_of_every_epoch_whole(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [record["epoch"] for record in log.records()] == [0]
-    assert {path.name for path in tmp_path.iterdir()} == {"run.log", "run.jsonl", "run.png", "run.recipe.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run.log", "run.jsonl", "run.recipe.json"}
     log.close()
 
 
