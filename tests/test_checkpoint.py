@@ -200,6 +200,17 @@ def test_the_steps_that_lamb_counts_come_back(tmp_path):
         assert torch.equal(state["exp_avg"], content["optimizer"]["state"][key]["exp_avg"])
 
 
+def test_the_momentum_comes_back_in_the_memory_format_of_the_weights(tmp_path):
+    content = saved_by(make_checkpoints(tmp_path))
+    for state in content["optimizer"]["state"].values():
+        if state["momentum_buffer"].ndim == 4:
+            state["momentum_buffer"] = state["momentum_buffer"].contiguous(memory_format=torch.channels_last)
+    theirs = make_checkpoints(tmp_path)
+    theirs.restore(content)
+    for parameter, state in theirs.parts["optimizer"].state.items():
+        assert state["momentum_buffer"].stride() == parameter.stride() and not state["momentum_buffer"].requires_grad
+
+
 def test_another_optimizer_is_refused(tmp_path):
     content = saved_by(make_checkpoints(tmp_path))
     with pytest.raises(ValueError, match="training.optimizer=sgd, this one has lamb"):

@@ -166,6 +166,19 @@ def test_a_loss_that_is_not_finite_stops_within_a_few_steps(data, tmp_path):
         run_epoch(make_trainer(small_model()), Batches(images, targets, 4), state, tmp_path, steps=6)
 
 
+@pytest.mark.parametrize("moment", ["save", "stop", "end"])
+def test_weights_that_are_lost_are_not_saved(data, tmp_path, moment):
+    images, targets, _ = data
+    trainer, saved = make_trainer(small_model()), []
+    trainer.lr = lambda step: 0.1 if step < 2 else float("nan")  # the losses of three steps are finite
+    options = {"save": lambda: saved.append(1), "save_every_steps": 3 * (moment == "save")}
+    with pytest.raises(RunError, match=r"step 3 .*--resume the last checkpoint, which is from before"):
+        steps, stop = 3 if moment == "end" else 4, lambda: moment == "stop" and state.step == 3
+        state = TrainState()
+        run_epoch(trainer, Batches(images, targets, 6), state, tmp_path, steps=steps, stop=stop, **options)
+    assert not saved
+
+
 def test_only_losses_in_a_row_stop_a_run():
     check = FiniteCheck(torch.device("cpu"))
     bad, good = torch.tensor(float("inf")), torch.tensor(1.0)

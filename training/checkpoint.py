@@ -313,6 +313,11 @@ class Checkpoints:
             )
         groups = [{**was, **now} for was, now in zip(saved["param_groups"], own["param_groups"], strict=True)]
         optimizer.load_state_dict({"state": {**own["state"], **saved["state"]}, "param_groups": groups})
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    # In the memory format of the weights, which may be another now: fused optimizers insist on it.
+                    state[name] = torch.empty_like(parameter).copy_(value)
 
     def _check_same_batches(self, content: dict[str, Any]) -> None:
         """Within an epoch the steps to come must be of the samples that are left.
