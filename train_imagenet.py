@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,7 +55,8 @@ from ffcv_ops import (
     read_beton,
 )
 from training import distributed
-from training.checkpoint import Checkpoints, TrainState, newest_checkpoint, read_checkpoint
+from training.aside import Aside
+from training.checkpoint import Checkpoints, TrainState, copied, newest_checkpoint, read_checkpoint
 from training.distributed import Failure, World
 from training.logs import RunLog, format_duration, pace
 from training.loop import DTYPES, Forecast, RunError, SampleMeter, Trainer, allow_tf32, evaluate, train_epoch
@@ -71,7 +72,7 @@ from training.model import (
 )
 from training.optim import build_ema, build_optimizer
 from training.predictions import Predictions
-from training.preemption import Stopped, StopRequest
+from training.preemption import SECONDS_TO_END, Stopped, StopRequest
 from training.preview import caption, class_names, denormalized, draw_contact_sheet, take_images
 from training.recipe import AUTO, Plan, Settings, courses, keep_global_batch, plan, read_recipe, refuse, summary
 from training.report import NUM_MISTAKES_SHOWN, write_report
@@ -82,8 +83,6 @@ from training.schedule import build_resolution, build_schedule
 from ffcv.transforms import ToDevice, ToTensor
 
 IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL = 1_281_167, 50_000
-# How long the other ranks leave the one that failed to speak and close its logs, before torchrun ends them all.
-SECONDS_TO_END = 10
 
 
 def main() -> None:
@@ -132,6 +131,10 @@ def end_failed(run: "Run", error: Exception) -> NoReturn:
             print(f"error: rank {failure.rank}: {message}", file=sys.stderr, flush=True)
     if expected:
         run.board.write("given up", message)
+    try:
+        run.aside.finish()  # an epoch that is over is saved, whatever came after it
+    except Exception as other:
+        run.log.say(f"error: the last save has failed too: {type(other).__name__}: {other}")
     get_error_handler().record_exception(error)
     run.log.close(exit_code=1)
     if run.world.world_size == 1:
@@ -231,6 +234,7 @@ class Run:
             raise ValueError(f"the run is not tried again, since it would fail again: {reason}")
         self.stop = StopRequest(world, self.board, self.tell_failure)
         self.told_failure = False
+        self.aside = Aside()
         self.precision = recipe.training.precision
         if world.device.type == "cpu" and self.precision != "32":
             recipe.notices.append(f"no GPU is visible: training on the CPU, in 32-bit instead of {self.precision}")
@@ -328,7 +332,7 @@ class Run:
         )
         self.state = TrainState(**self.begun)
         if checkpoint is not None:
-            self.state = self.checkpoints.restore(checkpoint)
+            self.state = self.checkpoints.restore(checkpoint, weights_only=bool(training.eval_only))
             recipe.notices.extend(differences(checkpoint, self.checkpoints.facts))
         self.eval_model = self.trainer.ema.module if self.trainer.ema is not None else model
         self.trainer.model = self.wrapped(model)
@@ -385,14 +389,17 @@ class Run:
         if failures:
             self.compiles = False
             torch.compiler.set_stance("force_eager")
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if error else "on another rank"
+            first_line = str(error).strip().partition("\n")[0]
+            reason = f"{type(error).__name__}: {first_line}" if error else "on another rank"
             self.log.say(f"note: torch.compile failed, training goes on without it ({reason})")
         else:
             self.log.say(f"compiled for {size} px in {time.perf_counter() - started_s:.0f} s")
 
     def facts(self) -> dict[str, Any]:
         """What makes the run repeatable, stored with its logs and every checkpoint."""
-        recipe = self.recipe
+        recipe, data = self.recipe, {"val": self.val}
+        if not recipe.training.eval_only:
+            data = {"train": self.train_data, "val": self.val}
         return {
             "recipe": recipe.to_dict(),
             "recipe_history": recipe.history(),
@@ -409,7 +416,7 @@ class Run:
             },
             "data": {
                 name: {"path": str(beton.path), "num_samples": beton.num_samples, "digest": beton.digest}
-                for name, beton in (("train", self.train_data), ("val", self.val))
+                for name, beton in data.items()
             },
         }
 
@@ -424,11 +431,13 @@ class Run:
                     if epoch < epochs - 1 and self.stop.agreed(now=True):
                         raise Stopped
             except Stopped:
-                self.checkpoints.save(state)
+                self.save()
+                self.aside.finish()
                 log.say(f"stopped by a signal: {self.where()}, saved as {self.checkpoints.last}; --resume auto goes on")
                 log.close(exit_code=self.stop.exit_status)
-                distributed.wait_for_all()  # torchrun ends the others once one has left
+                distributed.wait_for_all(self.world)  # torchrun ends the others once one has left
                 raise
+            self.aside.finish()
         self.say_goodbye()
         log.close()
 
@@ -445,7 +454,7 @@ class Run:
             steps_per_epoch=self.plan.steps_per_epoch,
             forecast=self.forecast,
             log_every=recipe.logging.log_every if recipe.logging.log_level else 0,
-            save=functools.partial(self.checkpoints.save, state),
+            save=self.save,
             save_every_steps=recipe.training.save_every_steps,
             stop=self.stop.agreed,
         )
@@ -462,9 +471,21 @@ class Run:
         state.epoch, state.batch, state.totals = epoch + 1, 0, []
         log.say(epoch_line(values, epoch, epochs, self.crop.size, pace(values, log.courses, epoch + 1)))
         log.epoch({"epoch": epoch, **values, "resolution": self.crop.size}, state.step)
-        self.checkpoints.save(state, is_best=is_best)
-        self.report(predictions if is_best else None)
+        stands, best = dataclasses.replace(state), predictions if is_best else None
+        self.save(is_best=is_best, then=lambda: self.report(stands, best))
         self.forecast.between_s = time.perf_counter() - trained_s
+
+    def save(self, *, is_best: bool = False, then: Callable[[], None] = lambda: None) -> None:
+        """Save the run as it stands now, and do what is to follow, both on rank 0 while training goes on."""
+        if not self.world.is_main:
+            return
+        content = copied(self.checkpoints.content(self.state))
+
+        def work() -> None:
+            self.checkpoints.save(content, is_best=is_best)
+            then()
+
+        self.aside.do(work)
 
     def evaluate(self, epoch: int) -> tuple[dict[str, float], Predictions]:
         """Metrics, and what the model makes of every sample, of the weights after an epoch."""
@@ -491,11 +512,10 @@ class Run:
     def class_names(self) -> list[str]:
         return class_names(self.val.classes, self.val.num_classes)
 
-    def report(self, best: Predictions | None) -> None:
-        """Write the report anew after an epoch, the best so far where its predictions are given."""
-        if not self.world.is_main:
-            return
-        recipe, state, log, checkpoints = self.recipe, self.state, self.log, self.checkpoints
+    def report(self, state: TrainState, best: Predictions | None) -> None:
+        """Draw the curve and write the report anew after an epoch, the best so far where its predictions are given."""
+        recipe, log, checkpoints = self.recipe, self.log, self.checkpoints
+        log.draw()
         stored = log.folder / f"{state.run_name}.predictions.npz"
         try:
             if best is not None:
@@ -739,13 +759,19 @@ def val_loader(
 
 
 def differences(checkpoint: dict[str, Any], facts: dict[str, Any]) -> list[str]:
-    """What a resumed run does differently from the one that saved the checkpoint."""
-    notices = []
-    for section, values in facts["recipe"].items():
-        for key, value in values.items():
-            before = checkpoint["recipe"].get(section, {}).get(key, value)
-            if before != value and (section, key) not in (("training", "resume"), ("training", "report")):
-                notices.append(f"{section}.{key} is {value}, and was {before} in the run that is resumed")
+    """What a resumed run does differently from the one that saved the checkpoint, or does it on and with."""
+    passing = {"training.resume", "training.report", "training.eval_only"}
+    was, now = (
+        {f"{section}.{key}": value for section, values in of["recipe"].items() for key, value in values.items()}
+        | {"the commit": of["commit"], "the device": of["device"]}
+        | {f"the version of {name}": number for name, number in of["versions"].items()}
+        for of in (checkpoint, facts)
+    )
+    notices = [
+        f"{name} is {value}, and was {was[name]} in the run that is resumed"
+        for name, value in now.items()
+        if name not in passing and was.get(name, value) != value
+    ]
     for split, data in facts["data"].items():
         before = checkpoint["data"].get(split, data)
         if before["digest"] != data["digest"]:

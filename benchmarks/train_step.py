@@ -430,6 +430,7 @@ def serve(options: argparse.Namespace) -> None:
     print("ANSWER ready", flush=True)
     for _ in sys.stdin:
         print(f"ANSWER {run_pass()}", flush=True)
+        torch.cuda.empty_cache()  # the other parts, whose turn it is, share the GPU
 
 
 def measure(case: dict[str, Any], options: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -8,12 +8,13 @@
 #
 # A process that dies is started again, three times at most, with all others and from the last save. SIGTERM, SIGUSR1
 # and Ctrl-C save the run where it stands; the exit status is then 75, after Ctrl-C 130, and the same command with
-# --resume auto goes on.
+# --resume auto goes on. A mistake in the settings ends with 2 before anything is started.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=.venv/bin/python
 [ -x $python ] || { echo "single_node.sh: there is no .venv: run make setup first." >&2; exit 1; }
+$python -m training.recipe "$@" # here, since torchrun would start what fails of a mistake again and again
 
 processes=${NPROC:-$($python -c 'import torch; print(torch.cuda.device_count())')}
 if [ "$processes" -eq 0 ]; then

@@ -11,29 +11,36 @@ import time
 import pytest
 import torch
 
-from training.checkpoint import Checkpoints, TrainState, newest_checkpoint, read_checkpoint, save_atomically
+from training import checkpoint
+from training.aside import Aside
+from training.checkpoint import Checkpoints, TrainState, copied, newest_checkpoint, read_checkpoint, save_atomically
 from training.distributed import World
 from training.model import build_model
 from training.optim import build_ema, build_optimizer
 
 WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
-FACTS = {
-    "recipe": {"training": {"accumulation": 1}, "data": {"order": "random"}},
-    "world_size": 1,
-    "global_batch_size": 8,
-}
 
 
-def make_checkpoints(folder, *, num_classes=4, world=WORLD, **facts):
-    model = build_model("resnet18", num_classes=num_classes)
-    optimizer = build_optimizer(model, lr=0.1, weight_decay=1e-4, bn_wd=0.0)
+def recipe_of(*, accumulation=1, optimizer="sgd", order="random"):
+    return {"training": {"accumulation": accumulation, "optimizer": optimizer}, "data": {"order": order}}
+
+
+FACTS = {"recipe": recipe_of(), "world_size": 1, "global_batch_size": 8}
+
+
+def make_checkpoints(folder, *, num_classes=4, world=WORLD, scaled=False, optimizer="sgd", decay=(1e-4, 0.0), **facts):
+    model = build_model("test_resnet", num_classes=num_classes)
     parts = {
         "model": model,
         "ema": build_ema(model, 0.9),
-        "optimizer": optimizer,
-        "scaler": torch.amp.GradScaler("cpu", enabled=False),
+        "optimizer": build_optimizer(model, optimizer, lr=0.1, weight_decay=decay[0], bn_wd=decay[1]),
+        "scaler": torch.amp.GradScaler("cpu", enabled=scaled),
     }
     return Checkpoints(folder, "resnet18", world, parts, {**FACTS, **facts})
+
+
+def save(checkpoints, state, **options):
+    checkpoints.save(checkpoints.content(state), **options)
 
 
 def take_a_step(checkpoints):
@@ -47,7 +54,7 @@ def test_everything_comes_back(tmp_path):
     ours = make_checkpoints(tmp_path)
     take_a_step(ours)
     state = TrainState(epoch=3, step=17, best_acc1=0.25, best_epoch=2, run_name="train_x", wandb_id="abc")
-    ours.save(state, is_best=True)
+    save(ours, state, is_best=True)
     theirs = make_checkpoints(tmp_path)
     assert theirs.restore(read_checkpoint(ours.last)) == state
     for part in ("model", "ema"):
@@ -58,11 +65,50 @@ def test_everything_comes_back(tmp_path):
     assert all(torch.equal(mine[key]["momentum_buffer"], other[key]["momentum_buffer"]) for key in mine)
 
 
+def test_a_copy_stays_as_it_is_while_training_goes_on(tmp_path):
+    checkpoints = make_checkpoints(tmp_path, optimizer="adamw")
+    take_a_step(checkpoints)
+    content = copied(checkpoints.content(TrainState(step=1)))
+    checkpoints.save(content)
+    take_a_step(checkpoints)
+    checkpoints.save(content, is_best=True)
+    first, second = (read_checkpoint(path) for path in (checkpoints.last, checkpoints.best(TrainState())))
+    live = checkpoints.content(TrainState(step=1))
+    for part in ("model", "ema"):
+        assert all(torch.equal(first[part][name], second[part][name]) for name in live[part])
+        assert not all(torch.equal(first[part][name], live[part][name]) for name in live[part])
+    for number, values in live["optimizer"]["state"].items():
+        assert all(
+            torch.equal(first["optimizer"]["state"][number][key], content["optimizer"]["state"][number][key])
+            for key in values
+        )
+        assert int(first["optimizer"]["state"][number]["step"]) == 1 and int(values["step"]) == 2
+    assert content["model"]._metadata == live["model"]._metadata
+
+
+def test_work_beside_training_is_done_in_order_and_its_errors_are_raised():
+    aside, done = Aside(), []
+
+    def fail():
+        raise OSError("no space left")
+
+    aside.do(lambda: (time.sleep(0.3), done.append("first")))
+    aside.do(lambda: done.append("second"))
+    assert "first" in done
+    aside.do(fail)
+    with pytest.raises(OSError, match="no space left"):
+        aside.do(lambda: done.append("third"))
+    aside.do(lambda: done.append("fourth"))
+    aside.finish()
+    aside.finish()
+    assert done == ["first", "second", "fourth"]
+
+
 def test_names_and_only_the_best_is_kept(tmp_path):
     checkpoints = make_checkpoints(tmp_path)
-    checkpoints.save(TrainState(epoch=1, best_acc1=0.5, best_epoch=0), is_best=True)
-    checkpoints.save(TrainState(epoch=2, best_acc1=0.76543, best_epoch=1), is_best=True)
-    checkpoints.save(TrainState(epoch=3, best_acc1=0.76543, best_epoch=1))
+    save(checkpoints, TrainState(epoch=1, best_acc1=0.5, best_epoch=0), is_best=True)
+    save(checkpoints, TrainState(epoch=2, best_acc1=0.76543, best_epoch=1), is_best=True)
+    save(checkpoints, TrainState(epoch=3, best_acc1=0.76543, best_epoch=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "last.ckpt",
         "resnet18-epoch=01-val_acc1=0.7654.ckpt",
@@ -72,8 +118,30 @@ def test_names_and_only_the_best_is_kept(tmp_path):
     assert exported.keys() == checkpoints.parts["model"].state_dict().keys()
 
 
+@pytest.mark.parametrize("num_written", [0, 1, 2])
+def test_killed_between_two_files_a_run_finds_all_that_its_newest_checkpoint_names(tmp_path, monkeypatch, num_written):
+    checkpoints, written = make_checkpoints(tmp_path), []
+
+    def save_some(content, path):
+        if len(written) == num_written:
+            raise KeyboardInterrupt
+        written.append(path)
+        save_atomically(content, path)
+
+    save(checkpoints, TrainState(epoch=1, step=7, best_acc1=0.5, best_epoch=0), is_best=True)
+    take_a_step(checkpoints)
+    monkeypatch.setattr(checkpoint, "save_atomically", save_some)
+    with pytest.raises(KeyboardInterrupt):
+        save(checkpoints, TrainState(epoch=2, step=8, best_acc1=0.6, best_epoch=1), is_best=True)
+    content = read_checkpoint(newest_checkpoint(tmp_path, "resnet18")[0])
+    assert checkpoints.best(TrainState(**content["state"])).exists()
+    weights = torch.load(checkpoints.weights, weights_only=True)
+    same = all(torch.equal(weights[name], value) for name, value in content["ema"].items())
+    assert same or content["state"]["step"] == 7, "exported weights are the best, or will be once it is redone"
+
+
 def test_other_ranks_write_nothing(tmp_path):
-    make_checkpoints(tmp_path / "run", world=dataclasses.replace(WORLD, rank=1)).save(TrainState(), is_best=True)
+    save(make_checkpoints(tmp_path / "run", world=dataclasses.replace(WORLD, rank=1)), TrainState(), is_best=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -81,7 +149,7 @@ def test_an_earlier_run_is_kept(tmp_path):
     checkpoints, report = make_checkpoints(tmp_path), tmp_path / "report.html"
     assert checkpoints.keep_earlier_run(report) == []
     for number in (1, 2):
-        checkpoints.save(TrainState(epoch=number, best_acc1=0.5, best_epoch=0), is_best=True)
+        save(checkpoints, TrainState(epoch=number, best_acc1=0.5, best_epoch=0), is_best=True)
         report.write_text(f"report {number}")
         moved = checkpoints.keep_earlier_run(report)
         assert {path.parent for path in moved} == {tmp_path / f"earlier-{number}"} and len(moved) == 4
@@ -94,7 +162,7 @@ def test_foreign_and_damaged_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         read_checkpoint(tmp_path / "none.ckpt")
     checkpoints = make_checkpoints(tmp_path)
-    checkpoints.save(TrainState(epoch=1))
+    save(checkpoints, TrainState(epoch=1))
     whole = checkpoints.last.read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
@@ -106,27 +174,86 @@ def test_foreign_and_damaged_files_are_refused(tmp_path):
         make_checkpoints(tmp_path, num_classes=5).restore(read_checkpoint(checkpoints.last))
 
 
+def saved_by(checkpoints, **state):
+    take_a_step(checkpoints)
+    save(checkpoints, TrainState(**state))
+    return read_checkpoint(checkpoints.last)
+
+
+def test_the_recipe_s_decay_holds_and_the_momentum_is_the_checkpoint_s(tmp_path):
+    content = saved_by(make_checkpoints(tmp_path))
+    theirs = make_checkpoints(tmp_path, decay=(5e-4, 1e-5))
+    theirs.restore(content)
+    optimizer = theirs.parts["optimizer"]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [5e-4, 1e-5]
+    for key, state in optimizer.state_dict()["state"].items():
+        assert torch.equal(state["momentum_buffer"], content["optimizer"]["state"][key]["momentum_buffer"])
+
+
+def test_the_steps_that_lamb_counts_come_back(tmp_path):
+    recipe = recipe_of(optimizer="lamb")
+    content = saved_by(make_checkpoints(tmp_path, optimizer="lamb", recipe=recipe))
+    theirs = make_checkpoints(tmp_path, optimizer="lamb", recipe=recipe)
+    theirs.restore(content)
+    assert [group["step"] for group in theirs.parts["optimizer"].param_groups] == [1, 1]
+    for key, state in theirs.parts["optimizer"].state_dict()["state"].items():
+        assert torch.equal(state["exp_avg"], content["optimizer"]["state"][key]["exp_avg"])
+
+
+def test_the_momentum_comes_back_in_the_memory_format_of_the_weights(tmp_path):
+    content = saved_by(make_checkpoints(tmp_path))
+    for state in content["optimizer"]["state"].values():
+        if state["momentum_buffer"].ndim == 4:
+            state["momentum_buffer"] = state["momentum_buffer"].contiguous(memory_format=torch.channels_last)
+    theirs = make_checkpoints(tmp_path)
+    theirs.restore(content)
+    for parameter, state in theirs.parts["optimizer"].state.items():
+        assert state["momentum_buffer"].stride() == parameter.stride() and not state["momentum_buffer"].requires_grad
+
+
+def test_another_optimizer_is_refused(tmp_path):
+    content = saved_by(make_checkpoints(tmp_path))
+    with pytest.raises(ValueError, match="training.optimizer=sgd, this one has lamb"):
+        make_checkpoints(tmp_path, optimizer="lamb", recipe=recipe_of(optimizer="lamb")).restore(content)
+    with pytest.raises(ValueError, match="in other groups, by their weight decay: keep training.bn_wd"):
+        make_checkpoints(tmp_path, decay=(1e-4, None)).restore(content)
+
+
+@pytest.mark.parametrize(("before", "now", "scale"), [(False, True, 2.0**16), (True, True, 8.0), (True, False, 1.0)])
+def test_the_loss_s_scale_comes_back_where_there_was_one(tmp_path, before, now, scale):
+    ours = make_checkpoints(tmp_path, scaled=before)
+    ours.parts["scaler"].scale(torch.ones(()))
+    ours.parts["scaler"].update(8.0)
+    theirs = make_checkpoints(tmp_path, scaled=now)
+    theirs.restore(saved_by(ours))
+    assert theirs.parts["scaler"].get_scale() == scale
+
+
 def test_within_an_epoch_the_global_batch_must_stay(tmp_path):
-    checkpoints = make_checkpoints(tmp_path)
-    checkpoints.save(TrainState(epoch=1, batch=6))
-    content = read_checkpoint(checkpoints.last)
+    content = saved_by(make_checkpoints(tmp_path), epoch=1, batch=6)
     make_checkpoints(tmp_path).restore(content)
     with pytest.raises(ValueError, match="6 batches into epoch 1 at a global batch of 8; this run has 16"):
         make_checkpoints(tmp_path, global_batch_size=16).restore(content)
 
 
+def test_to_evaluate_nothing_but_the_weights_must_fit(tmp_path):
+    ours = make_checkpoints(tmp_path)
+    content = saved_by(ours, epoch=1, batch=6)
+    theirs = make_checkpoints(tmp_path, global_batch_size=16, decay=(0.0, None), recipe=recipe_of(optimizer="adamw"))
+    assert theirs.restore(content, weights_only=True).epoch == 1
+    for part in ("model", "ema"):
+        for name, value in ours.parts[part].state_dict().items():
+            assert torch.equal(theirs.parts[part].state_dict()[name], value), name
+
+
 def test_within_an_epoch_batches_are_counted_by_the_accumulation_of_the_run_that_goes_on(tmp_path):
-    checkpoints = make_checkpoints(tmp_path)
-    checkpoints.save(TrainState(epoch=1, batch=6))
-    recipe = {"training": {"accumulation": 4}, "data": {"order": "random"}}
-    assert make_checkpoints(tmp_path, recipe=recipe).restore(read_checkpoint(checkpoints.last)).batch == 24
+    content = saved_by(make_checkpoints(tmp_path), epoch=1, batch=6)
+    assert make_checkpoints(tmp_path, recipe=recipe_of(accumulation=4)).restore(content).batch == 24
 
 
 def test_within_an_epoch_of_pages_the_number_of_processes_must_stay(tmp_path):
-    recipe = {"training": {"accumulation": 1}, "data": {"order": "quasi_random"}}
-    checkpoints = make_checkpoints(tmp_path, recipe=recipe)
-    checkpoints.save(TrainState(epoch=1, batch=6))
-    content = read_checkpoint(checkpoints.last)
+    recipe = recipe_of(order="quasi_random")
+    content = saved_by(make_checkpoints(tmp_path, recipe=recipe), epoch=1, batch=6)
     with pytest.raises(ValueError, match="Go on with 1 until the epoch ends"):
         make_checkpoints(tmp_path, recipe=recipe, world_size=2).restore(content)
     content["state"]["batch"] = 0
@@ -136,10 +263,10 @@ def test_within_an_epoch_of_pages_the_number_of_processes_must_stay(tmp_path):
 def test_the_newest_checkpoint_is_that_with_the_most_steps(tmp_path):
     assert newest_checkpoint(tmp_path / "nowhere", "resnet18") == (None, [])
     checkpoints = make_checkpoints(tmp_path)
-    checkpoints.save(TrainState(step=7, run_name="train_a", best_acc1=0.5, best_epoch=0), is_best=True)
+    save(checkpoints, TrainState(step=7, run_name="train_a", best_acc1=0.5, best_epoch=0), is_best=True)
     best = checkpoints.best(TrainState(best_acc1=0.5, best_epoch=0))
     assert newest_checkpoint(tmp_path, "resnet18") == (checkpoints.last, []), "the last, of equals"
-    checkpoints.save(TrainState(step=3, run_name="train_b"))
+    save(checkpoints, TrainState(step=3, run_name="train_b"))
     assert newest_checkpoint(tmp_path, "resnet18") == (best, [])
     assert newest_checkpoint(tmp_path, "resnet18", run_name="train_b") == (checkpoints.last, [])
     assert newest_checkpoint(tmp_path, "resnet18", run_name="train_c") == (None, [])

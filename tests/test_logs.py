@@ -1,16 +1,18 @@
 """What a run says: on a terminal and where it is piped, and how it stands against the expected accuracies."""
 
 import os
+import resource
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pytest
 from terminals import run_on_terminal, screen
 
-from training.logs import draw_curve, pace
+from training.logs import RunLog, draw_curve, pace
 
 COURSES = {"train/acc1": {10: 35.0, 25: 55.0}, "val/acc1": {10: 30.0, 25: 60.0, 50: 65.0}}
 
@@ -41,6 +43,22 @@ def test_the_curve_draws_what_is_expected(tmp_path):
         draw_curve(records, tmp_path / f"{name}.png", courses)
     without, expected = (cv2.imread(str(tmp_path / f"{name}.png")) for name in ("without", "with"))
     assert without.shape == expected.shape and (without != expected).any()
+
+
+def test_a_full_disk_leaves_the_record_of_every_epoch_whole(tmp_path):
+    log = RunLog(tmp_path, is_main=True)
+    log.open(SimpleNamespace(run_name="run", epoch=0), {}, {"enable": False, "project": "", "name": None})
+    log.epoch({"epoch": 0, "train/loss": 2.0}, step=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "run.jsonl").stat().st_size + 10, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            log.epoch({"epoch": 1, "train/loss": 1.0}, step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [record["epoch"] for record in log.records()] == [0]
+    assert {path.name for path in tmp_path.iterdir()} == {"run.log", "run.jsonl", "run.recipe.json"}
+    log.close()
 
 
 SPEAKER = textwrap.dedent("""

@@ -34,6 +34,26 @@ def test_sgd_as_asked():
     assert all(group["lr"] == 0.3 for group in optimizer.param_groups)
 
 
+def test_momentum_begins_at_zero_also_where_the_first_gradient_overflows(monkeypatch):
+    sgd = torch.optim.SGD  # CPUs have the fused one too, though it is not taken there
+    monkeypatch.setattr(torch.optim, "SGD", lambda *groups, **options: sgd(*groups, **{**options, "fused": True}))
+    torch.use_deterministic_algorithms(True)  # fills memory that nobody has written with NaN
+    try:
+        model = torch.nn.Linear(3, 2)
+        before = [parameter.clone() for parameter in model.parameters()]
+        optimizer, scaler = build_optimizer(model, lr=0.5, momentum=0.9), torch.amp.GradScaler("cpu")
+        for loss in (float("inf"), 1.0):
+            scaler.scale(loss * sum(parameter.sum() for parameter in model.parameters())).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert optimizer.defaults["fused"] and scaler.get_scale() < 2**16, "the first step was skipped"
+    for parameter, was in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter, was - 0.5)
+
+
 def test_lamb_and_adamw():
     model = build_model("resnet18")
     lamb = build_optimizer(model, "lamb", lr=5e-3, weight_decay=0.02, bn_wd=0.0)

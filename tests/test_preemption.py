@@ -245,8 +245,11 @@ def test_damaged_checkpoints_are_passed_over_with_a_notice(ranks, undisturbed, d
         assert "note: checkpoints/last.ckpt is damaged and was passed over: " in job.output(), name
     for path in (folder / "checkpoints").glob("test_convnext*"):
         path.unlink()
-    job = ranks.start(folder, 1, *arguments)
-    assert job.statuses() == [2] and "move it away to start anew" in job.output()
+    (folder / "out.txt").unlink()
+    job = ranks.start(folder, 2, *arguments)
+    assert job.statuses() == [2, 2] and "Traceback" not in job.output()
+    first = next(line for line in job.output().splitlines() if "rror" in line)
+    assert first.startswith("error: --resume auto: ") and "move it away to start anew" in first
 
 
 def test_a_rank_that_fails_says_so_first_and_the_others_end(ranks, data, tmp_path):
@@ -388,6 +391,56 @@ def test_the_script_for_one_machine_passes_a_signal_on_and_its_status_asks_for_m
     assert statuses == [75, 0], output
     assert "resuming at epoch 1" in output
     assert_same_run(tmp_path, undisturbed[2])
+
+
+def test_the_script_for_one_machine_starts_nothing_for_a_mistake():
+    command = ["bash", ROOT / "launch" / "single_node.sh", "--epoch", "3"]
+    script = subprocess.run(command, env={**environment(), "NPROC": "2"}, text=True, capture_output=True)
+    assert script.returncode == 2 and script.stdout == ""
+    assert script.stderr == (
+        "error: command line: unknown setting --epoch; did you mean --epochs or --training.epochs?\n"
+    )
+
+
+SLURM = {
+    "scontrol": 'echo "scontrol $*" >>calls; if [ "$1" = show ]; then echo first; echo second; fi',
+    "scancel": 'echo "scancel $*" >>calls',
+    "srun": 'echo "srun $SRUN_CPUS_PER_TASK $*" >>calls; while ! grep -q scancel calls; do sleep 0.05; done; exit 1',
+}
+
+
+def test_the_slurm_script_has_a_run_that_its_time_cuts_short_saved_and_goes_on_with_it(tmp_path):
+    for name in (".venv", "training"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "bin").mkdir()
+    for name, program in SLURM.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = {"SUBMIT_DIR": tmp_path, "JOB_ID": 7, "JOB_NODELIST": "many", "JOB_NUM_NODES": 2, "CPUS_PER_TASK": 64}
+    path = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    calls, lines = tmp_path / "calls", []
+    for _ in range(2):
+        calls.unlink(missing_ok=True)
+        script = subprocess.Popen(
+            ["bash", ROOT / "launch" / "slurm.sbatch", "--epochs", "3"],
+            env={**os.environ, **path, **{f"SLURM_{name}": str(value) for name, value in job.items()}},
+            text=True,
+            stdout=subprocess.PIPE,
+        )
+        while not calls.exists() or "srun" not in calls.read_text():
+            assert script.poll() is None
+            time.sleep(0.01)
+        script.send_signal(signal.SIGUSR1)
+        output, _ = script.communicate(timeout=30)
+        assert script.returncode == 1 and "back into the queue" in output
+        lines.append(calls.read_text().splitlines())
+        (tmp_path / "runs" / "7" / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs" / "7" / "checkpoints" / "last.ckpt").touch()
+    for resume, (hosts, srun, *rest) in zip(("", "--resume auto "), lines, strict=True):
+        assert hosts == "scontrol show hostnames many"
+        assert srun.startswith("srun 64 ") and "--nnodes=2 " in srun and "--rdzv_endpoint=first:20007 " in srun
+        assert srun.endswith(f" train_imagenet.py --epochs 3 {resume}--logging.folder=runs/7")
+        assert rest == ["scancel --signal=TERM 7", "scontrol requeue 7"]
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "launch").glob("*.s*")))

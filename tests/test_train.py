@@ -195,7 +195,7 @@ def test_wandb_offline_history_holds_the_metrics(whole_run):
 def test_killed_and_resumed_equals_undisturbed(recipe, whole_run, tmp_path):
     process = run_script("--config-file", recipe, "--no_wandb", "--training.save_every_steps=3", folder=tmp_path)
     for line in process.stdout:
-        if line.startswith("epoch 1  step 2/8"):  # past the save at step 9, the first of epoch 1
+        if line.startswith("epoch 1  step 6/8"):  # past the save at step 12, which waits for that at step 9
             process.send_signal(signal.SIGKILL)
             break
     finish(process, -signal.SIGKILL)
@@ -314,7 +314,7 @@ def test_two_processes_agree_and_count_each_validation_sample_once(recipe, tmp_p
         dist.destroy_process_group()
     """)
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29541"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     arguments = ["--config-file", recipe, "--no_wandb", "--epochs", "2", "--dist.world_size=4"]
     process = subprocess.Popen(
         [*launcher, str(program), *map(str, arguments), "--training.distributed=1"],
@@ -336,6 +336,7 @@ def test_two_processes_agree_and_count_each_validation_sample_once(recipe, tmp_p
     options = ["--eval_only", "--resume", last, "--report", "evaluation.html"]
     output = finish(run_script("--config-file", recipe, *options, folder=tmp_path))
     assert {*tmp_path.rglob("*")} - before == {tmp_path / "evaluation.html"}
+    assert not re.findall("digest|eval_only", output), "evaluating is no difference from the run that is evaluated"
     page = PageReader(tmp_path / "evaluation.html")
     assert f"{100 * record['val/acc1']:.2f} % top-1 37 images" in page.text and page.num_images > 0
     stored = Predictions.read(next(tmp_path.glob("logs/*.npz")))
@@ -383,8 +384,7 @@ def test_a_run_without_a_compiler_goes_on_without_compiling(recipe, whole_run, t
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_compiled_runs_resume_to_the_bit(recipe, tmp_path, monkeypatch, num_processes):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_processes}"]
-    launcher += [f"--master_port={29551 + num_processes}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
     options = ["--config-file", recipe, "--no_wandb", "--training.compile=1", "--training.save_every_steps=2"]
     folders = [tmp_path / "whole", tmp_path / "cut"]
     for folder in folders:
@@ -462,6 +462,31 @@ def test_classes_numbered_differently_are_refused(call, recipe, data, tmp_path):
     assert (status, created) == (2, set()) and "class 3 is 3 in" in err and "and 4 in" in err
 
 
+def test_a_resumed_run_says_what_has_changed_since():
+    facts = {
+        "recipe": {"training": {"epochs": 4, "resume": "last.ckpt"}, "wandb": {"name": "a new setting"}},
+        "commit": "abc",
+        "device": "a GPU",
+        "versions": {"torch": "2.9", "timm": "1"},
+        "data": {"val": {"path": "val.beton", "digest": "12"}},
+    }
+    before = {
+        "recipe": {"training": {"epochs": 3, "resume": None}},
+        "commit": "abc+",
+        "device": "another",
+        "versions": {"torch": "2.8", "timm": "1"},
+        "data": {"train": {"path": "train.beton", "digest": "34"}, "val": {"path": "val.beton", "digest": "56"}},
+    }
+    assert train_imagenet.differences(before, facts) == [
+        "training.epochs is 4, and was 3 in the run that is resumed",
+        "the commit is abc, and was abc+ in the run that is resumed",
+        "the device is a GPU, and was another in the run that is resumed",
+        "the version of torch is 2.9, and was 2.8 in the run that is resumed",
+        "the val data is not the resumed run's: val.beton has another digest",
+    ]
+    assert train_imagenet.differences(facts, facts) == []
+
+
 def test_dry_run_needs_no_data_and_creates_nothing(call):
     status, out, _, created = call("--config-file", ROOT / "rn50_configs" / "single_gpu_100ep.yaml", "--dry_run")
     assert (status, created) == (0, set())
@@ -505,5 +530,5 @@ def test_every_part_of_the_published_recipes_runs(call, recipe):
 def test_a_loss_that_explodes_ends_the_run_with_its_remedies(call, recipe):
     status, out, _, created = call("--config-file", recipe, "--no_wandb", "--lr", "1e30", "--epochs", "2")
     assert status == 1
-    assert "the loss is not finite" in out and "--training.grad_clip=1" in out
+    assert "the loss or a weight is not finite" in out and "--training.grad_clip=1" in out
     assert any(path.suffix == ".log" and "not finite" in path.read_text() for path in created)

@@ -1,6 +1,6 @@
 """The state of a run on disk: what it holds, written whole or not at all, and taken up again."""
 
-import os
+import copy
 import re
 import zipfile
 from dataclasses import asdict, dataclass, field
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from training.distributed import World
+from training.files import replacing
 
 FORMAT = 1
 
@@ -44,20 +45,20 @@ class TrainState:
 
 def save_atomically(content: Any, path: Path) -> None:
     """``torch.save`` under a temporary name, to the disk, then in one move to ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
+
+
+def copied(value: Any) -> Any:
+    """A copy on the CPU of what a checkpoint holds, which further steps leave as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        # A state_dict carries the versions of its modules as an attribute, which copy.copy() takes along.
+        new = copy.copy(value)
+        new.update((key, copied(part)) for key, part in value.items())
+        return new
+    return [copied(part) for part in value] if isinstance(value, list) else value
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -209,19 +210,28 @@ class Checkpoints:
             **self.facts,
         }
 
-    def save(self, state: TrainState, *, is_best: bool = False) -> None:
-        """Write ``last.ckpt``; for the best epoch so far its own checkpoint and the exported weights too."""
+    def save(self, content: dict[str, Any], *, is_best: bool = False) -> None:
+        """Write ``last.ckpt``; for the best epoch so far its own checkpoint and the exported weights too.
+
+        In an order such that a run that is killed between them can go on: what a checkpoint names has been written.
+
+        Parameters
+        ----------
+        content : dict
+            What `content` gave, or a copy of it.
+        is_best : bool
+        """
         if not self.world.is_main:
             return
+        state = TrainState(**content["state"])
         self.folder.mkdir(parents=True, exist_ok=True)
-        content = self.content(state)
+        if is_best:
+            save_atomically(content["ema"] or content["model"], self.weights)
+            save_atomically(content, self.best(state))
         save_atomically(content, self.last)
         if is_best:
-            best = self.best(state)
-            save_atomically(content, best)
-            save_atomically(content["ema"] or content["model"], self.weights)
             for older in written_checkpoints(self.folder, self.arch):
-                if older not in (best, self.last):
+                if older not in (self.best(state), self.last):
                     older.unlink()
 
     def remove_unfinished(self) -> None:
@@ -252,17 +262,23 @@ class Checkpoints:
         target.mkdir()
         return [path.rename(target / path.name) for path in found]
 
-    def restore(self, content: dict[str, Any]) -> TrainState:
+    def restore(self, content: dict[str, Any], *, weights_only: bool = False) -> TrainState:
         """Load what `read_checkpoint` read into the parts of the run.
+
+        Parameters
+        ----------
+        content : dict
+        weights_only : bool
+            Leave optimizer and loss scaling as they are: nothing will be trained.
 
         Raises
         ------
         ValueError
-            Weights of another architecture or head, or a run stopped within an epoch whose remaining global batches
-            would be others.
+            Weights of another architecture or head, another optimizer, or a run stopped within an epoch whose
+            remaining global batches would be others.
         """
         state = TrainState(**content["state"])
-        if state.batch:
+        if state.batch and not weights_only:
             self._check_same_batches(content)
             steps = state.batch // content["recipe"]["training"]["accumulation"]
             state.batch = steps * self.facts["recipe"]["training"]["accumulation"]
@@ -274,9 +290,34 @@ class Checkpoints:
                 ema.n_averaged.fill_(content["ema_updates"])
         except RuntimeError as error:
             raise ValueError(f"the checkpoint is of another model than the recipe's: {error}") from error
-        self.parts["optimizer"].load_state_dict(content["optimizer"])
-        self.parts["scaler"].load_state_dict(content["scaler"])
+        if not weights_only:
+            self._restore_optimizer(content)
+            if content["scaler"]:  # empty where the losses of the run were not scaled
+                self.parts["scaler"].load_state_dict(content["scaler"])
         return state
+
+    def _restore_optimizer(self, content: dict[str, Any]) -> None:
+        """Take momenta and the like from a checkpoint, and everything that a recipe sets from this run's own."""
+        optimizer, saved = self.parts["optimizer"], content["optimizer"]
+        was, now = (facts["recipe"]["training"]["optimizer"] for facts in (content, self.facts))
+        if was != now:
+            raise ValueError(
+                f"the checkpoint is of a run with training.optimizer={was}, this one has {now}: keep {was}, or begin a "
+                "run from its weights with --model.weights"
+            )
+        own = optimizer.state_dict()
+        if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own["param_groups"]]:
+            raise ValueError(
+                "the checkpoint's optimizer has the parameters in other groups, by their weight decay: keep "
+                "training.bn_wd, or begin a run from its weights with --model.weights"
+            )
+        groups = [{**was, **now} for was, now in zip(saved["param_groups"], own["param_groups"], strict=True)]
+        optimizer.load_state_dict({"state": {**own["state"], **saved["state"]}, "param_groups": groups})
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    # In the memory format of the weights, which may be another now: fused optimizers insist on it.
+                    state[name] = torch.empty_like(parameter).copy_(value)
 
     def _check_same_batches(self, content: dict[str, Any]) -> None:
         """Within an epoch the steps to come must be of the samples that are left.

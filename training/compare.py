@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from training import page
-from training.logs import format_duration, replace_text
+from training.files import replace_text
+from training.logs import format_duration
 from training.report import OVER_THE_EPOCHS, draw_charts, environment_rows, median_epoch_s
 
 FIGURES = ("run", "epochs", "best top-1", "top-5 there", "epoch", "last top-1", "images/s", "data wait", "an epoch")

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -188,18 +188,31 @@ def share_buffers(model: torch.nn.Module) -> None:
 
 
 def decided_by_main(decide: Callable[[], Value]) -> Value:
-    """What rank 0 decides, on every rank; a value that can be pickled."""
+    """What rank 0 decides, on every rank; a value that can be pickled.
+
+    Raises
+    ------
+    ValueError
+        On every rank, where rank 0 finds something that the user can put right.
+    """
     if not dist.is_initialized():
         return decide()
-    decision = [decide() if dist.get_rank() == 0 else None]
+    decision: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            decision[0] = decide()
+        except ValueError as error:
+            decision[1] = error
     dist.broadcast_object_list(decision, src=0)
-    return decision[0]  # type: ignore[return-value]
+    value, mistake = decision
+    if mistake is not None:
+        raise mistake
+    return value
 
 
-def wait_for_all() -> None:
+def wait_for_all(world: World) -> None:
     """Wait until every rank has come here."""
-    if dist.is_initialized():
-        dist.barrier()
+    sum_over_ranks(torch.zeros((), device=world.device)).item()  # a barrier warns where it is not told the device
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from training.files import replace_text, replacing
+
 if TYPE_CHECKING:  # so that reading a run's record does not need torch
     from training.checkpoint import TrainState
 
@@ -115,8 +117,7 @@ class RunLog:
         for text in self._unwritten:
             print(text, file=self._file, flush=True)
         self._unwritten.clear()
-        records = [record for record in self.records() if record["epoch"] < state.epoch]
-        replace_text(self._records_path, "".join(json.dumps(record) + "\n" for record in records))
+        self._write_records([record for record in self.records() if record["epoch"] < state.epoch])
         replace_text(self.folder / f"{state.run_name}.recipe.json", json.dumps(facts, indent=1) + "\n")
         self._wandb = self._start_wandb(state, facts, **wandb_settings)
 
@@ -130,20 +131,25 @@ class RunLog:
             return []
         return [json.loads(line) for line in self._records_path.read_text(encoding="utf-8").splitlines()]
 
+    def _write_records(self, records: list[dict[str, Any]]) -> None:
+        replace_text(self._records_path, "".join(json.dumps(record) + "\n" for record in records))
+
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Send metrics of one step to W&B."""
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def epoch(self, values: dict[str, float], step: int) -> None:
-        """Record a finished epoch: a JSONL line, the curve drawn anew, W&B."""
+        """Record a finished epoch: a JSONL line, W&B."""
         if not self.is_main:
             return
         self.last = values
-        with open(self._records_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({**values, "step": step, "time": time.time()}) + "\n")
-        draw_curve(self.records(), self.folder / f"{self._run_name}.png", self.courses)
+        self._write_records([*self.records(), {**values, "step": step, "time": time.time()}])
         self.metrics(values, step)
+
+    def draw(self) -> None:
+        """Draw the curve of the epochs so far."""
+        draw_curve(self.records(), self.folder / f"{self._run_name}.png", self.courses)
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the W&B run and the log file."""
@@ -193,13 +199,6 @@ def has_wandb_key() -> bool:
     import wandb
 
     return bool(wandb.login(prompt=False, verify=False))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small text file so that it appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def pace(values: dict[str, float], courses: Courses, num_epochs: int) -> str:
@@ -267,9 +266,8 @@ def draw_curve(records: list[dict[str, Any]], path: Path, courses: Courses) -> N
     best = max(records, key=lambda record: record.get("val/acc1", -1.0), default={})
     if "val/acc1" in best:
         accuracy_axes.set_title(f"best val top-1 {best['val/acc1']:.2%} after {best['epoch'] + 1} epochs")
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def format_duration(time_s: float) -> str:

@@ -259,6 +259,12 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         return None
 
+    def is_finite(self) -> bool:
+        """Whether all weights and statistics of the model are finite. Waits for the device."""
+        values = [value.detach() for value in (*self.model.parameters(), *self.model.buffers())]
+        norms = torch._foreach_norm([value for value in values if value.is_floating_point()])
+        return bool(torch.stack(norms).isfinite().all())
+
     def seed_step(self, step: int) -> None:
         """Make what the model draws in a step a function of (seed, step, rank), the same after any resume."""
         torch.manual_seed(hash((self.seed, step, self.world.rank)) % 2**63)
@@ -307,7 +313,7 @@ def train_epoch(
     Raises
     ------
     RunError
-        A loss that stays non-finite.
+        A loss that stays non-finite, or weights that are, where they would be saved.
     Stopped
         As ``stop`` asked; ``state`` is ready to be saved.
     """
@@ -320,6 +326,13 @@ def train_epoch(
     lr, end = trainer.lr(max(state.step - 1, 0)), state.step + steps_per_epoch - state.batch // trainer.accumulation
     place = {"total": steps_per_epoch * trainer.accumulation, "done": state.batch}
     batches = clock.watch(loader.epoch(state.epoch, skip=state.batch))
+
+    def take_stock() -> None:
+        """Make ``state`` ready to be saved. What rank 0 would save must be worth going on from."""
+        if world.is_main and not trainer.is_finite():
+            raise RunError(non_finite_message(state, lr, trainer.precision))
+        state.totals = meter.totals()
+
     for images, targets in log.track(batches, f"epoch {state.epoch}", **place):
         if state.step == end:
             break
@@ -349,13 +362,13 @@ def train_epoch(
                 log.say_once(pace_line(images.shape[-1], step_s * steps_per_epoch, remaining_s))
             log.metrics({"step/loss": now["train/loss"], "lr": lr, "images_per_s": now["images_per_s"]}, state.step)
         if stop():
-            state.totals = meter.totals()
+            take_stock()
             raise Stopped
         if save_every_steps and state.step % save_every_steps == 0 and state.step < end:
-            state.totals = meter.totals()
+            take_stock()
             save()
             state.totals = []
-    state.totals = meter.totals()
+    take_stock()
     return {**metrics(state.totals, "train"), "lr": lr, **clock.rates(), **clock.peak_memory()}
 
 
@@ -485,13 +498,13 @@ def pace_line(resolution: int, epoch_s: float, remaining_s: float) -> str:
 
 
 def non_finite_message(state: TrainState, lr: float, precision: str) -> str:
-    """What to do about a loss that is no longer finite."""
+    """What to do about a loss or weights that are no longer finite."""
     remedies = [f"a lower learning rate (--lr {lr / 2:.3g})", "gradient clipping (--training.grad_clip=1)"]
     if precision != "32":
         remedies.insert(1, "--precision 32")
     return (
-        f"the loss is not finite since about step {state.step} (epoch {state.epoch}, lr {lr:.4g}); the run stops here. "
-        f"Remedies: {', '.join(remedies)}; then --resume the last checkpoint, which is from before"
+        f"the loss or a weight is not finite since about step {state.step} (epoch {state.epoch}, lr {lr:.4g}); the run "
+        f"stops here. Remedies: {', '.join(remedies)}; then --resume the last checkpoint, which is from before"
     )
 
 

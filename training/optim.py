@@ -61,7 +61,14 @@ def build_optimizer(
         return Lamb(groups, lr=lr)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=fused)
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
+    sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
+    if momentum:
+        # The fused one takes whatever memory it is given as momentum where the very first gradient overflows. From
+        # zeros the first step is the same: 0 x momentum + gradient.
+        for group in groups:
+            for parameter in group["params"]:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 class MovingAverage(AveragedModel):

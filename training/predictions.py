@@ -1,10 +1,11 @@
 """What a model made of every image of a validation split: which it got wrong, and which classes it takes for others."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from training.files import replacing
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,8 @@ class Predictions:
 
     def save(self, path: Path) -> None:
         """Write them as a NumPy archive of the attributes, which appears whole or not at all."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **vars(self))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
 
     @classmethod
     def read(cls, path: Path) -> "Predictions":

@@ -17,13 +17,13 @@ from training.distributed import Board, Failure, World
 
 # Exit statuses after a save: EX_TEMPFAIL of sysexits.h, "try again later"; and the shell's for Ctrl-C.
 PREEMPTED, INTERRUPTED = 75, 130
+# How long a rank that failed has to speak and close its logs, before others leave and torchrun ends them all.
+SECONDS_TO_END = 10
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Ranks ask each other about this often (s) whether one of them was signalled.
 _ASK_S = 1.0
 # How often (s) a rank looks whether another has failed.
 _LOOK_S = 2.0
-# How long (s) a rank that failed has to speak and close its logs, before others leave and torchrun ends them all.
-_END_S = 10.0
 # A signal this soon (s) after the first is the same one: torchrun passes on what its whole process group got.
 _SAME_S = 1.0
 
@@ -160,7 +160,7 @@ class StopRequest:
             failure = self.board.failure() if self.world.world_size > 1 else None
             if failure is not None and failure.rank != self.world.rank:
                 self.on_failure(failure)
-                self._end(1, after_s=0 if signals or first_s else _END_S)
+                self._end(1, after_s=0 if signals or first_s else SECONDS_TO_END)
             for number in signals:
                 if self._failing:
                     self._end(1)

@@ -1,6 +1,5 @@
 """A contact sheet: images over their captions, such as training images as the model gets them with their targets."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -8,6 +7,8 @@ from types import MappingProxyType
 import numpy as np
 import torch
 from timm.data import ImageNetInfo
+
+from training.files import replacing
 
 COLUMNS = 8
 NUM_IMAGES = 4 * COLUMNS
@@ -112,6 +113,5 @@ def draw_contact_sheet(
         axes.tick_params(labelsize=7)
         axes.set_title(what, fontsize=9)
         axes.set_ylabel("images", fontsize=8)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=100)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from training import page
-from training.logs import METRICS, Courses, format_duration, replace_text
+from training.files import replace_text
+from training.logs import METRICS, Courses, format_duration
 from training.page import Series
 from training.predictions import Predictions
 
