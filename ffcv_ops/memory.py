@@ -211,7 +211,7 @@ def available_bytes() -> int:
             most = read(folder / limit).strip()
             if most.isdigit():
                 cached = sum(int(stat.get(f"{kind}{name}", 0)) for name in ("inactive_file", "active_file"))
-                available = min(available, int(most) - int(read(folder / usage)) + cached)
+                available = min(available, int(most) - int(read(folder / usage) or 0) + cached)
     return available
 
 
