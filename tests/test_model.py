@@ -58,6 +58,11 @@ def test_state_dict_is_the_library_s_own(library):
     assert torch.equal(model(IMAGES), plain(IMAGES))
 
 
+def test_weights_of_another_kind_are_named():
+    with pytest.raises(ValueError, match="no IMAGENET1K_V1 weights of regnet_y_128gf, but IMAGENET1K_SWAG_E2E_V1"):
+        build_model("regnet_y_128gf", pretrained=True)
+
+
 def test_drop_path_needs_timm():
     with pytest.raises(ValueError, match="--model.library=timm"):
         build_model("resnet18", drop_path=0.1)

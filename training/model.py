@@ -83,10 +83,16 @@ def build_model(
     else:
         if drop_path:
             raise ValueError(f"model.drop_path={drop_path} needs a timm architecture: add --model.library=timm")
+        published = torchvision.models.get_model_weights(arch).__members__ if pretrained else {}
+        if pretrained and "IMAGENET1K_V1" not in published:
+            raise ValueError(
+                f"torchvision has no IMAGENET1K_V1 weights of {arch}, but {', '.join(published)}: download those, and "
+                "pass --model.weights=FILE in place of --model.pretrained=1"
+            )
         model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
         if pretrained:
-            published = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"]
-            load_state(model, published.get_state_dict(progress=False), f"torchvision's {published}")
+            chosen = published["IMAGENET1K_V1"]
+            load_state(model, chosen.get_state_dict(progress=False), f"torchvision's {chosen}")
     if use_blurpool:
         apply_blurpool(model)
     if weights:
