@@ -44,7 +44,7 @@ from ffcv_ops.describe import (
     histogram_lines,
     lines,
 )
-from ffcv_ops.processes import WorkerKilled, num_cpus
+from ffcv_ops.processes import WorkerKilled, choose_num_workers
 from ffcv_ops.verify import verify
 from ffcv_ops.writer import MODES, BadImage, WriteError, WriteSettings, encoder_versions, show_bytes, write
 from training.recipe import Choice, Integer, Number, Switch, Text, read_settings, refuse
@@ -147,8 +147,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--sheet {chosen.sheet}: --sheet needs --inspect FILE, whose images it draws")
         if chosen.inspect:
             return run_inspect(chosen)
+        num_workers = choose_num_workers(chosen.num_workers)
         if ranks.rank() > 0:
-            num_workers = num_cpus() if chosen.num_workers == -1 else chosen.num_workers
             return ranks.lend_workers(num_workers, encoder_versions)
         with ranks.lead(encoder_versions) as leader:
             return (run_verify if chosen.verify else run_write)(chosen, leader, progress)

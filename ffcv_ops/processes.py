@@ -35,6 +35,13 @@ def num_cpus() -> int:
     return max(1, allowed * (number + 1) // of - allowed * number // of)
 
 
+def choose_num_workers(num_workers: int) -> int:
+    """The number of workers that a setting means, -1 being as many as `num_cpus`; ValueError if it means none."""
+    if num_workers != -1 and num_workers < 1:
+        raise ValueError(f"num_workers must be -1 (all CPUs) or at least 1, not {num_workers}")
+    return num_cpus() if num_workers == -1 else num_workers
+
+
 class Workers:
     """Processes that each call one function on message after message and send back what it returns.
 

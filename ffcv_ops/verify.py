@@ -16,7 +16,7 @@ import numpy as np
 
 from ffcv_ops import beton
 from ffcv_ops.beton import Beton, read_beton
-from ffcv_ops.processes import Workers, map_in_order, num_cpus
+from ffcv_ops.processes import Workers, choose_num_workers, map_in_order
 from ffcv_ops.ranks import Leader
 
 _READ_BYTES = 1 << 24
@@ -111,8 +111,9 @@ def verify(
     Raises
     ------
     ValueError
-        What `read_beton` says of a file whose header or tables are damaged.
+        What `read_beton` says of a file whose header or tables are damaged, or that there are to be no workers.
     """
+    num_workers = choose_num_workers(num_workers)
     found = read_beton(path)
     bad: dict[int, str] = {}
     pages: list[str] = []
@@ -120,7 +121,6 @@ def verify(
     done = 0
     stat = os.stat(path)
     identity = stat.st_size, stat.st_mtime_ns
-    num_workers = num_cpus() if num_workers == -1 else num_workers
     with closing(Workers(num_workers, _Checker, found.path.absolute(), identity, leader=leader)) as workers:
         asked, told = itertools.tee(pages_of(found))
         for page, (page_hash, failures, clean) in zip(told, map_in_order(workers, asked), strict=True):

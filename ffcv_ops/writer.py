@@ -26,7 +26,7 @@ import numpy as np
 
 from ffcv_ops import beton, journal, jpeg
 from ffcv_ops.folder import ImageFolder, class_difference, load_image, scan, stat_image
-from ffcv_ops.processes import WorkerKilled, Workers, map_in_order, num_cpus
+from ffcv_ops.processes import WorkerKilled, Workers, choose_num_workers, map_in_order
 from ffcv_ops.ranks import Leader
 
 MODES = ("jpg", "raw", "proportion", "smart")
@@ -471,8 +471,7 @@ def write(
     settings.check()
     if on_error not in ("stop", "skip"):
         raise ValueError(f"on_error must be stop or skip, not {on_error!r}")
-    if num_workers != -1 and num_workers < 1:
-        raise ValueError(f"num_workers must be -1 (all CPUs) or at least 1, not {num_workers}")
+    num_workers = choose_num_workers(num_workers)
     _check_target(target, overwrite)
     folder = scan(source)
     difference = class_difference(classes, folder.classes) if classes is not None else None
@@ -485,7 +484,6 @@ def write(
         return manifest
     if target.exists() and not overwrite:
         raise ValueError(f"{target}: exists already; use --overwrite to replace it")
-    num_workers = num_cpus() if num_workers == -1 else num_workers
     return _write(plan, target, num_workers, leader, on_error, notice, progress)
 
 

@@ -111,6 +111,7 @@ def test_mistakes_are_named_before_any_work(data, written, tmp_path):
         (["--source", source, "--mode=png"], "one of jpg, raw, proportion, smart"),
         (["--source", source, "--target", tmp_path / "new.beton", "--page_size=1000000"], "power of two"),
         (["--verify", tmp_path / "missing"], "no such file"),
+        (["--verify", written, "--num_workers=0"], "num_workers must be -1 (all CPUs) or at least 1"),
         (["--split=val", "--source", source, "--target", tmp_path / "v", "--train_manifest", SCRIPT], "not a readable"),
     ]
     for arguments, message in mistakes:
