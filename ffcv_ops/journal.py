@@ -119,12 +119,15 @@ class PartialFile:
             self._commits.popleft().result()
 
     def finish(self, head: bytes, tail: bytes, header: bytes) -> None:
-        """Write what goes before and behind the pages, the header last, and give the file its name."""
+        """Write what goes before and behind the pages, the header last."""
         write_all(self._file, tail, self.data_start + len(self.page_hashes) * self.page_size)
         write_all(self._file, head, len(header))
         os.fsync(self._file)
         write_all(self._file, header, 0)
         os.fsync(self._file)
+
+    def publish(self) -> None:
+        """Give the finished file its name."""
         os.replace(self.path, self.target)
         _sync_folder(self.target)
 

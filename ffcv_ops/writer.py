@@ -625,9 +625,11 @@ def _finish(plan: Plan, layout: _Layout, target: Path) -> dict[str, Any]:
         raise _bad_image(plan, *next(iter(layout.reasons.items())))
     head, alloc_table = _tables(plan, layout.samples, layout.reasons, len(layout.partial.page_hashes))
     manifest = _manifest(plan, layout.samples, layout.reasons, layout.partial.page_hashes, target)
-    beton.manifest_path(target).unlink(missing_ok=True)
     header_bytes = beton.HEADER_TYPE.itemsize
     layout.partial.finish(head[header_bytes:], alloc_table.tobytes(), head[:header_bytes])
+    # That of a file that is replaced goes when the new one is safely on disk.
+    beton.manifest_path(target).unlink(missing_ok=True)
+    layout.partial.publish()
     _write_manifest(target, manifest)
     return manifest
 

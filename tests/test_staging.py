@@ -123,7 +123,7 @@ def test_a_copy_killed_while_it_gets_its_name_goes_on(written, scratch, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(staging.journal.PartialFile, "finish", interrupt)
+        patched.setattr(staging.journal.PartialFile, "publish", interrupt)
         quiet(written, scratch)
     assert not (scratch / "train.beton").exists()
     notices = []

@@ -1,5 +1,6 @@
 """Writing a folder: stock FFCV reads it, the same bytes always, and what happens when something goes wrong."""
 
+import errno
 import hashlib
 import json
 import os
@@ -332,7 +333,10 @@ def test_an_image_larger_than_a_page_is_named(tmp_path):
     assert leftovers(target) == []
 
 
-def test_an_existing_file_stays_until_the_new_one_is_whole(folder, tmp_path):
+def test_an_existing_file_stays_until_the_new_one_is_whole(folder, tmp_path, monkeypatch):
+    def no_space(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     target = tmp_path / "file.beton"
     quiet(folder, target)
     before = target.read_bytes()
@@ -341,6 +345,11 @@ def test_an_existing_file_stays_until_the_new_one_is_whole(folder, tmp_path):
     spoil(Path(sources(folder)[7]))
     with pytest.raises(BadImage):
         quiet(folder, target, WriteSettings(quality=50), overwrite=True)
+    assert target.read_bytes() == before
+    assert read_beton(target).manifest is not None
+    with monkeypatch.context() as patched, pytest.raises(WriteError, match="No space left"):
+        patched.setattr(journal.PartialFile, "finish", no_space)
+        quiet(folder, target, WriteSettings(quality=50), overwrite=True, on_error="skip")
     assert target.read_bytes() == before
     assert read_beton(target).manifest is not None
     assert quiet(folder, target, WriteSettings(quality=50), overwrite=True, on_error="skip")["num_samples"] == 29
