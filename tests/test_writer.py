@@ -500,6 +500,23 @@ def test_two_runs_do_not_write_one_file(folder, tmp_path):
     assert quiet(folder, target)["num_samples"] == 30
 
 
+def test_a_file_that_was_renamed_under_a_runs_hands_is_left_alone(tmp_path, monkeypatch):
+    """Another process opens the file as the first one ends, and gets its lock."""
+    target, flock = tmp_path / "file.beton", journal.fcntl.flock
+    partial, _ = journal.partial_paths(target)
+    partial.write_bytes(b"whole")
+
+    def rename_and_lock(*args):
+        partial.rename(target)
+        partial.touch()
+        flock(*args)
+
+    monkeypatch.setattr(journal.fcntl, "flock", rename_and_lock)
+    with pytest.raises(ValueError, match="another process is writing"):
+        journal.PartialFile(target, {}, 0, PAGE_SIZE)
+    assert target.read_bytes() == b"whole"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checking a file whole
 
