@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISLNK, S_ISREG
+from typing import NoReturn
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def scan(root: str | os.PathLike[str]) -> ImageFolder:
     Raises
     ------
     ValueError
-        If there is no such folder, it has no class folders, or a class folder has no image.
+        If there is no such folder, it has no class folders, or a class folder has no image or cannot be read.
     """
     root = Path(root)
     if not root.is_dir():
@@ -65,12 +66,17 @@ def scan(root: str | os.PathLike[str]) -> ImageFolder:
 
 def _scan_class(root: Path, name: str) -> list[tuple[str, int, int]]:
     images = []
-    for folder, _, files in sorted(os.walk(root / name, followlinks=True)):
+    for folder, _, files in sorted(os.walk(root / name, onerror=_refuse, followlinks=True)):
         for file in sorted(files):
             if file.lower().endswith(EXTENSIONS):
                 path = os.path.join(folder, file)
                 images.append((os.path.relpath(path, root), *stat_image(path)))
     return images
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """A folder that cannot be read is not to pass for one without images."""
+    raise ValueError(f"{error.filename}: cannot be read ({error.strerror})")
 
 
 def stat_image(path: str | os.PathLike[str]) -> tuple[int, int]:

@@ -107,6 +107,20 @@ def test_a_folder_without_images_is_named(tmp_path, broken):
         quiet(tmp_path / broken, tmp_path / "file.beton")
 
 
+def test_a_folder_that_cannot_be_read_is_named(folder, tmp_path, monkeypatch):
+    """Though its class has images elsewhere."""
+    scandir = os.scandir
+
+    def fail_for_one(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail_for_one)
+    with pytest.raises(ValueError, match=r"_class/deep: cannot be read \(Permission denied\)"):
+        quiet(folder, tmp_path / "file.beton")
+
+
 def images_as_imagenet_has_them():
     """File contents by kind: what ImageNet's folders hold under the name of JPEG, and some more."""
     image = photograph(7, 121, 95)
