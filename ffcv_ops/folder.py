@@ -81,8 +81,10 @@ def _refuse(error: OSError) -> NoReturn:
 
 def stat_image(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Return an image file's size in bytes and time of its last change in ns."""
-    # That of a link without a target is a bad image's, for the encoder to report.
-    stat = os.stat(path) if os.path.exists(path) else os.lstat(path)
+    try:
+        stat = os.stat(path)
+    except OSError:
+        stat = os.lstat(path)  # a link without a target is a bad image, for the encoder to report
     if not S_ISREG(stat.st_mode) and not S_ISLNK(stat.st_mode):  # to open a pipe would be to wait for ever
         raise ValueError(f"{path}: is no file, though it is named like an image; remove or rename it")
     return stat.st_size, stat.st_mtime_ns
