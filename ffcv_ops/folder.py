@@ -1,6 +1,5 @@
 """An image folder, read as ``torchvision.datasets.ImageFolder`` reads it: its classes, its images, their pixels."""
 
-import io
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -104,7 +103,8 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
     Raises
     ------
     Exception
-        Whatever Pillow raises for a file it cannot decode (``OSError``, ``ValueError``, ``SyntaxError``, ...).
+        Whatever Pillow raises for a file it cannot decode (``OSError``, ``ValueError``, ``SyntaxError``, ...);
+        ValueError for PostScript, which it would have Ghostscript run.
     """
     from PIL import Image
 
@@ -119,7 +119,9 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
             return jpeg.decode(np.frombuffer(content, np.uint8), max_pixels=max_pixels)
         except ValueError:
             pass
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(path) as image:  # by its name, which is in Pillow's messages
+        if image.format == "EPS":  # Pillow has Ghostscript run it
+            raise ValueError("a PostScript program, not an image")
         return np.asarray(image.convert("RGB"))
 
 
