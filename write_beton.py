@@ -317,6 +317,8 @@ def draw_sheet(found: Description, sheet: Path) -> None:
 
 
 def notice(text: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)  # names of files need not be text
     with tqdm.external_write_mode(file=sys.stdout):
         print(text, flush=True)
 

@@ -138,6 +138,13 @@ def test_bad_images_stop_or_are_skipped(data, tmp_path):
     assert read_beton(tmp_path / "train.beton").num_samples == 23
 
 
+def test_a_bad_image_may_have_any_name(data, tmp_path):
+    shutil.copytree(data / "train", tmp_path / "train")
+    (tmp_path / "train" / "class_1" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"no image")
+    output = run("--source", tmp_path / "train", "--on_error=skip", env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    assert "skipped class_1/caf\\udce9.jpg: UnidentifiedImageError" in output and "BytesIO" not in output
+
+
 def test_the_check_of_a_damaged_file_lists_the_samples(written):
     entry = read_beton(written).alloc_table[9]
     with open(written, "r+b") as file:
