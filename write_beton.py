@@ -163,7 +163,9 @@ def main(argv: list[str] | None = None) -> int:
         progress.close()
         name, status = ("SIGTERM", 143) if isinstance(stop, Terminated) else ("Ctrl-C", 130)
         if ranks.rank() == 0:
-            print(f"stopped by {name}; the same command goes on from what is on disk", file=sys.stderr)
+            writes = not (chosen.verify or chosen.inspect)
+            goes_on = "; the same command goes on from what is on disk" if writes else ""
+            print(f"stopped by {name}{goes_on}", file=sys.stderr)
         return status
 
 

@@ -249,6 +249,18 @@ def test_a_signal_ends_the_run_in_seconds(large, tmp_path, number, name, status)
     assert not target.exists() and Path(f"{target}.partial.journal").exists()
 
 
+def test_a_check_that_is_stopped_promises_nothing(written):
+    program = f"""
+import sys, write_beton
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+write_beton.run_verify = interrupt
+sys.exit(write_beton.main(["--verify", {str(written)!r}]))
+"""
+    process = subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert process.returncode == 130 and process.stderr == "stopped by Ctrl-C\n"
+
+
 def test_no_process_outlives_a_killed_run(large, tmp_path):
     process = begin(large, tmp_path / "file.beton", start_new_session=True)
     wait_for(in_progress(tmp_path / "file.beton", 8 << 20), process)
