@@ -24,7 +24,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -93,13 +92,8 @@ Section("write", "what is written, from what, how", config_descriptor=CONFIG).pa
     inspect=Param(Text(), "tell what is in this .beton file instead of writing one"),
     sheet=Param(Text(), "with --inspect: draw images of the file and histograms of their sizes into this PNG"),
 )
-KEYS = (
-    *("split", "source", "target", "train_manifest", "mode", "max_side", "quality", "num_workers", "raw_share"),
-    *("smart_threshold", "subset", "seed", "page_size", "on_error", "verify", "inspect", "sheet"),
-)
-FLAGS: dict[str, str | tuple[str, str]] = {key: f"write.{key}" for key in KEYS} | {
-    "overwrite": ("write.overwrite", "1")
-}
+FLAGS: dict[str, str | tuple[str, str]] = {name: f"{section}.{name}" for section, name in CONFIG.entries}
+FLAGS["overwrite"] = "write.overwrite", "1"
 
 
 class Progress:
@@ -183,7 +177,7 @@ def run_write(chosen: Any, leader: ranks.Leader | None, progress: Progress) -> i
         num_workers=chosen.num_workers,
         on_error=chosen.on_error,
         overwrite=chosen.overwrite,
-        classes=train_classes(chosen, target, notice),
+        classes=train_classes(chosen, target),
         leader=leader,
         notice=notice,
         progress=progress,
@@ -234,7 +228,7 @@ def paths(chosen: Any) -> tuple[Path, Path]:
     return source, target
 
 
-def train_classes(chosen: Any, target: Path, notice: Callable[[str], None]) -> list[str] | None:
+def train_classes(chosen: Any, target: Path) -> list[str] | None:
     """The classes of the training split, which number those of all splits; None if there is nothing to agree with."""
     if chosen.split != "val":
         return None
