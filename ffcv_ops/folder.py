@@ -66,10 +66,10 @@ def scan(root: str | os.PathLike[str]) -> ImageFolder:
 def _scan_class(root: Path, name: str) -> list[tuple[str, int, int]]:
     images = []
     for folder, _, files in sorted(os.walk(root / name, onerror=_refuse, followlinks=True)):
+        inside = os.path.relpath(folder, root)
         for file in sorted(files):
             if file.lower().endswith(EXTENSIONS):
-                path = os.path.join(folder, file)
-                images.append((os.path.relpath(path, root), *stat_image(path)))
+                images.append((os.path.join(inside, file), *stat_image(os.path.join(folder, file))))
     return images
 
 

@@ -139,9 +139,9 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """Everything the bytes of the file depend on, in JSON's types."""
         listing = sha256()
-        for index in self.order:
-            size, mtime_ns = self.folder.stats[index]
-            listing.update(b"%d %d %d " % (self.folder.labels[index], size, mtime_ns))
+        labels, stats = self.folder.labels[self.order].tolist(), self.folder.stats[self.order].tolist()
+        for index, label, (size, mtime_ns) in zip(self.order.tolist(), labels, stats, strict=True):
+            listing.update(b"%d %d %d " % (label, size, mtime_ns))
             listing.update(os.fsencode(self.folder.paths[index]) + b"\0")
         return {
             "format": beton.MANIFEST_VERSION,
