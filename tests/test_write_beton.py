@@ -81,6 +81,16 @@ def test_the_target_is_beside_the_folder(data, tmp_path):
     assert read_beton(tmp_path / "val.beton").num_samples == 12
 
 
+def test_workers_run_the_code_of_the_script(data, tmp_path):
+    """Though packages of the same name are installed, and lie in the current folder."""
+    (tmp_path / "here").mkdir()
+    for name in ("installed", "here") if sys.version_info >= (3, 11) else ("installed",):
+        (tmp_path / name / "ffcv_ops").mkdir(parents=True)
+        (tmp_path / name / "ffcv_ops" / "__init__.py").touch()
+    paths = ["--source", data / "val", "--target", tmp_path / "val.beton"]
+    run(*paths, cwd=tmp_path / "here", env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")})
+
+
 def test_settings_come_from_a_file_too(data, tmp_path):
     recipe = tmp_path / "write.yaml"
     recipe.write_text(f"write:\n  source: {data / 'train'}\n  mode: raw\n  max_side: 64\n  subset: 10\n")
