@@ -389,6 +389,8 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     for key, kind in types.items():
         if not isinstance(content.get(key), kind):
             raise ValueError(f"{manifest}: lacks {key!r}; restore it, or delete it to go without")
+    if not all(isinstance(name, str) for name in content["classes"]):
+        raise ValueError(f"{manifest}: its classes are no names; restore it, or delete it to go without")
     return content
 
 
