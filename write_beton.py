@@ -24,7 +24,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,7 +43,7 @@ from ffcv_ops.describe import (
     histogram_lines,
     lines,
 )
-from ffcv_ops.processes import WorkerKilled, num_cpus
+from ffcv_ops.processes import WorkerKilled, choose_num_workers
 from ffcv_ops.verify import verify
 from ffcv_ops.writer import MODES, BadImage, WriteError, WriteSettings, encoder_versions, show_bytes, write
 from training.recipe import Choice, Integer, Number, Switch, Text, read_settings, refuse
@@ -93,13 +92,8 @@ Section("write", "what is written, from what, how", config_descriptor=CONFIG).pa
     inspect=Param(Text(), "tell what is in this .beton file instead of writing one"),
     sheet=Param(Text(), "with --inspect: draw images of the file and histograms of their sizes into this PNG"),
 )
-KEYS = (
-    *("split", "source", "target", "train_manifest", "mode", "max_side", "quality", "num_workers", "raw_share"),
-    *("smart_threshold", "subset", "seed", "page_size", "on_error", "verify", "inspect", "sheet"),
-)
-FLAGS: dict[str, str | tuple[str, str]] = {key: f"write.{key}" for key in KEYS} | {
-    "overwrite": ("write.overwrite", "1")
-}
+FLAGS: dict[str, str | tuple[str, str]] = {name: f"{section}.{name}" for section, name in CONFIG.entries}
+FLAGS["overwrite"] = "write.overwrite", "1"
 
 
 class Progress:
@@ -147,8 +141,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--sheet {chosen.sheet}: --sheet needs --inspect FILE, whose images it draws")
         if chosen.inspect:
             return run_inspect(chosen)
+        num_workers = choose_num_workers(chosen.num_workers)
         if ranks.rank() > 0:
-            num_workers = num_cpus() if chosen.num_workers == -1 else chosen.num_workers
             return ranks.lend_workers(num_workers, encoder_versions)
         with ranks.lead(encoder_versions) as leader:
             return (run_verify if chosen.verify else run_write)(chosen, leader, progress)
@@ -163,7 +157,9 @@ def main(argv: list[str] | None = None) -> int:
         progress.close()
         name, status = ("SIGTERM", 143) if isinstance(stop, Terminated) else ("Ctrl-C", 130)
         if ranks.rank() == 0:
-            print(f"stopped by {name}; the same command goes on from what is on disk", file=sys.stderr)
+            writes = not (chosen.verify or chosen.inspect)
+            goes_on = "; the same command goes on from what is on disk" if writes else ""
+            print(f"stopped by {name}{goes_on}", file=sys.stderr)
         return status
 
 
@@ -181,7 +177,7 @@ def run_write(chosen: Any, leader: ranks.Leader | None, progress: Progress) -> i
         num_workers=chosen.num_workers,
         on_error=chosen.on_error,
         overwrite=chosen.overwrite,
-        classes=train_classes(chosen, target, notice),
+        classes=train_classes(chosen, target),
         leader=leader,
         notice=notice,
         progress=progress,
@@ -232,7 +228,7 @@ def paths(chosen: Any) -> tuple[Path, Path]:
     return source, target
 
 
-def train_classes(chosen: Any, target: Path, notice: Callable[[str], None]) -> list[str] | None:
+def train_classes(chosen: Any, target: Path) -> list[str] | None:
     """The classes of the training split, which number those of all splits; None if there is nothing to agree with."""
     if chosen.split != "val":
         return None
@@ -317,6 +313,8 @@ def draw_sheet(found: Description, sheet: Path) -> None:
 
 
 def notice(text: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)  # names of files need not be text
     with tqdm.external_write_mode(file=sys.stdout):
         print(text, flush=True)
 

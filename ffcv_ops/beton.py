@@ -96,6 +96,12 @@ class Beton:
             raise ValueError(f"{self.path}: has no field {name!r}, only {', '.join(self.field_names)}")
         return self.metadata[f"f{self.field_names.index(name)}"]
 
+    def sizes_at(self, ptr: np.ndarray) -> np.ndarray:
+        """Return the bytes of the values at these offsets, uint64, of the shape of `ptr`."""
+        # An empty value shares its offset with the value behind it; the last in this order is the one with bytes.
+        table = self.alloc_table[np.lexsort((self.alloc_table["size"], self.alloc_table["ptr"]))]
+        return table["size"][np.searchsorted(table["ptr"], ptr, side="right") - 1]
+
     @property
     def labels(self) -> np.ndarray:
         """The class numbers, int64 (num_samples,)."""
@@ -383,6 +389,8 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     for key, kind in types.items():
         if not isinstance(content.get(key), kind):
             raise ValueError(f"{manifest}: lacks {key!r}; restore it, or delete it to go without")
+    if not all(isinstance(name, str) for name in content["classes"]):
+        raise ValueError(f"{manifest}: its classes are no names; restore it, or delete it to go without")
     return content
 
 

@@ -3,7 +3,7 @@
 import math
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from ffcv_ops import beton, jpeg
 from ffcv_ops.beton import Beton, read_beton
+from ffcv_ops.writer import show_bytes
 
 NUM_LOOKED_AT = 1000
 """Images whose JPEG is read, evenly spaced; all others are known from the tables."""
@@ -89,7 +90,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
         class_counts=counts,
         widths=images["width"].astype(np.int64),
         heights=images["height"].astype(np.int64),
-        size_bytes=_sizes(found),
+        size_bytes=found.sizes_at(images["data_ptr"]).astype(np.int64),
         raw=images["mode"] == beton.MODE_RAW,
         restarts=_look_at_restarts(found, spread(found.num_samples, NUM_LOOKED_AT)),
     )
@@ -101,20 +102,14 @@ def spread(count: int, most: int) -> np.ndarray:
     return np.arange(most) * count // max(most, 1)
 
 
-def _sizes(found: Beton) -> np.ndarray:
-    table = found.alloc_table[np.lexsort((found.alloc_table["size"], found.alloc_table["ptr"]))]
-    place = np.searchsorted(table["ptr"], found.column("image")["data_ptr"], side="right") - 1
-    return table["size"][place].astype(np.int64)
-
-
-def read_stored(found: Beton, samples: Iterable[int]) -> list[np.ndarray]:
+def read_stored(found: Beton, samples: np.ndarray) -> list[np.ndarray]:
     """The bytes of images as they are stored, uint8 (size_bytes,) each."""
-    images, sizes = found.column("image"), _sizes(found)
+    ptr = found.column("image")["data_ptr"][samples]
     contents = []
     with open(found.path, "rb") as file:
-        for sample in samples:
-            file.seek(int(images["data_ptr"][sample]))
-            contents.append(np.frombuffer(file.read(int(sizes[sample])), np.uint8))
+        for start, size in zip(ptr.tolist(), found.sizes_at(ptr).tolist(), strict=True):
+            file.seek(start)
+            contents.append(np.frombuffer(file.read(size), np.uint8))
     return contents
 
 
@@ -163,7 +158,7 @@ def lines(found: Description) -> list[str]:
     file, manifest = found.beton, found.beton.manifest
     fields = zip(file.field_names, file.field_types, strict=True)
     rows = [
-        ("file", f"{file.path}, {_bytes(file.size_bytes)}"),
+        ("file", f"{file.path}, {show_bytes(file.size_bytes)}"),
         ("images", f"{file.num_samples:,}, {_storage(found)}"),
         ("fields", ", ".join(f"{name} ({beton.TYPE_NAMES[kind]})" for name, kind in fields)),
         ("classes", _classes(found)),
@@ -202,11 +197,6 @@ def histogram_lines(what: str, counts: np.ndarray, bounds: np.ndarray, width: in
 def _spread_of(values: np.ndarray, unit: str) -> str:
     low, middle, high = int(values.min()), int(np.median(values)), int(values.max())
     return f"{low:,} {unit}" if low == high else f"{low:,} to {high:,} {unit}, median {middle:,}"
-
-
-def _bytes(size: int) -> str:
-    power = min(max(len(str(size)) - 1, 0) // 3, 4)
-    return f"{size / 1000**power:,.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def _storage(found: Description) -> str:

@@ -1,12 +1,12 @@
 """An image folder, read as ``torchvision.datasets.ImageFolder`` reads it: its classes, its images, their pixels."""
 
-import io
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISLNK, S_ISREG
+from typing import NoReturn
 
 import numpy as np
 
@@ -44,7 +44,7 @@ def scan(root: str | os.PathLike[str]) -> ImageFolder:
     Raises
     ------
     ValueError
-        If there is no such folder, it has no class folders, or a class folder has no image.
+        If there is no such folder, it has no class folders, or a class folder has no image or cannot be read.
     """
     root = Path(root)
     if not root.is_dir():
@@ -65,18 +65,25 @@ def scan(root: str | os.PathLike[str]) -> ImageFolder:
 
 def _scan_class(root: Path, name: str) -> list[tuple[str, int, int]]:
     images = []
-    for folder, _, files in sorted(os.walk(root / name, followlinks=True)):
+    for folder, _, files in sorted(os.walk(root / name, onerror=_refuse, followlinks=True)):
+        inside = os.path.relpath(folder, root)
         for file in sorted(files):
             if file.lower().endswith(EXTENSIONS):
-                path = os.path.join(folder, file)
-                images.append((os.path.relpath(path, root), *stat_image(path)))
+                images.append((os.path.join(inside, file), *stat_image(os.path.join(folder, file))))
     return images
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """A folder that cannot be read is not to pass for one without images."""
+    raise ValueError(f"{error.filename}: cannot be read ({error.strerror})")
 
 
 def stat_image(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Return an image file's size in bytes and time of its last change in ns."""
-    # That of a link without a target is a bad image's, for the encoder to report.
-    stat = os.stat(path) if os.path.exists(path) else os.lstat(path)
+    try:
+        stat = os.stat(path)
+    except OSError:
+        stat = os.lstat(path)  # a link without a target is a bad image, for the encoder to report
     if not S_ISREG(stat.st_mode) and not S_ISLNK(stat.st_mode):  # to open a pipe would be to wait for ever
         raise ValueError(f"{path}: is no file, though it is named like an image; remove or rename it")
     return stat.st_size, stat.st_mtime_ns
@@ -96,7 +103,8 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
     Raises
     ------
     Exception
-        Whatever Pillow raises for a file it cannot decode (``OSError``, ``ValueError``, ``SyntaxError``, ...).
+        Whatever Pillow raises for a file it cannot decode (``OSError``, ``ValueError``, ``SyntaxError``, ...);
+        ValueError for PostScript, which it would have Ghostscript run.
     """
     from PIL import Image
 
@@ -111,7 +119,9 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
             return jpeg.decode(np.frombuffer(content, np.uint8), max_pixels=max_pixels)
         except ValueError:
             pass
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(path) as image:  # by its name, which is in Pillow's messages
+        if image.format == "EPS":  # Pillow has Ghostscript run it
+            raise ValueError("a PostScript program, not an image")
         return np.asarray(image.convert("RGB"))
 
 

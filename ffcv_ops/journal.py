@@ -1,7 +1,6 @@
 """A file in the making: pages on disk, and a journal of them from which a killed run resumes."""
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -119,12 +118,15 @@ class PartialFile:
             self._commits.popleft().result()
 
     def finish(self, head: bytes, tail: bytes, header: bytes) -> None:
-        """Write what goes before and behind the pages, the header last, and give the file its name."""
+        """Write what goes before and behind the pages, the header last."""
         write_all(self._file, tail, self.data_start + len(self.page_hashes) * self.page_size)
         write_all(self._file, head, len(header))
         os.fsync(self._file)
         write_all(self._file, header, 0)
         os.fsync(self._file)
+
+    def publish(self) -> None:
+        """Give the finished file its name."""
         os.replace(self.path, self.target)
         _sync_folder(self.target)
 
@@ -205,9 +207,13 @@ def _sync_folder(path: Path) -> None:
 
 
 def _lock(descriptor: int, path: Path) -> None:
+    taken = False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno == errno.EWOULDBLOCK:
-            raise ValueError(f"{path}: another process is writing this file; wait for it, or end it") from None
-        # A file system without locks, such as Lustre mounted without them, goes without.
+    except BlockingIOError:
+        taken = True
+    except OSError:
+        pass  # a file system without locks, such as Lustre mounted without them, goes without
+    # Between opening and locking, another process may have renamed the file, or made a new one under its name.
+    if taken or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+        raise ValueError(f"{path}: another process is writing this file; wait for it, or end it")

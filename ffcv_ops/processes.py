@@ -4,9 +4,11 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.context
+import multiprocessing.forkserver
 import os
 import pickle
 import signal
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +35,13 @@ def num_cpus() -> int:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     number, of = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(1, allowed * (number + 1) // of - allowed * number // of)
+
+
+def choose_num_workers(num_workers: int) -> int:
+    """The number of workers that a setting means, -1 being as many as `num_cpus`; ValueError if it means none."""
+    if num_workers != -1 and num_workers < 1:
+        raise ValueError(f"num_workers must be -1 (all CPUs) or at least 1, not {num_workers}")
+    return num_cpus() if num_workers == -1 else num_workers
 
 
 class Workers:
@@ -139,7 +148,24 @@ def fork_server(build: Callable[..., Any], preload: Sequence[str]) -> multiproce
     """Return what starts processes that call `build`, with its module, the codecs and `preload` imported already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([build.__module__, "cv2", "PIL.Image", "ffcv_ops.jpeg", *preload])
+    # It is to find the modules that this process has found, not others of the same name: not every Python sees to that.
+    with _environment(PYTHONPATH=os.pathsep.join(map(str, sys.path)), PYTHONSAFEPATH="1"):
+        multiprocessing.forkserver.ensure_running()
     return context
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def serve(

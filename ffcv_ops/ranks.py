@@ -11,6 +11,7 @@ import ipaddress
 import json
 import multiprocessing.connection
 import os
+import resource
 import secrets
 import socket
 import sys
@@ -90,6 +91,9 @@ class Leader:
     """
 
     def __init__(self) -> None:
+        # Every worker of another rank is an open file here.
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         self._server = socket.create_server(("", 0), family=family, dualstack_ipv6=both, backlog=4096)
@@ -131,13 +135,12 @@ class Leader:
             if not ready:
                 raise WorkerKilled(f"not all ranks and their workers reported within {_JOIN_S:.0f} s")
             self.check(ready)
-            connection = _connection(self._server.accept()[0])
+            connected = self._server.accept()[0]
             with contextlib.suppress(EOFError, OSError):
-                if connection.poll(_GREETING_S) and hmac.compare_digest(
-                    connection.recv_bytes(_TOKEN_BYTES), self._token
-                ):
+                if hmac.compare_digest(_read_token(connected), self._token):
+                    connection = _connection(connected)
                     return connection.recv(), connection
-            connection.close()
+            connected.close()
 
     def check(self, ready: Sequence[Any]) -> None:
         """Raise WorkerKilled if a rank's connection is among those where there is something to read: it has ended."""
@@ -273,9 +276,18 @@ def _report(hello: _Hello) -> tuple[_Address, Connection]:
 
 
 def _dial(address: _Address) -> Connection:
-    connection = _connection(socket.create_connection((address.host, address.port), timeout=_GREETING_S))
-    connection.send_bytes(address.token)
-    return connection
+    connected = socket.create_connection((address.host, address.port), timeout=_GREETING_S)
+    connected.sendall(address.token)
+    return _connection(connected)
+
+
+def _read_token(connected: socket.socket) -> bytes:
+    """What a connection begins with; OSError where that does not come soon, as from a stranger."""
+    connected.settimeout(_GREETING_S)
+    token = b""
+    while len(token) < _TOKEN_BYTES and (part := connected.recv(_TOKEN_BYTES - len(token))):
+        token += part
+    return token
 
 
 def _connection(connected: socket.socket) -> Connection:

@@ -122,10 +122,11 @@ def _copy(found: Beton, target: Path, notice: Callable[[str], None], progress: C
         if digest != found.digest:
             journal.remove_partial(target)
             raise StageError(f"{found.path}: its digest is {digest}, the manifest's {found.digest}; write it again")
-        # The manifest first: where both are, both are whole.
-        journal.write_whole(beton.manifest_path(target), (json.dumps(found.manifest, indent=1) + "\n").encode())
         header_bytes = beton.HEADER_TYPE.itemsize
         partial.finish(head[header_bytes:], found.alloc_table.tobytes(), head[:header_bytes])
+        # The manifest first: where both are, both are whole.
+        journal.write_whole(beton.manifest_path(target), (json.dumps(found.manifest, indent=1) + "\n").encode())
+        partial.publish()
     journal.remove_partial(target)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ffcv_ops import beton
 from ffcv_ops.beton import Beton, read_beton
-from ffcv_ops.processes import Workers, map_in_order, num_cpus
+from ffcv_ops.processes import Workers, choose_num_workers, map_in_order
 from ffcv_ops.ranks import Leader
 
 _READ_BYTES = 1 << 24
@@ -111,8 +111,9 @@ def verify(
     Raises
     ------
     ValueError
-        What `read_beton` says of a file whose header or tables are damaged.
+        What `read_beton` says of a file whose header or tables are damaged, or that there are to be no workers.
     """
+    num_workers = choose_num_workers(num_workers)
     found = read_beton(path)
     bad: dict[int, str] = {}
     pages: list[str] = []
@@ -120,7 +121,6 @@ def verify(
     done = 0
     stat = os.stat(path)
     identity = stat.st_size, stat.st_mtime_ns
-    num_workers = num_cpus() if num_workers == -1 else num_workers
     with closing(Workers(num_workers, _Checker, found.path.absolute(), identity, leader=leader)) as workers:
         asked, told = itertools.tee(pages_of(found))
         for page, (page_hash, failures, clean) in zip(told, map_in_order(workers, asked), strict=True):
@@ -150,7 +150,7 @@ def pages_of(found: Beton) -> Iterator[Page]:
     """Yield the pages of a file, in order; ValueError where the manifest's checksums are damaged."""
     expected = _expected_checksums(found)
     values = found.alloc_table[np.argsort(found.alloc_table["ptr"], kind="stable")]
-    images = _images(found, values)
+    images = _images(found)
     checksums = None if expected is None else expected[values["sample_id"].astype(np.int64)]
     starts = np.arange(found.data_start, found.alloc_table_ptr + 1, found.page_size, dtype=np.uint64)
     of_values, of_images = (np.searchsorted(np.ascontiguousarray(rows["ptr"]), starts) for rows in (values, images))
@@ -165,7 +165,7 @@ def pages_of(found: Beton) -> Iterator[Page]:
         )
 
 
-def _images(found: Beton, values: np.ndarray) -> np.ndarray:
+def _images(found: Beton) -> np.ndarray:
     """All images of a file, in the order in which they are stored."""
     types = zip(found.field_names, found.field_types, strict=True)
     columns = [found.column(name) for name, type_id in types if type_id == beton.IMAGE_FIELD]
@@ -173,7 +173,7 @@ def _images(found: Beton, values: np.ndarray) -> np.ndarray:
     images = np.zeros(len(rows), _IMAGE_TYPE)
     images["sample_id"] = np.tile(np.arange(found.num_samples), len(columns))
     images["ptr"] = rows["data_ptr"]
-    images["size"] = values["size"][np.searchsorted(values["ptr"], rows["data_ptr"], side="right") - 1]
+    images["size"] = found.sizes_at(rows["data_ptr"])
     for name in ("mode", "width", "height"):
         images[name] = rows[name]
     return images[np.argsort(images["ptr"], kind="stable")]

@@ -26,7 +26,7 @@ import numpy as np
 
 from ffcv_ops import beton, journal, jpeg
 from ffcv_ops.folder import ImageFolder, class_difference, load_image, scan, stat_image
-from ffcv_ops.processes import WorkerKilled, Workers, map_in_order, num_cpus
+from ffcv_ops.processes import WorkerKilled, Workers, choose_num_workers, map_in_order
 from ffcv_ops.ranks import Leader
 
 MODES = ("jpg", "raw", "proportion", "smart")
@@ -139,9 +139,9 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """Everything the bytes of the file depend on, in JSON's types."""
         listing = sha256()
-        for index in self.order:
-            size, mtime_ns = self.folder.stats[index]
-            listing.update(b"%d %d %d " % (self.folder.labels[index], size, mtime_ns))
+        labels, stats = self.folder.labels[self.order].tolist(), self.folder.stats[self.order].tolist()
+        for index, label, (size, mtime_ns) in zip(self.order.tolist(), labels, stats, strict=True):
+            listing.update(b"%d %d %d " % (label, size, mtime_ns))
             listing.update(os.fsencode(self.folder.paths[index]) + b"\0")
         return {
             "format": beton.MANIFEST_VERSION,
@@ -471,8 +471,7 @@ def write(
     settings.check()
     if on_error not in ("stop", "skip"):
         raise ValueError(f"on_error must be stop or skip, not {on_error!r}")
-    if num_workers != -1 and num_workers < 1:
-        raise ValueError(f"num_workers must be -1 (all CPUs) or at least 1, not {num_workers}")
+    num_workers = choose_num_workers(num_workers)
     _check_target(target, overwrite)
     folder = scan(source)
     difference = class_difference(classes, folder.classes) if classes is not None else None
@@ -485,7 +484,6 @@ def write(
         return manifest
     if target.exists() and not overwrite:
         raise ValueError(f"{target}: exists already; use --overwrite to replace it")
-    num_workers = num_cpus() if num_workers == -1 else num_workers
     return _write(plan, target, num_workers, leader, on_error, notice, progress)
 
 
@@ -627,9 +625,11 @@ def _finish(plan: Plan, layout: _Layout, target: Path) -> dict[str, Any]:
         raise _bad_image(plan, *next(iter(layout.reasons.items())))
     head, alloc_table = _tables(plan, layout.samples, layout.reasons, len(layout.partial.page_hashes))
     manifest = _manifest(plan, layout.samples, layout.reasons, layout.partial.page_hashes, target)
-    beton.manifest_path(target).unlink(missing_ok=True)
     header_bytes = beton.HEADER_TYPE.itemsize
     layout.partial.finish(head[header_bytes:], alloc_table.tobytes(), head[:header_bytes])
+    # That of a file that is replaced goes when the new one is safely on disk.
+    beton.manifest_path(target).unlink(missing_ok=True)
+    layout.partial.publish()
     _write_manifest(target, manifest)
     return manifest
 

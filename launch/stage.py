@@ -13,13 +13,13 @@ class Progress:
     """A line now and then: bytes done, bytes/s and the time left."""
 
     def __init__(self) -> None:
-        self.start_s = self._last_s = time.monotonic()
-        self.first = self.done = 0
+        self.start_s = self._last_s = 0.0
+        self.first = self.done = -1
 
     def __call__(self, done: int, total: int) -> None:
         now_s = time.monotonic()
-        if not self.done:
-            self.start_s, self.first = now_s, done
+        if self.first < 0:
+            self.start_s, self._last_s, self.first = now_s, now_s, done
         self.done = done
         if now_s - self._last_s > PROGRESS_EVERY_S and done > self.first:
             self._last_s = now_s
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         say("stopped by Ctrl-C; the same command goes on from what is on disk")
         return 130
-    if progress.done:
+    if progress.done >= 0:
         say(f"{target}: {show_bytes(progress.done)}, {show_bytes(progress.rate())}/s, as its manifest's digest says")
     # All else goes to stderr, so that a script can use this line.
     print(f"--data.{'val' if target.stem.startswith('val') else 'train'}_dataset={target.absolute()}")

@@ -327,6 +327,7 @@ def test_every_flipped_bit_is_noticed_with_a_manifest(with_manifest, plain_file)
         (lambda manifest: manifest | {"num_samples": 7}, "num_samples is 20 and should be 7"),
         (lambda manifest: manifest | {"tables": "00"}, "another SHA-256"),
         (lambda manifest: manifest | {"classes": ["a"]}, "sample 1 has label 1, the manifest 1 classes"),
+        (lambda manifest: manifest | {"classes": [0, 1, 2, 3]}, "classes are no names"),
         (lambda manifest: manifest | {"class_counts": [6, 5, 5, 4]}, "images per class"),
         (lambda manifest: manifest | {"format": 2}, "not a manifest of format 1"),
         (lambda manifest: {"format": 1}, "lacks 'size_bytes'"),

@@ -1,8 +1,10 @@
 """Writing and verifying under torchrun: the bytes of one process, and an end soon where a rank is lost."""
 
 import hashlib
+import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -179,6 +182,30 @@ def test_ranks_that_would_make_other_bytes_are_refused(other_rank):
         with ranks.lead(lambda: {"library": "1"}):
             pass
     assert process.wait(SOON_S) == 1
+
+
+def test_rank_0_takes_in_many_and_waits_for_no_stranger(monkeypatch):
+    """Somebody connects to the port, says a little, and stays; each worker of the others needs an open file."""
+    store, (before, most) = {}, resource.getrlimit(resource.RLIMIT_NOFILE)
+    for name, value in (("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "_store", lambda: SimpleNamespace(set=store.__setitem__))
+    monkeypatch.setattr(ranks, "_GREETING_S", 0.2)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before, 256), most))
+    try:
+        leader = ranks.Leader()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == most
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
+    host, port, token = json.loads(store[ranks._STORE_KEY])
+    with socket.create_connection((host, port)) as stranger:
+        stranger.sendall(b"GE")
+        with ranks._dial(ranks._Address(host, port, bytes.fromhex(token))) as connection:
+            connection.send(ranks._Hello(1, "other", 3, {}))
+            leader.gather({})
+            assert leader.num_workers == 3
+            leader.end(True)
+            assert connection.recv() is True
 
 
 def test_the_cpus_of_a_machine_are_shared_out(monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from betons import PHOTOGRAPHS, photographs, write_images
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from ffcv_ops import jpeg, region
 from ffcv_ops.folder import load_image, scan
@@ -44,6 +44,14 @@ def test_a_pipe_among_the_images_is_refused_not_waited_for(tmp_path: Path) -> No
     os.mkfifo(tmp_path / "a" / "0.jpg")
     with pytest.raises(ValueError, match="0.jpg: is no file"):
         scan(tmp_path)
+
+
+def test_postscript_among_the_images_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: pytest.fail("it was run"))
+    path = tmp_path / "0.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(ValueError, match="a PostScript program"):
+        load_image(path)
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/elsewhere/run", "folder/run"])

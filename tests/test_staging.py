@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -9,13 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from betons import photographs
 
 from ffcv_ops import staging
 from ffcv_ops.beton import manifest_path, read_beton
 from ffcv_ops.staging import StageError, stage
 from ffcv_ops.verify import verify
 from ffcv_ops.writer import WriteSettings, write
-from tests.betons import photographs
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "launch" / "stage.sh"
@@ -62,9 +64,9 @@ def quiet(source, folder, **options):
     return stage(source, folder, **{"notice": lambda line: None} | options)
 
 
-def begin(source, folder):
+def begin(source, folder, **options):
     command = ["bash", SCRIPT, source, folder]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def finish(process, status=0):
@@ -123,7 +125,7 @@ def test_a_copy_killed_while_it_gets_its_name_goes_on(written, scratch, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(staging.journal.PartialFile, "finish", interrupt)
+        patched.setattr(staging.journal.PartialFile, "publish", interrupt)
         quiet(written, scratch)
     assert not (scratch / "train.beton").exists()
     notices = []
@@ -190,6 +192,26 @@ def test_copies_on_one_machine_wait_for_each_other(written, scratch):
     errors = [finish(process)[1] for process in processes]
     assert sorted("is there already" in text for text in errors) == [False, True]
     assert same(written, scratch / "train.beton")
+
+
+def test_a_disk_that_takes_no_more_ends_the_copy(written, scratch):
+    """A limit on the size of files stands in for a full disk: both fail in the write."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12 << 20, 12 << 20))
+
+    _, errors = finish(begin(written, scratch, preexec_fn=limit), status=1)
+    assert "copying stopped" in errors and "File too large" in errors and "the same command goes on" in errors
+    assert not (scratch / "train.beton").exists()
+    finish(begin(written, scratch))
+    assert same(written, scratch / "train.beton")
+
+
+def test_the_rate_counts_the_first_page_too():
+    progress = runpy.run_path(str(SCRIPT.with_suffix(".py")))["Progress"]()
+    progress(0, 100)
+    progress(100, 100)
+    assert progress.rate() > 0
 
 
 def test_what_cannot_be_is_said_before(source, scratch, monkeypatch):

@@ -81,6 +81,16 @@ def test_the_target_is_beside_the_folder(data, tmp_path):
     assert read_beton(tmp_path / "val.beton").num_samples == 12
 
 
+def test_workers_run_the_code_of_the_script(data, tmp_path):
+    """Though packages of the same name are installed, and lie in the current folder."""
+    (tmp_path / "here").mkdir()
+    for name in ("installed", "here") if sys.version_info >= (3, 11) else ("installed",):
+        (tmp_path / name / "ffcv_ops").mkdir(parents=True)
+        (tmp_path / name / "ffcv_ops" / "__init__.py").touch()
+    paths = ["--source", data / "val", "--target", tmp_path / "val.beton"]
+    run(*paths, cwd=tmp_path / "here", env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")})
+
+
 def test_settings_come_from_a_file_too(data, tmp_path):
     recipe = tmp_path / "write.yaml"
     recipe.write_text(f"write:\n  source: {data / 'train'}\n  mode: raw\n  max_side: 64\n  subset: 10\n")
@@ -111,6 +121,7 @@ def test_mistakes_are_named_before_any_work(data, written, tmp_path):
         (["--source", source, "--mode=png"], "one of jpg, raw, proportion, smart"),
         (["--source", source, "--target", tmp_path / "new.beton", "--page_size=1000000"], "power of two"),
         (["--verify", tmp_path / "missing"], "no such file"),
+        (["--verify", written, "--num_workers=0"], "num_workers must be -1 (all CPUs) or at least 1"),
         (["--split=val", "--source", source, "--target", tmp_path / "v", "--train_manifest", SCRIPT], "not a readable"),
     ]
     for arguments, message in mistakes:
@@ -135,6 +146,13 @@ def test_bad_images_stop_or_are_skipped(data, tmp_path):
     assert list(tmp_path.glob("train.beton*")) == []
     assert "skipped class_1/5.JPEG: OSError" in run("--source", tmp_path / "train", "--on_error=skip")
     assert read_beton(tmp_path / "train.beton").num_samples == 23
+
+
+def test_a_bad_image_may_have_any_name(data, tmp_path):
+    shutil.copytree(data / "train", tmp_path / "train")
+    (tmp_path / "train" / "class_1" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"no image")
+    output = run("--source", tmp_path / "train", "--on_error=skip", env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    assert "skipped class_1/caf\\udce9.jpg: UnidentifiedImageError" in output and "BytesIO" not in output
 
 
 def test_the_check_of_a_damaged_file_lists_the_samples(written):
@@ -199,18 +217,21 @@ def test_killed_runs_go_on_and_make_the_same_bytes(large, tmp_path):
 
 @pytest.mark.soak
 def test_twenty_kills_at_random_moments_change_no_byte(large, tmp_path):
+    process = begin(large, tmp_path / "whole.beton")
+    wait_for(in_progress(tmp_path / "whole.beton", 0), process)
     started = time.monotonic()
-    assert begin(large, tmp_path / "whole.beton").wait(600) == 0
+    assert process.wait(600) == 0
     duration_s = time.monotonic() - started
     draw = np.random.default_rng(0)
     num_killed = num_resumed = 0
     while num_killed < 20:
         target = tmp_path / f"killed_{num_killed}.beton"
         process = begin(large, target)
+        wait_for(in_progress(target, 0), process)
         time.sleep(draw.uniform(0, duration_s))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        if process.returncode == 0:  # through before its moment came
+        if target.exists() and not Path(f"{target}.partial.journal").exists():  # through before its moment came
             target.unlink()
             continue
         num_killed += 1
@@ -221,7 +242,7 @@ def test_twenty_kills_at_random_moments_change_no_byte(large, tmp_path):
         assert target.read_bytes() == (tmp_path / "whole.beton").read_bytes()
         target.unlink()
     print(f"{num_killed} runs killed, {num_resumed} went on where they were, all with the same bytes")
-    assert num_resumed >= 5
+    assert num_resumed >= 2
 
 
 @pytest.mark.parametrize(
@@ -239,6 +260,18 @@ def test_a_signal_ends_the_run_in_seconds(large, tmp_path, number, name, status)
     assert process.returncode == status
     assert f"stopped by {name}; the same command goes on" in output and "Traceback" not in output
     assert not target.exists() and Path(f"{target}.partial.journal").exists()
+
+
+def test_a_check_that_is_stopped_promises_nothing(written):
+    program = f"""
+import sys, write_beton
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+write_beton.run_verify = interrupt
+sys.exit(write_beton.main(["--verify", {str(written)!r}]))
+"""
+    process = subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert process.returncode == 130 and process.stderr == "stopped by Ctrl-C\n"
 
 
 def test_no_process_outlives_a_killed_run(large, tmp_path):

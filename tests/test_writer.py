@@ -1,5 +1,6 @@
 """Writing a folder: stock FFCV reads it, the same bytes always, and what happens when something goes wrong."""
 
+import errno
 import hashlib
 import json
 import os
@@ -104,6 +105,20 @@ def test_a_folder_without_images_is_named(tmp_path, broken):
     messages = {"missing": "no such folder", "empty": "no class folders", "class": "cat: class folder without an image"}
     with pytest.raises(ValueError, match=messages[broken]):
         quiet(tmp_path / broken, tmp_path / "file.beton")
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder, tmp_path, monkeypatch):
+    """Though its class has images elsewhere."""
+    scandir = os.scandir
+
+    def fail_for_one(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail_for_one)
+    with pytest.raises(ValueError, match=r"_class/deep: cannot be read \(Permission denied\)"):
+        quiet(folder, tmp_path / "file.beton")
 
 
 def images_as_imagenet_has_them():
@@ -332,7 +347,10 @@ def test_an_image_larger_than_a_page_is_named(tmp_path):
     assert leftovers(target) == []
 
 
-def test_an_existing_file_stays_until_the_new_one_is_whole(folder, tmp_path):
+def test_an_existing_file_stays_until_the_new_one_is_whole(folder, tmp_path, monkeypatch):
+    def no_space(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     target = tmp_path / "file.beton"
     quiet(folder, target)
     before = target.read_bytes()
@@ -341,6 +359,11 @@ def test_an_existing_file_stays_until_the_new_one_is_whole(folder, tmp_path):
     spoil(Path(sources(folder)[7]))
     with pytest.raises(BadImage):
         quiet(folder, target, WriteSettings(quality=50), overwrite=True)
+    assert target.read_bytes() == before
+    assert read_beton(target).manifest is not None
+    with monkeypatch.context() as patched, pytest.raises(WriteError, match="No space left"):
+        patched.setattr(journal.PartialFile, "finish", no_space)
+        quiet(folder, target, WriteSettings(quality=50), overwrite=True, on_error="skip")
     assert target.read_bytes() == before
     assert read_beton(target).manifest is not None
     assert quiet(folder, target, WriteSettings(quality=50), overwrite=True, on_error="skip")["num_samples"] == 29
@@ -489,6 +512,23 @@ def test_two_runs_do_not_write_one_file(folder, tmp_path):
     finally:
         first.close()
     assert quiet(folder, target)["num_samples"] == 30
+
+
+def test_a_file_that_was_renamed_under_a_runs_hands_is_left_alone(tmp_path, monkeypatch):
+    """Another process opens the file as the first one ends, and gets its lock."""
+    target, flock = tmp_path / "file.beton", journal.fcntl.flock
+    partial, _ = journal.partial_paths(target)
+    partial.write_bytes(b"whole")
+
+    def rename_and_lock(*args):
+        partial.rename(target)
+        partial.touch()
+        flock(*args)
+
+    monkeypatch.setattr(journal.fcntl, "flock", rename_and_lock)
+    with pytest.raises(ValueError, match="another process is writing"):
+        journal.PartialFile(target, {}, 0, PAGE_SIZE)
+    assert target.read_bytes() == b"whole"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
