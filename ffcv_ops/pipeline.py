@@ -34,6 +34,7 @@ from ffcv.memory_managers import OSCacheManager
 from ffcv.pipeline import Compiler
 from ffcv.pipeline.operation import Operation
 
+from ffcv_ops.kernels import kernel
 from ffcv_ops.memory import Memory, read_mapped
 
 
@@ -77,7 +78,7 @@ if config.DISABLE_JIT:  # type: ignore[attr-defined]
         return position
 else:
 
-    @nb.njit(cache=True, nogil=True)
+    @kernel
     def take(counter):
         """Take the next sample position: an atomic fetch-and-add, for use inside kernels.
 
