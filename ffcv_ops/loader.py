@@ -182,6 +182,7 @@ class EpochIterator(Iterator):
         self._run = run
         self._slot: int | None = None
         self._finished = False
+        self._num_replaced = 0
         self._finalizer = weakref.finalize(self, run.stop)
         self._finalizer.atexit = False
         _runs.add(run)
@@ -207,12 +208,19 @@ class EpochIterator(Iterator):
         if not isinstance(prepared, _Prepared):
             self.close()
             if prepared is None:
+                if self._num_replaced:
+                    warnings.warn(
+                        f"{run.loader.fname}: epoch {run.epoch}: others stood in for samples that cannot be decoded, "
+                        f"{self._num_replaced} times; loader.skipped tells which and why",
+                        stacklevel=2,
+                    )
                 raise StopIteration
             try:
                 raise prepared
             finally:
                 del prepared  # its traceback holds this frame
         self._slot = prepared.slot
+        self._num_replaced += prepared.num_replaced
         run.loader.num_skipped += prepared.num_replaced
         run.buffers.join(prepared.slot)
         if run.loader.copy:
@@ -330,7 +338,7 @@ class Loader(StockLoader):
         self.batch_size = _at_least(1, "batch_size", batch_size)
         self.batches_ahead = _at_least(1, "batches_ahead", batches_ahead)
         self.repeats = _at_least(1, "repeats", repeats)
-        self.num_workers = _allowed_workers(num_workers)
+        self.num_workers = self._args["num_workers"] = _allowed_workers(num_workers)
         self.os_cache = bool(os_cache)
         self.drop_last = drop_last
         self.recompile = recompile
@@ -561,6 +569,10 @@ class Loader(StockLoader):
 
     def filter(self, field_name: str, condition: Callable[[Any], bool]) -> "Loader":
         """Return a loader of the samples whose value of a field, as its pipeline gives it, meets a condition."""
+        if field_name not in self.pipeline_specs:
+            raise ValueError(f"filter: no pipeline is named {field_name}; there are {', '.join(self.pipeline_specs)}")
+        if isinstance(self._args["order"], TraversalOrder):
+            raise ValueError("filter: an order that is an instance is of this loader's samples; give its class instead")
         others: dict[str, Any] = {name: None for name in self.reader.handlers if name != field_name}
         if field_name in self._args["pipelines"]:
             others[field_name] = self._args["pipelines"][field_name]
@@ -580,7 +592,7 @@ class Loader(StockLoader):
         with type(self)(**{**self._args, **scan}) as values:
             for (batch,) in values:
                 kept.extend(bool(condition(value)) for value in batch)
-        return type(self)(**{**self._args, "indices": self.indices[np.array(kept)]})
+        return type(self)(**{**self._args, "indices": self.indices[np.array(kept, dtype=bool)]})
 
     def close(self) -> None:
         """End epochs in progress, wait for their threads, and free buffers and what the operations hold."""
