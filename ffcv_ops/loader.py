@@ -5,6 +5,7 @@ the epoch's thread, the orders, the reading of the file and the checks before it
 """
 
 import atexit
+import itertools
 import os
 import threading
 import time
@@ -58,10 +59,11 @@ class _Run:
         size = loader.batch_size
         self.loader = loader
         self.epoch = epoch
-        self.starts = range(skip * size, len(ids), size)
-        self.batches = [ids[start : start + size] for start in self.starts]
-        self.copies = [copies[start : start + size] for start in self.starts]
+        starts = range(skip * size, len(ids), size)
+        self.batches = [ids[start : start + size] for start in starts]
+        self.copies = [copies[start : start + size] for start in starts]
         self.stopping = False
+        self._num_done = itertools.count()
         self.ready: SimpleQueue = SimpleQueue()
         self.free: SimpleQueue = SimpleQueue()
         self.pool = WorkerPool(loader.num_workers)
@@ -84,6 +86,16 @@ class _Run:
         self.memory.stop()
         self.free.put(None)
 
+    def leave(self) -> None:
+        """Stop, for the consumer needs no more batches; to be called once."""
+        self.stop()
+        self._done_with_buffers()
+
+    def _done_with_buffers(self) -> None:
+        """Give the buffers back when thread and consumer, who call this once each, are both done with them."""
+        if next(self._num_done) == 1 and not self.loader._closed:
+            self.loader._spare = self.buffers
+
     def _produce(self) -> None:
         """Prepare all batches, hand them to the consumer, and end with None or the exception that was raised."""
         last: BaseException | None = None
@@ -103,7 +115,7 @@ class _Run:
             self.buffers.finish()
         except BaseException as error:
             last = last or error
-        self.loader._spare = self.buffers
+        self._done_with_buffers()
         self.ready.put(last)
         del last  # this frame is in its traceback: a cycle that would keep the buffers until it is collected
 
@@ -183,7 +195,7 @@ class EpochIterator(Iterator):
         self._slot: int | None = None
         self._finished = False
         self._num_replaced = 0
-        self._finalizer = weakref.finalize(self, run.stop)
+        self._finalizer = weakref.finalize(self, run.leave)
         self._finalizer.atexit = False
         _runs.add(run)
         run.thread.start()

@@ -316,6 +316,18 @@ def test_pipelines_are_not_consumed(path):
     assert [len(pipeline) for pipeline in pipelines.values()] == lengths
 
 
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_an_epoch_leaves_the_batches_of_another_alone(path, os_cache):
+    """Also those that are prepared, where nothing is left to prepare but the consumer has not asked for them yet."""
+    with Loader(path, 8, 2, os_cache, OrderOption.RANDOM, seed=5, pipelines=crops()) as loader:
+        expected = [digests(loader.epoch(epoch)) for epoch in range(2)]
+        first = loader.epoch(0)
+        begun = digests(next(first) for _ in range(4))
+        first._run.thread.join()
+        assert digests(loader.epoch(1)) == expected[1]
+        assert begun + digests(first) == expected[0]
+
+
 def test_filter_keeps_ids_of_a_subset(path):
     with Loader(path, 4, 1, indices=range(1, 60, 2), pipelines=labels(), drop_last=False, seed=0) as loader:
         with loader.filter("label", lambda label: label % 3 == 0) as kept:
