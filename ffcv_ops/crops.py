@@ -326,10 +326,10 @@ def _reason(status: int, address: int, size_bytes: int, height: int, width: int)
     if status == _TOO_SHORT:
         return f"{size_bytes} bytes are too few for {width}x{height} px"
     try:
-        image = jpeg.decode(region.read_memory(np.int64(address), np.int64(size_bytes)))
+        found = jpeg.check(region.read_memory(np.int64(address), np.int64(size_bytes)))
     except ValueError as error:
         return str(error)
-    return f"the JPEG has {image.shape[1]}x{image.shape[0]} px, the file's table says {width}x{height}"
+    return f"the JPEG has {found[1]}x{found[0]} px, the file's table says {width}x{height}"
 
 
 @kernel
