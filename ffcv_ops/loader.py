@@ -228,6 +228,8 @@ class EpochIterator(Iterator):
                     )
                 raise StopIteration
             try:
+                if isinstance(prepared, StopIteration):  # which would pass for the end
+                    raise RuntimeError("an operation raised StopIteration, see above") from prepared
                 raise prepared
             finally:
                 del prepared  # its traceback holds this frame

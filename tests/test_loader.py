@@ -402,6 +402,13 @@ def test_an_exception_in_an_operation_reaches_the_for(path, batch_number, error)
         assert list(iterator) == [] and threads_end()
 
 
+def test_an_operation_s_stop_iteration_does_not_pass_for_the_end(path):
+    with Loader(path, 8, 2, pipelines=failing_at(3, StopIteration())) as loader:
+        with pytest.raises(RuntimeError, match="an operation raised StopIteration") as caught:
+            list(loader)
+        assert isinstance(caught.value.__cause__, StopIteration)
+
+
 def test_an_exception_in_a_stock_operation_reaches_the_for(path):
     class Fail(ToTensor):
         def generate_code(self):
