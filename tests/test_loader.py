@@ -489,8 +489,8 @@ def test_bad_samples_are_replaced_by_a_function_of_seed_epoch_and_id(tmp_path, o
         with Loader(path, 4, 2, os_cache, pipelines=crops(), seed=9, on_error="skip") as loader:
             with pytest.warns(UserWarning, match=rf"bad\.beton: epoch {epoch}: others stood in for .* times") as told:
                 batches = [[part.clone() for part in batch] for batch in loader.epoch(epoch, skip=skip)]
-            assert [warning.filename for warning in told] == [__file__]
-            assert f", {loader.num_skipped} times" in str(told[0].message)
+            (warning,) = (warning for warning in told if warning.category is UserWarning)
+            assert warning.filename == __file__ and f", {loader.num_skipped} times" in str(warning.message)
             return batches, ids_of(batches), loader
 
     batches, ids, loader = made(2)
@@ -586,7 +586,7 @@ def test_workers_are_clamped_to_the_cpus_allowed(path):
     with pytest.warns(UserWarning, match=f"num_workers is {allowed + 1}; {allowed} CPUs are allowed") as told:
         loader = Loader(path, 8, allowed + 1, pipelines=labels())
         assert loader.num_workers == loader.filter("label", lambda label: True).num_workers == allowed
-    assert [warning.filename for warning in told] == [__file__]
+    assert [warning.filename for warning in told if warning.category is UserWarning] == [__file__]
     assert Loader(path, 8, pipelines=labels()).num_workers == allowed
 
 
