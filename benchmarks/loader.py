@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +309,7 @@ def describe_machine() -> str:
         lines = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
         model = next((value.strip() for key, value in lines if key.strip() == "model name"), model)
     packages = ["ffcv", "numba", "numpy", "opencv-python", "pillow", "timm", "torch", "torchvision"]
-    packages += ["nvidia-dali-cuda120"] if has_dali() else []
+    packages += [name for name in packages_distributions().get("nvidia", []) if "dali" in name]
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     return f"{model}, {os.cpu_count()} CPUs, {platform.system()}, Python {platform.python_version()}\n{versions}"
 

@@ -21,7 +21,7 @@ Operations of a pipeline, in the order in which they stand there:
 
 `python -m ffcv_ops.doctor` tells whether a machine has what they need.
 
-Names are imported on first use, so that the writer's processes pay for neither torch nor Numba.
+Names are imported on first use: the writer's processes need no torch, and `read_beton` no Numba either.
 """
 
 from __future__ import annotations  # the doctor is to be read by older Pythons too

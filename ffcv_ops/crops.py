@@ -5,7 +5,6 @@ Both operations are a rule that gives each sample of a batch a box in px of its 
 """
 
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -74,10 +73,9 @@ class _Crop(BatchOperation):
         self._boxes_into(batch, heights, widths, boxes, flips)
         status = np.full(len(fields), region.OK, np.int32)
         interpolation = resample.INTERPOLATIONS[self.interpolation]
-        with self._scratch as scratch:
-            scratch.fit(batch.num_workers, heights, widths, sizes_bytes, destination.shape[1])
-            samples = addresses, sizes_bytes, modes, heights, widths, boxes, flips
-            batch.run(_crop_samples, samples, interpolation, scratch.arrays, destination, status)
+        self._scratch.fit(batch.num_workers, heights, widths, sizes_bytes, destination.shape[1])
+        samples = addresses, sizes_bytes, modes, heights, widths, boxes, flips
+        batch.run(_crop_samples, samples, interpolation, self._scratch.arrays, destination, status)
         failed = np.flatnonzero(status)
         if failed.size:
             reasons = [_reason(status[i], addresses[i], sizes_bytes[i], heights[i], widths[i]) for i in failed]
@@ -291,23 +289,12 @@ def draw_box(draw, height, width, scale, ratio):
 
 
 class _Scratch:
-    """What the workers decode in: a row of each array and a TurboJPEG handle a worker.
-
-    A context manager: two epochs of one loader may be iterated at once, and must take turns here.
-    """
+    """What the workers decode in, one batch at a time: a row of each array and a TurboJPEG handle a worker."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._handles = np.empty(0, np.int64)
         self._extent: tuple[int, ...] = (0, 0, 0, 0)
         self.arrays: tuple[np.ndarray, ...] = ()
-
-    def __enter__(self) -> "_Scratch":
-        self._lock.acquire()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock.release()
 
     def fit(self, num_workers: int, heights: np.ndarray, widths: np.ndarray, sizes_bytes: np.ndarray, size: int):
         """Grow to what a batch needs; untouched memory costs nothing, so all samples' maxima count, not each one's."""
@@ -327,10 +314,9 @@ class _Scratch:
         )
 
     def close(self) -> None:
-        with self._lock:
-            for handle in self._handles.tolist():
-                jpeg.close_decompressor(handle)
-            self._handles, self._extent, self.arrays = np.empty(0, np.int64), (0, 0, 0, 0), ()
+        for handle in self._handles.tolist():
+            jpeg.close_decompressor(handle)
+        self._handles, self._extent, self.arrays = np.empty(0, np.int64), (0, 0, 0, 0), ()
 
 
 def _reason(status: int, address: int, size_bytes: int, height: int, width: int) -> str:
@@ -340,10 +326,10 @@ def _reason(status: int, address: int, size_bytes: int, height: int, width: int)
     if status == _TOO_SHORT:
         return f"{size_bytes} bytes are too few for {width}x{height} px"
     try:
-        image = jpeg.decode(region.read_memory(np.int64(address), np.int64(size_bytes)))
+        found = jpeg.check(region.read_memory(np.int64(address), np.int64(size_bytes)))
     except ValueError as error:
         return str(error)
-    return f"the JPEG has {image.shape[1]}x{image.shape[0]} px, the file's table says {width}x{height}"
+    return f"the JPEG has {found[1]}x{found[0]} px, the file's table says {width}x{height}"
 
 
 @kernel

@@ -17,6 +17,8 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic, overload
 
+from ffcv_ops.kernels import CAN_CACHE
+
 _MCU_PX = 16
 _BLOCKS_PER_MCU = 6
 _LONGEST_CODE = 16
@@ -78,7 +80,7 @@ _NUM_BITS = np.array([magnitude.bit_length() for magnitude in range(1 << 12)], n
 # A code in one word: the bits of code and extra bits together, above them the code, shifted by the extra bits.
 _LENGTH_BITS = 6
 
-_KERNEL: dict[str, Any] = {"cache": True, "nogil": True}
+_KERNEL: dict[str, Any] = {"cache": CAN_CACHE, "nogil": True}
 
 
 def _array(item: Any, num_dims: int) -> Any:

@@ -13,14 +13,26 @@ from numba.core.caching import FunctionCache
 _PACKAGE = __name__.partition(".")[0]
 
 
+def _can_cache() -> bool:
+    try:
+        FunctionCache(_can_cache)
+    except RuntimeError:
+        return False
+    return True
+
+
+#: Whether there is a folder where Numba may keep what it compiles of this package; it refuses ``cache=True`` without.
+CAN_CACHE = _can_cache()
+
+
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function on its first call, and keep the result on disk until a source that it is made of changes.
 
     Numba alone looks at the function's own file. What a kernel calls is compiled into it, and often lies elsewhere, so
     here a change of any module of this package that the function's module uses, directly or not, counts too.
     """
-    dispatcher: Any = nb.njit(cache=True, nogil=True)(function)
-    if dispatcher is not function:  # which it is where NUMBA_DISABLE_JIT is set
+    dispatcher: Any = nb.njit(cache=CAN_CACHE, nogil=True)(function)
+    if CAN_CACHE and dispatcher is not function:  # which it is where NUMBA_DISABLE_JIT is set
         dispatcher._cache = _Cache(function)
     return dispatcher
 

@@ -5,6 +5,7 @@ the epoch's thread, the orders, the reading of the file and the checks before it
 """
 
 import atexit
+import itertools
 import os
 import threading
 import time
@@ -58,10 +59,11 @@ class _Run:
         size = loader.batch_size
         self.loader = loader
         self.epoch = epoch
-        self.starts = range(skip * size, len(ids), size)
-        self.batches = [ids[start : start + size] for start in self.starts]
-        self.copies = [copies[start : start + size] for start in self.starts]
+        starts = range(skip * size, len(ids), size)
+        self.batches = [ids[start : start + size] for start in starts]
+        self.copies = [copies[start : start + size] for start in starts]
         self.stopping = False
+        self._num_done = itertools.count()
         self.ready: SimpleQueue = SimpleQueue()
         self.free: SimpleQueue = SimpleQueue()
         self.pool = WorkerPool(loader.num_workers)
@@ -84,6 +86,16 @@ class _Run:
         self.memory.stop()
         self.free.put(None)
 
+    def leave(self) -> None:
+        """Stop, for the consumer needs no more batches; to be called once."""
+        self.stop()
+        self._done_with_buffers()
+
+    def _done_with_buffers(self) -> None:
+        """Give the buffers back when thread and consumer, who call this once each, are both done with them."""
+        if next(self._num_done) == 1 and not self.loader._closed:
+            self.loader._spare = self.buffers
+
     def _produce(self) -> None:
         """Prepare all batches, hand them to the consumer, and end with None or the exception that was raised."""
         last: BaseException | None = None
@@ -103,7 +115,7 @@ class _Run:
             self.buffers.finish()
         except BaseException as error:
             last = last or error
-        self.loader._spare = self.buffers
+        self._done_with_buffers()
         self.ready.put(last)
         del last  # this frame is in its traceback: a cycle that would keep the buffers until it is collected
 
@@ -182,7 +194,8 @@ class EpochIterator(Iterator):
         self._run = run
         self._slot: int | None = None
         self._finished = False
-        self._finalizer = weakref.finalize(self, run.stop)
+        self._num_replaced = 0
+        self._finalizer = weakref.finalize(self, run.leave)
         self._finalizer.atexit = False
         _runs.add(run)
         run.thread.start()
@@ -207,12 +220,21 @@ class EpochIterator(Iterator):
         if not isinstance(prepared, _Prepared):
             self.close()
             if prepared is None:
+                if self._num_replaced:
+                    warnings.warn(
+                        f"{run.loader.fname}: epoch {run.epoch}: others stood in for samples that cannot be decoded, "
+                        f"{self._num_replaced} times; loader.skipped tells which and why",
+                        stacklevel=2,
+                    )
                 raise StopIteration
             try:
+                if isinstance(prepared, StopIteration):  # which would pass for the end
+                    raise RuntimeError("an operation raised StopIteration, see above") from prepared
                 raise prepared
             finally:
                 del prepared  # its traceback holds this frame
         self._slot = prepared.slot
+        self._num_replaced += prepared.num_replaced
         run.loader.num_skipped += prepared.num_replaced
         run.buffers.join(prepared.slot)
         if run.loader.copy:
@@ -330,7 +352,7 @@ class Loader(StockLoader):
         self.batch_size = _at_least(1, "batch_size", batch_size)
         self.batches_ahead = _at_least(1, "batches_ahead", batches_ahead)
         self.repeats = _at_least(1, "repeats", repeats)
-        self.num_workers = _allowed_workers(num_workers)
+        self.num_workers = self._args["num_workers"] = _allowed_workers(num_workers)
         self.os_cache = bool(os_cache)
         self.drop_last = drop_last
         self.recompile = recompile
@@ -561,6 +583,10 @@ class Loader(StockLoader):
 
     def filter(self, field_name: str, condition: Callable[[Any], bool]) -> "Loader":
         """Return a loader of the samples whose value of a field, as its pipeline gives it, meets a condition."""
+        if field_name not in self.pipeline_specs:
+            raise ValueError(f"filter: no pipeline is named {field_name}; there are {', '.join(self.pipeline_specs)}")
+        if isinstance(self._args["order"], TraversalOrder):
+            raise ValueError("filter: an order that is an instance is of this loader's samples; give its class instead")
         others: dict[str, Any] = {name: None for name in self.reader.handlers if name != field_name}
         if field_name in self._args["pipelines"]:
             others[field_name] = self._args["pipelines"][field_name]
@@ -580,7 +606,7 @@ class Loader(StockLoader):
         with type(self)(**{**self._args, **scan}) as values:
             for (batch,) in values:
                 kept.extend(bool(condition(value)) for value in batch)
-        return type(self)(**{**self._args, "indices": self.indices[np.array(kept)]})
+        return type(self)(**{**self._args, "indices": self.indices[np.array(kept, dtype=bool)]})
 
     def close(self) -> None:
         """End epochs in progress, wait for their threads, and free buffers and what the operations hold."""

@@ -239,7 +239,9 @@ class PagedFile:
         self.page_size = page_size
         self.schedule = schedule
         self.slots = slots
-        self.slot_of_page = np.zeros(max(schedule.slots, default=0) + 1, dtype=np.uint32)
+        # Of all pages: an empty value points to whatever stands behind it, which may be on a page that nobody planned.
+        num_pages = 1 + int(regions.ptrs.max(initial=0)) // page_size
+        self.slot_of_page = np.zeros(num_pages, dtype=np.uint32)
         for page, slot in schedule.slots.items():
             self.slot_of_page[page] = slot
         self._present: set[int] = set()

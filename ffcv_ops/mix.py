@@ -407,8 +407,8 @@ class MixTargets(BatchOperation):
             labels = torch.as_tensor(labels).reshape(-1).long()
             if labels.device.type == "cpu":
                 _check_labels(labels, batch.sample_ids, mix.num_classes)
-            dense_targets_into(labels, mix.plan(batch), mix.smoothing, targets[: len(labels)])
-            return targets[: len(labels)]
+            dense_targets_into(labels, mix.plan(batch), mix.smoothing, targets)
+            return targets
 
         return mix_targets
 

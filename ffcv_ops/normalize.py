@@ -62,7 +62,6 @@ class Normalize(BatchOperation):
             if images.device not in constants:
                 constants[images.device] = (self.shift.float().to(images.device), self.scale.float().to(images.device))
             shift, scale = constants[images.device]
-            normalized = normalized[: len(images)]
             torch.addcmul(shift, images, scale, out=normalized)
             return normalized.permute(0, 3, 1, 2)
 
@@ -78,7 +77,7 @@ class Label(BatchOperation):
 
     def generate_code(self) -> Any:
         def decode_labels(sample_ids: np.ndarray, decoded: torch.Tensor, labels: np.ndarray, _: Batch) -> torch.Tensor:
-            decoded.numpy()[:] = labels[sample_ids]
+            np.copyto(decoded.numpy(), labels[sample_ids])  # refuses what are no whole numbers
             return decoded
 
         return decode_labels

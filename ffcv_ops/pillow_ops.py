@@ -7,8 +7,9 @@ Every operation gives the bytes of Pillow 13, with one exception: a turn by an o
 import math
 from typing import NamedTuple
 
-import numba as nb
 import numpy as np
+
+from ffcv_ops.kernels import kernel
 
 (
     IDENTITY,
@@ -83,7 +84,7 @@ def build_scratch(num_workers: int, height: int, width: int) -> Scratch:
 # --- one value at a time
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _look_up(values, tables):
     for i in range(0, len(values), 3):
         values[i] = tables[0, values[i]]
@@ -91,7 +92,7 @@ def _look_up(values, tables):
         values[i + 2] = tables[2, values[i + 2]]
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _ranges(values):
     """Lowest and highest value of each channel; scalars, so that the loop runs in vector registers."""
     low_red = low_green = low_blue = np.uint8(255)
@@ -104,7 +105,7 @@ def _ranges(values):
     return (low_red, low_green, low_blue), (high_red, high_green, high_blue)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def auto_contrast(image):
     """Stretch each channel to 0 to 255: ``ImageOps.autocontrast``."""
     values = image.reshape(-1)
@@ -119,7 +120,7 @@ def auto_contrast(image):
     _look_up(values, tables)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def equalize(image):
     """Make each channel's histogram even: ``ImageOps.equalize``."""
     values = image.reshape(-1)
@@ -139,7 +140,7 @@ def equalize(image):
     _look_up(values, tables)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def invert(image):
     """``ImageOps.invert``."""
     values = image.reshape(-1)
@@ -147,7 +148,7 @@ def invert(image):
         values[i] = 255 - values[i]
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def posterize(image, num_bits):
     """Keep the highest `num_bits` (0 to 8) of each value: ``ImageOps.posterize``."""
     values = image.reshape(-1)
@@ -156,7 +157,7 @@ def posterize(image, num_bits):
         values[i] &= mask
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def solarize(image, threshold):
     """Invert values at or above `threshold`: ``ImageOps.solarize``."""
     values = image.reshape(-1)
@@ -167,7 +168,7 @@ def solarize(image, threshold):
         values[i] = values[i] if values[i] < first else 255 - values[i]
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def solarize_add(image, addend):
     """Add to values below 128, at most up to 255: timm's ``solarize_add``."""
     values = image.reshape(-1)
@@ -178,19 +179,19 @@ def solarize_add(image, addend):
 # --- blends with a degenerate image, in float32 as ``Image.blend``: the integers in between are exact
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _blended(degenerate, value, factor):
     mixed = degenerate + factor * (value - degenerate)
     return np.int32(min(max(mixed, np.float32(0)), np.float32(255)))
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _grey(red, green, blue):
     total = np.float32(19595) * red + np.float32(38470) * green + np.float32(7471) * blue + np.float32(0x8000)
     return np.float32(np.int32(total * np.float32(2.0**-16)))
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def color(image, factor):
     """Blend with the grey image: ``ImageEnhance.Color``."""
     values = image.reshape(-1)
@@ -203,7 +204,7 @@ def color(image, factor):
         values[3 * i + 2] = _blended(grey, blue, factor)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _blend_with(image, level, factor):
     values = image.reshape(-1)
     level = np.float32(level)
@@ -212,7 +213,7 @@ def _blend_with(image, level, factor):
         values[i] = _blended(level, np.float32(values[i]), factor)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def contrast(image, factor):
     """Blend with the mean grey: ``ImageEnhance.Contrast``."""
     values = image.reshape(-1)
@@ -224,18 +225,18 @@ def contrast(image, factor):
     _blend_with(image, int(total / num_pixels + 0.5), factor)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def brightness(image, factor):
     """Blend with black: ``ImageEnhance.Brightness``."""
     _blend_with(image, 0, factor)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _row_sum(row, i):
     return np.float32(row[i]) + np.float32(row[i + 3]) + np.float32(row[i + 6])
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _sharpen_row(above, row, below, factor, out):
     """`out` begins one pixel after the rows and ends one before."""
     for i in range(len(out)):
@@ -246,7 +247,7 @@ def _sharpen_row(above, row, below, factor, out):
         out[i] = _blended(smooth, value, factor)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def sharpness(image, factor, scratch):
     """Blend with the smoothed image, the edge excepted: ``ImageEnhance.Sharpness``."""
     rows = image.reshape(image.shape[0], -1)
@@ -259,12 +260,12 @@ def sharpness(image, factor, scratch):
 # --- shifts and turns, in float64 as in Pillow; `cubic`: bicubic, not bilinear; `fill`: the colour from outside
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _line(first, second, fraction):
     return first + (second - first) * fraction
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _cubic(first, second, third, fourth, fraction):
     linear = third - first
     square = 2.0 * (first - second) + third - fourth
@@ -272,7 +273,7 @@ def _cubic(first, second, third, fourth, fraction):
     return second + fraction * (linear + fraction * (square + fraction * cube))
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _interpolate_into(first, second, third, fourth, fraction, cubic, out):
     """Between the second and the third row."""
     if cubic:
@@ -284,20 +285,20 @@ def _interpolate_into(first, second, third, fourth, fraction, cubic, out):
             out[i] = _line(np.float64(second[i]), np.float64(third[i]), fraction[i])
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _clip_into(values, out):
     for i in range(len(out)):
         out[i] = np.int32(min(max(values[i], 0.0), 255.0))
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _copy_into(row, out):
     """A loop, because Numba's assignment of slices does not become a vector copy."""
     for i in range(len(row)):
         out[i] = row[i]
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _pad_into(image, source):
     """The image with its edge repeated: `source` is (H + 4, (W + 4) * 3)."""
     height, num_bytes = image.shape[0], image.shape[1] * 3
@@ -310,7 +311,7 @@ def _pad_into(image, source):
             source[y, num_bytes + 6 + i] = source[y, num_bytes + 9 + i] = row[num_bytes - 3 + i]
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _padded(image, scratch):
     height, row_bytes = image.shape[0] + 2 * _MARGIN, (image.shape[1] + 2 * _MARGIN) * 3
     source = scratch.source[: height * row_bytes].reshape(height, row_bytes)
@@ -318,28 +319,28 @@ def _padded(image, scratch):
     return source
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _fill(row, begin, end, fill):
     for x in range(begin, end):
         for channel in range(3):
             row[3 * x + channel] = fill[channel]
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _inside(offset, length):
     """The pixels whose centre, moved by `offset`, stays within 0 to `length`: first and end."""
     first = min(max(int(math.ceil(-0.5 - offset)), 0), length)
     return first, min(max(int(math.ceil(length - 0.5 - offset)), first), length)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _fraction_into(centre, tilt, shift, whole, fraction):
     """In Pillow's order of sums: where a byte comes to an integer but for rounding, the last bit decides it."""
     for i in range(len(fraction)):
         fraction[i] = centre[i] + tilt + shift - 0.5 - (centre[i] - 0.5 + whole)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _shift_rows(image, slope, shift, cubic, fill, scratch):
     """Take pixel (y, x) from x + slope * (y + 0.5) + shift of the same row."""
     height, width = image.shape[:2]
@@ -367,7 +368,7 @@ def _shift_rows(image, slope, shift, cubic, fill, scratch):
         _fill(rows[y], end, width, fill)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _gather_row_into(source, y, whole, row):
     highest = len(source) - 1
     for x in range(len(whole)):
@@ -376,26 +377,26 @@ def _gather_row_into(source, y, whole, row):
         row[3 * x], row[3 * x + 1], row[3 * x + 2] = pixel[0], pixel[1], pixel[2]
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _tilt_into(y, centre, slope, whole, fraction):
     """Pillow's order of sums, as above."""
     for i in range(len(fraction)):
         fraction[i] = slope * centre[i] + (y + 0.5) - 0.5 - (y + whole[i])
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def shear_x(image, factor, cubic, fill, scratch):
     """``transform(AFFINE, (1, factor, 0, 0, 1, 0))``."""
     _shift_rows(image, factor, 0.0, cubic, fill, scratch)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def translate_x(image, shift_px, cubic, fill, scratch):
     """``transform(AFFINE, (1, 0, shift_px, 0, 1, 0))``."""
     _shift_rows(image, 0.0, shift_px, cubic, fill, scratch)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def translate_y(image, shift_px, cubic, fill, scratch):
     """``transform(AFFINE, (1, 0, 0, 0, 1, shift_px))``."""
     height, width = image.shape[:2]
@@ -415,7 +416,7 @@ def translate_y(image, shift_px, cubic, fill, scratch):
             _fill(rows[y], 0, width, fill)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def shear_y(image, factor, cubic, fill, scratch):
     """``transform(AFFINE, (1, 0, 0, factor, 1, 0))``."""
     height, width = image.shape[:2]
@@ -442,7 +443,7 @@ def shear_y(image, factor, cubic, fill, scratch):
             _fill(rows[y], x, x + 1, fill)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _pad_words_into(image, source):
     """The image with its edge repeated, four bytes a pixel: `source` is (H + 4, W + 4, 4)."""
     height, width = image.shape[:2]
@@ -456,7 +457,7 @@ def _pad_words_into(image, source):
             source[y, width + _MARGIN + x] = source[y, width + _MARGIN - 1]
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _turn_row_into(y, height, width, matrix, along, down, position, outside):
     """Where the pixels of row y come from."""
     cosine, sine, shift_x, shift_y = matrix
@@ -472,20 +473,20 @@ def _turn_row_into(y, height, width, matrix, along, down, position, outside):
         position[x] = np.int32((top + _MARGIN) * (width + 2 * _MARGIN) + (left + _MARGIN))
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _spread_into(pixels, values):
     """The value of each pixel four times, once for every byte."""
     for x in range(len(pixels)):
         values[4 * x] = values[4 * x + 1] = values[4 * x + 2] = values[4 * x + 3] = pixels[x]
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _gather_words_into(words, position, offset, row):
     for x in range(len(position)):
         row[x] = words[np.uint32(position[x] + offset)]
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def rotate(image, degrees, cubic, fill, scratch):
     """Turn counter-clockwise about the centre: ``rotate(degrees)``."""
     height, width = image.shape[:2]
@@ -522,7 +523,7 @@ def rotate(image, degrees, cubic, fill, scratch):
 # --- the table
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def apply_operation(image, operation, argument, cubic, fill, scratch):
     """Apply one operation in place.
 

@@ -21,6 +21,7 @@ from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 import ffcv_ops.stock  # noqa: F401
+from ffcv_ops.kernels import kernel
 from ffcv_ops.memory import Memory, read_mapped
 
 # isort: split
@@ -70,7 +71,7 @@ if config.DISABLE_JIT:  # type: ignore[attr-defined]
         return position
 else:
 
-    @nb.njit(cache=True, nogil=True)
+    @kernel
     def take(counter):
         """Take the next sample position: an atomic fetch-and-add, for use inside kernels.
 

@@ -345,8 +345,9 @@ class RandAugment(Augmentation):
 
     def draw(self, batch: Batch, size: tuple[int, int]) -> Draws:
         settings = self.settings
-        numbers = _uniforms(batch, RAND_AUGMENT, (len(_RAND_TABLE) + 6 * settings.num_layers,))
-        choice, numbers = np.split(numbers, [len(_RAND_TABLE)], axis=1)
+        num_choices = max(len(_RAND_TABLE), settings.num_layers)
+        numbers = _uniforms(batch, RAND_AUGMENT, (num_choices + 6 * settings.num_layers,))
+        choice, numbers = np.split(numbers, [num_choices], axis=1)
         applied, radius, angle, sign, cubic, level = np.split(numbers, 6, axis=1)
         rows = self._choose(choice)
 
@@ -367,7 +368,7 @@ class RandAugment(Augmentation):
         return Draws(operations, arguments, cubic < 0.5)
 
     def _choose(self, numbers: np.ndarray) -> np.ndarray:
-        """Rows of the table, int64 (N, num_layers), from uniform numbers (N, rows of the table)."""
+        """Rows of the table, int64 (N, num_layers), from uniform numbers (N, rows of the table or more)."""
         num_layers = self.settings.num_layers
         if self.settings.weights is None:
             return (numbers[:, :num_layers] * len(_RAND_TABLE)).astype(np.int64)

@@ -185,7 +185,9 @@ def splice_into(data, layout, rows, segments, out):
     for row in range(rows[0], rows[1]):
         position = _read_u4(data, _ROWS_OFFSET + 4 * row)
         stop = _read_u4(data, _ROWS_OFFSET + 4 * row + 4)
-        if position < layout.scan or stop + 2 > data.size:
+        if not layout.scan <= position <= stop or stop + 2 > data.size or (row == 0) != (position == layout.scan):
+            return 0
+        if row > 0 and (data[position - 2] != 0xFF or data[position - 1] != 0xD0 + (row * segments_per_row - 1) % 8):
             return 0
         for segment in range(segments[1]):
             start = position

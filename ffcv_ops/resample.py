@@ -23,6 +23,8 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic, overload, register_jitable
 
+from ffcv_ops.kernels import CAN_CACHE
+
 BILINEAR = 0
 BICUBIC = 1
 INTERPOLATIONS = {"bilinear": BILINEAR, "bicubic": BICUBIC}
@@ -45,7 +47,7 @@ Scratch = namedtuple("Scratch", "columns weighed sums between")
 Plan = namedtuple("Plan", "num_rows num_columns x_taps y_taps flip scratch")
 """What resampling planes of one size from one box takes."""
 
-_KERNEL: dict[str, Any] = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}
+_KERNEL: dict[str, Any] = {"cache": CAN_CACHE, "nogil": True, "boundscheck": False, "error_model": "numpy"}
 
 
 @register_jitable

@@ -7,8 +7,9 @@ so any worker may draw for any sample, in any order, before or after a resume.
 The counter's words are: sample id, epoch, ``stream | copy << 16``, number of the block of draws.
 """
 
-import numba as nb
 import numpy as np
+
+from ffcv_ops.kernels import kernel
 
 CROP = 0
 FLIP = 1
@@ -27,12 +28,12 @@ _WEYL_1 = np.uint64(0xBB67AE85)
 _SHIFT = np.uint64(32)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _word(value):
     return np.uint64(value & 0xFFFFFFFF)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def philox(c0, c1, c2, c3, k0, k1):
     """Philox4x32-10 of one counter.
 
@@ -61,7 +62,7 @@ def philox(c0, c1, c2, c3, k0, k1):
     return np.uint32(c0), np.uint32(c1), np.uint32(c2), np.uint32(c3)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def uniform(seed, epoch, sample_id, copy, stream, index):
     """The `index`-th number of a stream, uniform on [0, 1) in steps of 2**-32.
 
@@ -86,7 +87,7 @@ def uniform(seed, epoch, sample_id, copy, stream, index):
     return words[index & 3] * 2.0**-32
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _batch_id(sample_ids):
     state = np.int64(0)
     for position in range(len(sample_ids)):

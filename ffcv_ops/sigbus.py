@@ -18,6 +18,8 @@ import numba as nb
 import numpy as np
 from llvmlite import ir
 
+from ffcv_ops.kernels import CAN_CACHE
+
 _MAX_MAPS = 256
 _START, _END, _CUT = range(3)
 # Of Linux with 64 bits: siginfo_t.si_addr, struct sigaction with its handler at 0, and the constants of both headers.
@@ -35,7 +37,7 @@ _engine: Any = None
 _sigaction = nb.types.ExternalFunction("sigaction", nb.int32(nb.int32, nb.int64, nb.int64))
 
 
-@nb.njit(cache=True)
+@nb.njit(cache=CAN_CACHE)
 def _call_sigaction(number, new, old):
     return _sigaction(number, new, old)
 

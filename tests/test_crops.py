@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 
 import cv2
 import numba as nb
@@ -313,6 +314,20 @@ def test_failures_name_sample_and_reason_and_spare_the_others(crop):
     raw.payloads[0] = raw.payloads[0][:-1]
     with pytest.raises(SampleError, match="41999 bytes are too few for 140x100 px"):
         raw.decode(operation)
+
+
+def test_the_reason_costs_no_memory_for_what_a_damaged_header_claims(crop):
+    samples = Samples([photograph(100, 140)], stock_jpeg)
+    payload = samples.payloads[0] = samples.payloads[0].copy()
+    at = int(np.flatnonzero((payload[:-1] == 0xFF) & (payload[1:] == 0xC0))[0])
+    payload[at + 5 : at + 9] = list((12_000).to_bytes(2, "big") * 2)
+    tracemalloc.start()
+    try:
+        with pytest.raises(SampleError, match="sample 0: TurboJPEG: "):
+            samples.decode(crop(RandomResizedCrop, 48))
+        assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

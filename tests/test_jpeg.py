@@ -229,6 +229,21 @@ def test_a_stale_or_damaged_index_is_not_believed(decode_planes):
             assert all(np.array_equal(a, b) for a, b in zip(planes, expected, strict=True))
 
 
+def test_a_row_that_begins_elsewhere_costs_time_alone(decode_planes):
+    """All of the image is there, so the pixels are right, whatever the index says of a row."""
+    size, window = (97, 130), (16, 0, 16, 130)
+    for quality in (10, 90):
+        data = jpeg.encode(photograph(*size), quality)
+        _, (expected, *_) = decode_planes(data, size, window)
+        start = int.from_bytes(data[18:22].tobytes(), "big")
+        for shift in [*range(-40, 0), *range(1, 41), 1 << 30]:
+            damaged = data.copy()
+            damaged[18:22] = list((start + shift).to_bytes(4, "big"))
+            found, (luma, *_) = decode_planes(damaged, size, window)
+            assert found.status == region.OK
+            np.testing.assert_array_equal(luma[16 - found.top :][:16], expected[:16])
+
+
 def test_damage_reaches_the_status_and_nothing_else(decode_planes):
     """Noise in the file's last part, cut ends, files of noise: a status, and at no time memory that is not ours."""
     size = (97, 130)

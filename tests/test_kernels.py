@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import ffcv_ops
-from ffcv_ops import kernels
+from ffcv_ops import kernels, rng
 
 SCRIPT = """
     import numpy as np
@@ -43,6 +43,20 @@ def test_a_change_in_a_module_that_a_kernel_calls_is_seen(tmp_path):
     assert run("writer.py", '"""', '"""Not of any kernel. ') == (1, boxes)
     compiled, others = run("rng.py", "\nCROP = 0 + ", "\nCROP = 77 + ")
     assert compiled == 0 and others != boxes
+
+
+def test_kernels_run_where_nothing_can_be_kept_on_disk():
+    """As in a container whose files are read-only: Numba then refuses to be asked."""
+    script = """
+        from numba.core.caching import FunctionCache
+        FunctionCache._impl_class._locator_classes = []
+        from ffcv_ops import pillow_ops, region, resample, rng, sigbus
+        print(rng.uniform(0, 0, 0, 0, rng.CROP, 0))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == rng.uniform(0, 0, 0, 0, rng.CROP, 0)
 
 
 def test_the_modules_that_a_kernel_uses_are_found():

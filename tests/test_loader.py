@@ -316,10 +316,34 @@ def test_pipelines_are_not_consumed(path):
     assert [len(pipeline) for pipeline in pipelines.values()] == lengths
 
 
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_an_epoch_leaves_the_batches_of_another_alone(path, os_cache):
+    """Also those that are prepared, where nothing is left to prepare but the consumer has not asked for them yet."""
+    with Loader(path, 8, 2, os_cache, OrderOption.RANDOM, seed=5, pipelines=crops()) as loader:
+        expected = [digests(loader.epoch(epoch)) for epoch in range(2)]
+        first = loader.epoch(0)
+        begun = digests(next(first) for _ in range(4))
+        first._run.thread.join()
+        assert digests(loader.epoch(1)) == expected[1]
+        assert begun + digests(first) == expected[0]
+
+
 def test_filter_keeps_ids_of_a_subset(path):
     with Loader(path, 4, 1, indices=range(1, 60, 2), pipelines=labels(), drop_last=False, seed=0) as loader:
         with loader.filter("label", lambda label: label % 3 == 0) as kept:
             assert ids_of(kept) == [i for i in range(1, 60, 2) if i % 3 == 0]
+        with loader.filter("label", lambda label: False) as none, none.filter("label", bool) as again:
+            assert ids_of(none) == ids_of(again) == []
+
+
+def test_filter_names_what_it_cannot_do(path):
+    with Loader(path, 4, 1, pipelines=labels()) as loader:
+        for name in ("image", "lable"):
+            with pytest.raises(ValueError, match=f"no pipeline is named {name}; there are label"):
+                loader.filter(name, bool)
+    with Loader(path, 2, 1, order=Chosen([3, 1, 2]), pipelines=labels()) as loader:
+        with pytest.raises(ValueError, match="an order that is an instance"):
+            loader.filter("label", bool)
 
 
 class Backwards(TraversalOrder):
@@ -376,6 +400,13 @@ def test_an_exception_in_an_operation_reaches_the_for(path, batch_number, error)
         assert num_batches == batch_number
         assert caught.value is error and "fail" in [entry.name for entry in caught.traceback]
         assert list(iterator) == [] and threads_end()
+
+
+def test_an_operation_s_stop_iteration_does_not_pass_for_the_end(path):
+    with Loader(path, 8, 2, pipelines=failing_at(3, StopIteration())) as loader:
+        with pytest.raises(RuntimeError, match="an operation raised StopIteration") as caught:
+            list(loader)
+        assert isinstance(caught.value.__cause__, StopIteration)
 
 
 def test_an_exception_in_a_stock_operation_reaches_the_for(path):
@@ -456,7 +487,10 @@ def test_bad_samples_are_replaced_by_a_function_of_seed_epoch_and_id(tmp_path, o
 
     def made(epoch, skip=0):
         with Loader(path, 4, 2, os_cache, pipelines=crops(), seed=9, on_error="skip") as loader:
-            batches = [[part.clone() for part in batch] for batch in loader.epoch(epoch, skip=skip)]
+            with pytest.warns(UserWarning, match=rf"bad\.beton: epoch {epoch}: others stood in for .* times") as told:
+                batches = [[part.clone() for part in batch] for batch in loader.epoch(epoch, skip=skip)]
+            (warning,) = (warning for warning in told if warning.category is UserWarning)
+            assert warning.filename == __file__ and f", {loader.num_skipped} times" in str(warning.message)
             return batches, ids_of(batches), loader
 
     batches, ids, loader = made(2)
@@ -471,6 +505,7 @@ def test_bad_samples_are_replaced_by_a_function_of_seed_epoch_and_id(tmp_path, o
     assert len({tuple(other[i] for i in replaced) for other in others}) > 1
 
 
+@pytest.mark.filterwarnings("ignore:.* others stood in")
 def test_a_sample_bad_in_one_epoch_is_used_in_the_next(path):
     def fail(batch):
         bad = [
@@ -548,8 +583,10 @@ def test_wrong_uses_are_named(path):
 
 def test_workers_are_clamped_to_the_cpus_allowed(path):
     allowed = len(os.sched_getaffinity(0))
-    with pytest.warns(UserWarning, match=f"num_workers is {allowed + 1}; {allowed} CPUs are allowed"):
-        assert Loader(path, 8, allowed + 1, pipelines=labels()).num_workers == allowed
+    with pytest.warns(UserWarning, match=f"num_workers is {allowed + 1}; {allowed} CPUs are allowed") as told:
+        loader = Loader(path, 8, allowed + 1, pipelines=labels())
+        assert loader.num_workers == loader.filter("label", lambda label: True).num_workers == allowed
+    assert [warning.filename for warning in told if warning.category is UserWarning] == [__file__]
     assert Loader(path, 8, pipelines=labels()).num_workers == allowed
 
 

@@ -24,7 +24,7 @@ def normalize(images, dtype):
         State(jit_mode=False, device=images.device, shape=tuple(images.shape[1:]), dtype=images.dtype)
     )
     assert state.shape == (3, *images.shape[1:3]) and state.dtype is query.dtype is dtype
-    buffer = torch.empty((len(images) + 2, *query.shape), dtype=query.dtype, device=query.device)
+    buffer = torch.empty((len(images), *query.shape), dtype=query.dtype, device=query.device)
     return operation.generate_code()(images, buffer, BATCH)
 
 
@@ -85,3 +85,5 @@ def test_labels():
     assert decoded.dtype is torch.int64 and decoded.tolist() == [7, 5, 999]
     decoded[0] = -1
     assert labels[4] == 7
+    with pytest.raises(TypeError, match="float64"):
+        operation.generate_code()(ids, torch.empty(3, dtype=torch.int64), labels / 2, BATCH)

@@ -15,7 +15,7 @@ import pytest
 
 from ffcv_ops import control_groups, memory
 from ffcv_ops.beton import read_beton
-from ffcv_ops.memory import MappedFile, PagedFile, Regions, available_bytes, plan_pages
+from ffcv_ops.memory import MappedFile, PagedFile, Regions, available_bytes, paged_reader, plan_pages
 from ffcv_ops.pipeline import Batch, SampleError, WorkerPool, take
 from tests.betons import PAGE_SIZE, jpeg_bytes, photographs, write_images
 
@@ -201,6 +201,14 @@ def test_a_paged_file_locates_planned_and_other_samples(small):
     finally:
         memory.close()
     assert num_threads_named("ffcv_ops reader") == 0
+
+
+def test_a_pointer_to_a_page_that_is_not_planned_leads_to_no_memory_of_others(small):
+    """FFCV's decoders follow the pointer of an empty value to whatever stands behind it."""
+    beton, _ = small
+    memory = open_paged(beton, [np.array([0])])
+    last = beton.alloc_table[-1]
+    assert paged_reader(PAGE_SIZE)(last["ptr"], memory.storage_state).size == last["size"]
 
 
 def test_pages_are_read_once_into_few_slots(small):

@@ -152,6 +152,8 @@ def test_fixed_and_uniform_magnitudes():
     assert fixed.operations.shape == (500, 4) and (fixed.operations > 0).all()
     assert set(fixed.arguments[fixed.operations == pillow_ops.COLOR]) == {0.7 * 1.8 + 0.1}
     assert set(np.abs(fixed.arguments[fixed.operations == pillow_ops.TRANSLATE_X])) == {0.7 * 0.45 * SIZE[1]}
+    many = RandAugment("rand-m7-p1-n17").draw(batch_of(5), SIZE)  # more than there are operations
+    assert many.operations.shape == (5, 17) and (many.operations > 0).all()
     spread = RandAugment("rand-m8-p1-mstd101").draw(batch_of(20_000), SIZE)
     degrees = np.abs(spread.arguments[spread.operations == pillow_ops.ROTATE])
     assert stats.kstest(degrees, stats.uniform(0, 24).cdf).pvalue > 1e-3
