@@ -20,6 +20,7 @@ mistake in the recipe, found before anything is created, and 1 for a run that fa
 
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import os
@@ -83,6 +84,12 @@ from training.schedule import build_resolution, build_schedule
 from ffcv.transforms import ToDevice, ToTensor
 
 IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL = 1_281_167, 50_000
+# For DistributedDataParallel; PyTorch 2.14 warns of the old name.
+_LOCAL_BUFFERS: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else {"broadcast_buffers": False}
+)
 
 
 def main() -> None:
@@ -359,7 +366,7 @@ class Run:
         return DistributedDataParallel(
             model,
             device_ids=[world.local_rank] if world.device.type == "cuda" else None,
-            broadcast_buffers=False,  # training reads none of them, and evaluation takes rank 0's
+            **_LOCAL_BUFFERS,  # training reads none of them, and evaluation takes rank 0's
             gradient_as_bucket_view=True,
             # Holds neither with no_sync() nor with the way dynamo splits a graph at the buckets.
             static_graph=training.accumulation == 1 and not self.compiles,

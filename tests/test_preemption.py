@@ -389,7 +389,7 @@ def test_the_script_for_one_machine_passes_a_signal_on_and_its_status_asks_for_m
                 script.send_signal(signals.pop())
         statuses.append(script.wait(timeout=400))
     assert statuses == [75, 0], output
-    assert "resuming at epoch 1" in output
+    assert re.search("resuming at epoch [12]", output), "at the signal's step, or a few tiny ones later"
     assert_same_run(tmp_path, undisturbed[2])
 
 
