@@ -11,8 +11,10 @@ from abc import abstractmethod
 
 import numpy as np
 
-import ffcv_ops.stock  # noqa: F401
-from ffcv_ops import rng
+from ffcv_ops import (
+    rng,
+    stock,  # noqa: F401
+)
 
 # isort: split
 # after ours: ffcv_ops.stock makes ffcv importable

@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-import ffcv_ops.stock  # noqa: F401
+from ffcv_ops import stock  # noqa: F401
 from ffcv_ops.kernels import kernel
 from ffcv_ops.memory import Memory, read_mapped
 
