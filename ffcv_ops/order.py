@@ -11,10 +11,7 @@ from abc import abstractmethod
 
 import numpy as np
 
-from ffcv_ops import (
-    rng,
-    stock,  # noqa: F401
-)
+from ffcv_ops import rng, stock  # noqa: F401
 
 # isort: split
 # after ours: ffcv_ops.stock makes ffcv importable
