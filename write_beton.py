@@ -161,6 +161,8 @@ def main(argv: list[str] | None = None) -> int:
             goes_on = "; the same command goes on from what is on disk" if writes else ""
             print(f"stopped by {name}{goes_on}", file=sys.stderr)
         return status
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the process ends anyway, and without a traceback
 
 
 def run_write(chosen: Any, leader: ranks.Leader | None, progress: Progress) -> int:
