@@ -35,6 +35,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+# isort: split
+from training.recipe import AUTO, Plan, Settings, courses, keep_global_batch, plan, read_recipe, refuse, summary
+
+if __name__ == "__main__":
+    read_recipe(sys.argv[1:])  # so that a mistake, or --help, does not wait for imports that take seconds
+
+# isort: split
 import numpy as np
 import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
@@ -75,7 +82,6 @@ from training.optim import build_ema, build_optimizer
 from training.predictions import Predictions
 from training.preemption import SECONDS_TO_END, Stopped, StopRequest
 from training.preview import caption, class_names, denormalized, draw_contact_sheet, take_images
-from training.recipe import AUTO, Plan, Settings, courses, keep_global_batch, plan, read_recipe, refuse, summary
 from training.report import NUM_MISTAKES_SHOWN, write_report
 from training.schedule import build_resolution, build_schedule
 
