@@ -66,6 +66,7 @@ from training import distributed
 from training.aside import Aside
 from training.checkpoint import Checkpoints, TrainState, copied, newest_checkpoint, read_checkpoint
 from training.distributed import Failure, World
+from training.files import SaveError
 from training.logs import RunLog, format_duration, pace
 from training.loop import DTYPES, Forecast, RunError, SampleMeter, Trainer, allow_tf32, evaluate, train_epoch
 from training.loss import build_loss
@@ -124,9 +125,11 @@ def main() -> None:
 
 def end_failed(run: "Run", error: Exception) -> NoReturn:
     """Leave with exit status 1; of several ranks the first to fail says why, and torchrun ends the others."""
-    expected = isinstance(error, (RunError, SampleError, torch.OutOfMemoryError))
+    expected = isinstance(error, (RunError, SampleError, SaveError, torch.OutOfMemoryError))
     if isinstance(error, torch.OutOfMemoryError):
         message = out_of_memory_message(run.recipe, run.plan)
+    elif isinstance(error, SaveError):
+        message = f"{error}. Make room there and start again; a run goes on with --resume auto"
     else:
         message = str(error) if expected else traceback.format_exc().rstrip()
     if run.world.world_size == 1:
@@ -528,9 +531,9 @@ class Run:
     def report(self, state: TrainState, best: Predictions | None) -> None:
         """Draw the curve and write the report anew after an epoch, the best so far where its predictions are given."""
         recipe, log, checkpoints = self.recipe, self.log, self.checkpoints
-        log.draw()
         stored = log.folder / f"{state.run_name}.predictions.npz"
         try:
+            log.draw()
             if best is not None:
                 best.save(stored)
             shown = best or (Predictions.read(stored) if stored.exists() else None)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -190,6 +191,16 @@ def test_wandb_offline_history_holds_the_metrics(whole_run):
     assert [row["epoch"] for row in epochs] == [0, 1, 2]
     names = {"train/loss", "train/acc1", "train/acc5", "val/loss", "val/acc1", "val/acc5", "lr", "images_per_s"}
     assert all(names <= row.keys() for row in epochs)
+
+
+def test_a_full_disk_ends_the_run_with_its_reason(recipe, tmp_path):
+    def limit():  # a file of 20 MB is the largest there is room for; a checkpoint takes more
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
+
+    output = finish(run_script("--config-file", recipe, "--no_wandb", folder=tmp_path, preexec_fn=limit), 1)
+    (line,) = (line for line in output.splitlines() if line.startswith("error: "))
+    assert re.search(r"checkpoints/.+ could not be written \(File too large\); .* Make room there", line)
+    assert "Traceback" not in output and list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_killed_and_resumed_equals_undisturbed(recipe, whole_run, tmp_path):

@@ -2,20 +2,38 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+class SaveError(OSError):
+    """A file that was to appear did not: the disk is full, gone, or not to be written to."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to, which becomes ``path`` in one move once all of it is on the disk."""
+    """Give a temporary name to write to, which becomes ``path`` in one move once all of it is on the disk.
+
+    Raises
+    ------
+    SaveError
+        Where that fails; an earlier file of the name is as it was.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
         _to_disk(temporary)
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # which torch.save leaves behind its own
+        if not isinstance(reason, OSError):
+            raise
+        raise SaveError(
+            f"{path} could not be written ({reason.strerror or reason}); what was there before still is"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     _to_disk(path.parent)
 
 
