@@ -129,7 +129,7 @@ def end_failed(run: "Run", error: Exception) -> NoReturn:
     if isinstance(error, torch.OutOfMemoryError):
         message = out_of_memory_message(run.recipe, run.plan)
     elif isinstance(error, SaveError):
-        message = f"{error}. Make room there and start again; a run goes on with --resume auto"
+        message = f"{error}. Put that right and start again; a run goes on with --resume auto"
     else:
         message = str(error) if expected else traceback.format_exc().rstrip()
     if run.world.world_size == 1:

@@ -21,7 +21,7 @@ def _can_cache() -> bool:
     return True
 
 
-#: Whether there is a folder where Numba may keep what it compiles of this package; it refuses ``cache=True`` without.
+# Whether there is a folder where Numba may keep what it compiles of this package; it refuses ``cache=True`` without.
 CAN_CACHE = _can_cache()
 
 

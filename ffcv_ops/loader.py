@@ -582,7 +582,13 @@ class Loader(StockLoader):
         return waited
 
     def filter(self, field_name: str, condition: Callable[[Any], bool]) -> "Loader":
-        """Return a loader of the samples whose value of a field, as its pipeline gives it, meets a condition."""
+        """Return a loader of the samples whose value of a field, as its pipeline gives it, meets a condition.
+
+        Raises
+        ------
+        ValueError
+            A field without a pipeline, or an order given as an instance, which knows this loader's samples alone.
+        """
         if field_name not in self.pipeline_specs:
             raise ValueError(f"filter: no pipeline is named {field_name}; there are {', '.join(self.pipeline_specs)}")
         if isinstance(self._args["order"], TraversalOrder):

@@ -199,7 +199,7 @@ def test_a_full_disk_ends_the_run_with_its_reason(recipe, tmp_path):
 
     output = finish(run_script("--config-file", recipe, "--no_wandb", folder=tmp_path, preexec_fn=limit), 1)
     (line,) = (line for line in output.splitlines() if line.startswith("error: "))
-    assert re.search(r"checkpoints/.+ could not be written \(File too large\); .* Make room there", line)
+    assert re.search(r"checkpoints/.+ could not be written \(File too large\); .* Put that right", line)
     assert "Traceback" not in output and list((tmp_path / "checkpoints").iterdir()) == []
 
 

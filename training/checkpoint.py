@@ -311,7 +311,7 @@ class Checkpoints:
                 "the checkpoint's optimizer has the parameters in other groups, by their weight decay: keep "
                 "training.bn_wd, or begin a run from its weights with --model.weights"
             )
-        groups = [{**was, **now} for was, now in zip(saved["param_groups"], own["param_groups"], strict=True)]
+        groups = [{**theirs, **ours} for theirs, ours in zip(saved["param_groups"], own["param_groups"], strict=True)]
         optimizer.load_state_dict({"state": {**own["state"], **saved["state"]}, "param_groups": groups})
         for parameter, state in optimizer.state.items():
             for name, value in state.items():
