@@ -27,7 +27,7 @@ format: setup
 
 # Works before and without setup, and where the Python that .venv was made with is gone.
 doctor:
-	$(shell $(python) -c "" 2>/dev/null && echo $(python) || echo python3) -m ffcv_ops.doctor $(DOCTOR_ARGS)
+	$(shell $(python) -c "" 2>/dev/null && echo $(python) || echo python3) -m imagenet_training.doctor $(DOCTOR_ARGS)
 
 ffcv-wheel:
 	@bash launch/ffcv_wheel.sh

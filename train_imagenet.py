@@ -35,13 +35,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-# isort: split
-from training.recipe import AUTO, Plan, Settings, courses, keep_global_batch, plan, read_recipe, refuse, summary
+from ffcv_ops.machine import cpus_per_rank, is_launched
+from ffcv_ops.units import show_duration
+from imagenet_training.recipe import (
+    AUTO,
+    Plan,
+    Settings,
+    courses,
+    keep_global_batch,
+    plan,
+    read_recipe,
+    refuse,
+    summary,
+)
 
 if __name__ == "__main__":
     read_recipe(sys.argv[1:])  # so that a mistake, or --help, does not wait for imports that take seconds
 
-# isort: split
 import numpy as np
 import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
@@ -62,15 +72,16 @@ from ffcv_ops import (
     TrivialAugmentWide,
     read_beton,
 )
-from training import distributed
-from training.aside import Aside
-from training.checkpoint import Checkpoints, TrainState, copied, newest_checkpoint, read_checkpoint
-from training.distributed import Failure, World
-from training.files import SaveError
-from training.logs import RunLog, format_duration, pace
-from training.loop import DTYPES, Forecast, RunError, SampleMeter, Trainer, allow_tf32, evaluate, train_epoch
-from training.loss import build_loss
-from training.model import (
+from ffcv_ops._ffcv import ToDevice, ToTensor
+from ffcv_ops.files import SaveError
+from imagenet_training import distributed
+from imagenet_training.background import Aside
+from imagenet_training.checkpoint import Checkpoints, TrainState, copied, newest_checkpoint, read_checkpoint
+from imagenet_training.distributed import Failure, World
+from imagenet_training.logs import RunLog, pace
+from imagenet_training.loop import DTYPES, Forecast, RunError, SampleMeter, Trainer, allow_tf32, evaluate, train_epoch
+from imagenet_training.loss import build_loss
+from imagenet_training.model import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     build_model,
@@ -79,16 +90,12 @@ from training.model import (
     gains_from_compilation,
     model_size,
 )
-from training.optim import build_ema, build_optimizer
-from training.predictions import Predictions
-from training.preemption import SECONDS_TO_END, Stopped, StopRequest
-from training.preview import caption, class_names, denormalized, draw_contact_sheet, take_images
-from training.report import NUM_MISTAKES_SHOWN, write_report
-from training.schedule import build_resolution, build_schedule
-
-# isort: split
-# after ours: ffcv_ops makes ffcv importable
-from ffcv.transforms import ToDevice, ToTensor
+from imagenet_training.optim import build_ema, build_optimizer
+from imagenet_training.predictions import Predictions
+from imagenet_training.preemption import SECONDS_TO_END, Stopped, StopRequest
+from imagenet_training.preview import caption, class_names, denormalized, draw_contact_sheet, take_images
+from imagenet_training.report import NUM_MISTAKES_SHOWN, write_report
+from imagenet_training.schedule import build_resolution, build_schedule
 
 IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL = 1_281_167, 50_000
 # For DistributedDataParallel; PyTorch 2.14 warns of the old name.
@@ -228,7 +235,7 @@ def draw_preview(recipe: Settings) -> None:
 
 def join(recipe: Settings) -> World:
     """Become one rank of the run; under no launcher, start one where the recipe asks for several processes."""
-    if distributed.under_torchrun():
+    if is_launched():
         asked = recipe.dist.world_size if recipe.training.distributed else None
         world = distributed.start()
         if asked not in (None, world.world_size):
@@ -682,7 +689,7 @@ def on_device(world: World) -> list[Any]:
 def num_workers(recipe: Settings, world: World) -> int:
     """Threads that load for this rank."""
     asked = recipe.data.num_workers
-    return asked if asked > 0 else max(1, distributed.num_cpus() // world.local_world_size)
+    return asked if asked > 0 else cpus_per_rank()
 
 
 def random_crop(recipe: Settings, size: int) -> RandomResizedCrop:
@@ -808,7 +815,7 @@ def epoch_line(values: dict[str, float], epoch: int, epochs: int, resolution: in
         allocated, reserved = (values[f"gpu_peak_{kind}_bytes"] / 2**30 for kind in ("allocated", "reserved"))
         line += f"  GPU memory {allocated:.1f} GiB ({reserved:.1f} reserved)"
     if values["remaining_s"]:
-        line += f"  {format_duration(values['remaining_s'])} to go"
+        line += f"  {show_duration(values['remaining_s'])} to go"
     return f"{line}  {expected}" if expected else line
 
 

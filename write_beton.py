@@ -32,9 +32,8 @@ import numpy as np
 from fastargs import Config, Param, Section
 from tqdm import tqdm
 
-from ffcv_ops import ranks
-from ffcv_ops.beton import manifest_path
-from ffcv_ops.describe import (
+from ffcv_ops import machine
+from ffcv_ops.beton.describe import (
     Description,
     choose_samples,
     decode_samples,
@@ -43,10 +42,13 @@ from ffcv_ops.describe import (
     histogram_lines,
     lines,
 )
-from ffcv_ops.processes import WorkerKilled, choose_num_workers
-from ffcv_ops.verify import verify
-from ffcv_ops.writer import MODES, BadImage, WriteError, WriteSettings, encoder_versions, show_bytes, write
-from training.recipe import Choice, Integer, Number, Switch, Text, read_settings, refuse
+from ffcv_ops.beton.layout import manifest_path
+from ffcv_ops.beton.verify import verify
+from ffcv_ops.units import show_bytes
+from ffcv_ops.workers import ranks
+from ffcv_ops.workers.processes import WorkerKilled, choose_num_workers
+from ffcv_ops.writing.writer import MODES, BadImage, WriteError, WriteSettings, encoder_versions, write
+from imagenet_training.recipe import Choice, Integer, Number, Switch, Text, read_settings, refuse
 
 ROOT = Path("/fsx/ns1")
 PLAIN_PROGRESS_EVERY_S = 10.0
@@ -142,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         if chosen.inspect:
             return run_inspect(chosen)
         num_workers = choose_num_workers(chosen.num_workers)
-        if ranks.rank() > 0:
+        if machine.rank() > 0:
             return ranks.lend_workers(num_workers, encoder_versions)
         with ranks.lead(encoder_versions) as leader:
             return (run_verify if chosen.verify else run_write)(chosen, leader, progress)
@@ -156,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         progress.close()
         name, status = ("SIGTERM", 143) if isinstance(stop, Terminated) else ("Ctrl-C", 130)
-        if ranks.rank() == 0:
+        if machine.rank() == 0:
             writes = not (chosen.verify or chosen.inspect)
             goes_on = "; the same command goes on from what is on disk" if writes else ""
             print(f"stopped by {name}{goes_on}", file=sys.stderr)
@@ -292,7 +294,7 @@ def run_inspect(chosen: Any) -> int:
 def draw_sheet(found: Description, sheet: Path) -> None:
     """Draw images of every class, or of evenly spaced classes, over histograms of all images' sizes."""
     # Here, because it brings torch, which no other use of this script waits for.
-    from training.preview import MIN_CELL_PX, NUM_IMAGES, class_names, draw_contact_sheet
+    from imagenet_training.preview import MIN_CELL_PX, NUM_IMAGES, class_names, draw_contact_sheet
 
     beton = found.beton
     samples = choose_samples(beton, NUM_IMAGES)

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ffcv_ops import Label, Loader, OrderOption, RandomResizedCrop, read_beton  # noqa: E402
-from ffcv_ops.beton import MODE_JPG  # noqa: E402
+from ffcv_ops.beton.layout import MODE_JPG  # noqa: E402
 
 # isort: split
 # behind ffcv_ops, which makes ffcv importable

@@ -57,7 +57,7 @@ def write_files(data: Path, folder: Path, mode: str, side: int, num_images: int)
     from ffcv.writer import DatasetWriter
     from torchvision.datasets import ImageFolder
 
-    from ffcv_ops import writer
+    from ffcv_ops.writing import writer
 
     images = sorted(path for path in data.glob("*/*") if path.is_file())
     if not images:

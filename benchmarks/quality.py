@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --data IMAGE_FOLDER [--weights FILE] [--crops 10]
 
-Writes the images of a folder of class folders with ``ffcv_ops.writer`` at 500 px and quality 90, and prints
+Writes the images of a folder of class folders with ``ffcv_ops.writing.writer`` at 500 px and quality 90, and prints
 
 - of --crops random crops of every image, how many are not to the bit what a full decode holds there, in planes at each
   scale of the inverse DCT and in RGB;
@@ -28,9 +28,11 @@ from PIL import Image
 from scipy import stats
 from torchvision import datasets, transforms
 
-from ffcv_ops import CenterCrop, Loader, OrderOption, RandomResizedCrop, jpeg, read_beton, region, writer
-from ffcv_ops.crops import draw_boxes_into
-from ffcv_ops.memory import MappedFile
+from ffcv_ops import CenterCrop, Loader, OrderOption, RandomResizedCrop, read_beton
+from ffcv_ops.codec import jpeg, region
+from ffcv_ops.loading.storage import MappedFile
+from ffcv_ops.operations.crops import draw_boxes_into
+from ffcv_ops.writing import writer
 
 SIDE, QUALITY = 500, 90
 NUM_BOXES = 100_000

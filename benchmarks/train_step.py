@@ -90,7 +90,7 @@ def build_run(options: argparse.Namespace) -> Any:
     """The trainer as ``train_imagenet.py`` builds it."""
     import train_imagenet
     from ffcv_ops import read_beton
-    from training.recipe import read_recipe
+    from imagenet_training.recipe import read_recipe
 
     settings = {
         "model.arch": options.arch,
@@ -118,7 +118,7 @@ def build_run(options: argparse.Namespace) -> Any:
 
 
 def build_model(options: argparse.Namespace) -> Callable[[], float]:
-    from training.loop import autocast
+    from imagenet_training.loop import autocast
 
     run = build_run(options)
     trainer = run.trainer
@@ -148,8 +148,8 @@ def build_model(options: argparse.Namespace) -> Callable[[], float]:
 
 def train_once(run: Any, loader: Any, num_batches: int) -> None:
     """An epoch of the trainer, with its progress lines."""
-    from training.checkpoint import TrainState
-    from training.loop import Forecast, train_epoch
+    from imagenet_training.checkpoint import TrainState
+    from imagenet_training.loop import Forecast, train_epoch
 
     forecast = Forecast([run.crop.size], num_batches)
     options: dict[str, Any] = {"log_every": 50, "save": lambda: None, "steps_per_epoch": num_batches}
@@ -282,7 +282,7 @@ def build_peer(options: argparse.Namespace) -> Callable[[], float]:
 
 def profile(run: Any, options: argparse.Namespace) -> None:
     """Profile the timed batches of one pass of the trainer, and write the time of an average step."""
-    from training import loop
+    from imagenet_training import loop
 
     def ranged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)

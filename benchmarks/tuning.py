@@ -26,9 +26,10 @@ import numpy as np
 from loader import describe_machine
 from PIL import Image
 
-from ffcv_ops import CenterCrop, Label, Loader, OrderOption, RandomResizedCrop, writer
-from ffcv_ops.crops import center_boxes
-from ffcv_ops.folder import load_image, scan
+from ffcv_ops import CenterCrop, Label, Loader, OrderOption, RandomResizedCrop
+from ffcv_ops.operations.crops import center_boxes
+from ffcv_ops.sources.folder import load_image, scan
+from ffcv_ops.writing import writer
 
 BATCH_SIZE = 100
 IMAGENET_NUM_TRAIN = 1_281_167

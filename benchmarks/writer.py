@@ -3,12 +3,12 @@
     python benchmarks/writer.py --data IMAGE_FOLDER [--json FILE]
 
 Writes a folder of class folders, its images repeated until there are --num_images, as JPEGs of at most 500 px a side in
-quality 90: with `ffcv_ops.writer` and with FFCV's ``DatasetWriter`` and ``RGBImageField`` on torchvision's
+quality 90: with `ffcv_ops.writing.writer` and with FFCV's ``DatasetWriter`` and ``RGBImageField`` on torchvision's
 ``ImageFolder``. Each write is a process of its own on as many CPUs as it has workers; the two take turns, --rounds
 times. Prints the machine, the versions and a table of medians; leaves nothing behind.
 
 Cases: ``as-is`` takes the images as they are, ``large`` scales them to 1280 px on the longer side first, so that every
-one must be shrunk. ``verify`` compares `ffcv_ops.verify` of the file with decoding its JPEGs one after the other.
+one must be shrunk. ``verify`` compares `ffcv_ops.beton.verify` of the file with decoding its JPEGs one after the other.
 
 ``images/s`` and ``ratio`` are of the steady state, from the first progress that is reported to the end; ``ratio (CPU
 time)`` counts the CPU seconds of all its processes meanwhile, the trustworthier on a busy machine. ``ratio (whole)`` is
@@ -64,7 +64,7 @@ def prepare(data: Path, folder: Path, num_images: int, large: bool) -> None:
 
 
 def write_ours(folder: Path, num_workers: int, progress: Callable[[int, int], None]) -> None:
-    from ffcv_ops.writer import WriteSettings, write
+    from ffcv_ops.writing.writer import WriteSettings, write
 
     settings = WriteSettings(max_side=SIDE, quality=QUALITY)
     write(
@@ -98,7 +98,7 @@ def write_stock(folder: Path, num_workers: int, progress: Callable[[int, int], N
 
 
 def verify_ours(folder: Path, num_workers: int, progress: Callable[[int, int], None]) -> None:
-    from ffcv_ops.verify import verify
+    from ffcv_ops.beton.verify import verify
 
     assert verify(folder / "ours.beton", num_workers=num_workers, progress=progress).sound
 
@@ -107,8 +107,8 @@ def decode_all(folder: Path, num_workers: int, progress: Callable[[int, int], No
     """Decode every JPEG of the file to RGB, in one process."""
     import numpy as np
 
-    from ffcv_ops.beton import read_beton
-    from ffcv_ops.jpeg import decode
+    from ffcv_ops.beton.layout import read_beton
+    from ffcv_ops.codec.jpeg import decode
 
     found = read_beton(folder / "ours.beton")
     data = np.fromfile(found.path, np.uint8)

@@ -18,8 +18,13 @@ Operations of a pipeline, in the order in which they stand there:
 - `Normalize`: 8-bit images to normalised floats, on the CPU or the GPU.
 - `Mix`: Mixup and CutMix of a batch: ``mix.images()`` and ``mix.targets()``.
 - `Label`: decode class numbers.
+- `ToTensor`, `ToDevice`: FFCV's own.
 
-`python -m ffcv_ops.doctor` tells whether a machine has what they need.
+Errors:
+
+- `UserError`: a `ValueError` that the user can put right, in one line.
+
+`python -m imagenet_training.doctor` tells whether a machine has what they need.
 
 Names are imported on first use: the writer's processes need no torch, and `read_beton` no Numba either.
 """
@@ -30,13 +35,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ffcv_ops.beton import Beton, read_beton
-    from ffcv_ops.crops import CenterCrop, RandomResizedCrop
-    from ffcv_ops.loader import Loader, OrderOption
-    from ffcv_ops.mix import Mix
-    from ffcv_ops.normalize import Label, Normalize
-    from ffcv_ops.pipeline import SampleError
-    from ffcv_ops.rand_augment import RandAugment, RandomErasing, TrivialAugmentWide
+    from ffcv_ops._ffcv import OrderOption, ToDevice, ToTensor
+    from ffcv_ops.beton.layout import Beton, read_beton
+    from ffcv_ops.errors import UserError
+    from ffcv_ops.loading.loader import Loader
+    from ffcv_ops.operations.base import SampleError
+    from ffcv_ops.operations.crops import CenterCrop, RandomResizedCrop
+    from ffcv_ops.operations.mix import Mix
+    from ffcv_ops.operations.normalize import Label, Normalize
+    from ffcv_ops.operations.rand_augment import RandAugment, RandomErasing, TrivialAugmentWide
 
 __all__ = [
     "Beton",
@@ -50,23 +57,29 @@ __all__ = [
     "RandomErasing",
     "RandomResizedCrop",
     "SampleError",
+    "ToDevice",
+    "ToTensor",
     "TrivialAugmentWide",
+    "UserError",
     "read_beton",
 ]
 _HOMES = {
-    "Beton": "beton",
-    "CenterCrop": "crops",
-    "Label": "normalize",
-    "Loader": "loader",
-    "Mix": "mix",
-    "Normalize": "normalize",
-    "OrderOption": "loader",
-    "RandAugment": "rand_augment",
-    "RandomErasing": "rand_augment",
-    "RandomResizedCrop": "crops",
-    "SampleError": "pipeline",
-    "TrivialAugmentWide": "rand_augment",
-    "read_beton": "beton",
+    "Beton": "beton.layout",
+    "CenterCrop": "operations.crops",
+    "Label": "operations.normalize",
+    "Loader": "loading.loader",
+    "Mix": "operations.mix",
+    "Normalize": "operations.normalize",
+    "OrderOption": "_ffcv",
+    "RandAugment": "operations.rand_augment",
+    "RandomErasing": "operations.rand_augment",
+    "RandomResizedCrop": "operations.crops",
+    "SampleError": "operations.base",
+    "ToDevice": "_ffcv",
+    "ToTensor": "_ffcv",
+    "TrivialAugmentWide": "operations.rand_augment",
+    "UserError": "errors",
+    "read_beton": "beton.layout",
 }
 
 

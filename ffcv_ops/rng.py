@@ -9,7 +9,7 @@ The counter's words are: sample id, epoch, ``stream | copy << 16``, number of th
 
 import numpy as np
 
-from ffcv_ops.kernels import kernel
+from ffcv_ops._kernels import kernel
 
 CROP = 0
 FLIP = 1

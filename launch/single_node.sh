@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=.venv/bin/python
 [ -x $python ] || { echo "single_node.sh: there is no .venv: run make setup first." >&2; exit 1; }
-$python -m training.recipe "$@" # here, since torchrun would start what fails of a mistake again and again
+$python -m imagenet_training.recipe "$@" # here, since torchrun would start what fails of a mistake again and again
 
 processes=${NPROC:-$($python -c 'import torch; print(torch.cuda.device_count())')}
 if [ "$processes" -eq 0 ]; then

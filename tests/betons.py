@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from sklearn.datasets import load_digits, load_sample_images
 
-from ffcv_ops import beton
+from ffcv_ops.beton import layout as beton
 
 ROOT = Path(__file__).parent.parent
 PHOTOGRAPHS = load_sample_images().images

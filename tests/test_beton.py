@@ -12,8 +12,8 @@ from ffcv.fields import BytesField, FloatField, IntField, JSONField, NDArrayFiel
 from ffcv.writer import DatasetWriter
 from sklearn.datasets import load_sample_image
 
-from ffcv_ops import beton
-from ffcv_ops.beton import manifest_path, read_beton
+from ffcv_ops.beton import layout as beton
+from ffcv_ops.beton.layout import manifest_path, read_beton
 
 PAGE_SIZE = 1 << 21
 PHOTOGRAPH = load_sample_image("china.jpg")

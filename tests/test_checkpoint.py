@@ -11,12 +11,19 @@ import time
 import pytest
 import torch
 
-from training import checkpoint
-from training.aside import Aside
-from training.checkpoint import Checkpoints, TrainState, copied, newest_checkpoint, read_checkpoint, save_atomically
-from training.distributed import World
-from training.model import build_model
-from training.optim import build_ema, build_optimizer
+from imagenet_training import checkpoint
+from imagenet_training.background import Aside
+from imagenet_training.checkpoint import (
+    Checkpoints,
+    TrainState,
+    copied,
+    newest_checkpoint,
+    read_checkpoint,
+    save_atomically,
+)
+from imagenet_training.distributed import World
+from imagenet_training.model import build_model
+from imagenet_training.optim import build_ema, build_optimizer
 
 WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 
@@ -286,7 +293,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 def test_killed_while_saving_leaves_a_whole_file(tmp_path):
     program = textwrap.dedent("""
         import sys, pathlib, torch
-        from training.checkpoint import save_atomically
+        from imagenet_training.checkpoint import save_atomically
         for number in range(10**6):
             content = {"format": 1, "state": {}, "tensor": torch.full((500_000,), float(number))}
             save_atomically(content, pathlib.Path(sys.argv[1]))

@@ -22,9 +22,10 @@ from sklearn.datasets import load_sample_images
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from ffcv_ops import jpeg, rng
-from ffcv_ops.crops import CenterCrop, RandomResizedCrop, center_boxes, draw_box, draw_boxes_into
-from ffcv_ops.pipeline import Batch, SampleError, WorkerPool
+from ffcv_ops import rng
+from ffcv_ops.codec import jpeg
+from ffcv_ops.operations.base import Batch, SampleError, WorkerPool
+from ffcv_ops.operations.crops import CenterCrop, RandomResizedCrop, center_boxes, draw_box, draw_boxes_into
 from tests import reference
 
 if nb.config.DISABLE_JIT:
@@ -272,7 +273,7 @@ def test_the_size_changes_between_epochs_without_recompiling(crop):
     samples = Samples([photograph(100, 140)])
     operation = crop(RandomResizedCrop, 32)
     samples.decode(operation)
-    from ffcv_ops.crops import _crop_samples
+    from ffcv_ops.operations.crops import _crop_samples
 
     compiled = len(_crop_samples.signatures)
     for size in (64, 33, 160):
@@ -358,7 +359,7 @@ def test_a_second_process_loads_the_kernel_from_disk_wherever_the_library_lies(c
     code = textwrap.dedent("""
         import hashlib
         from tests.test_crops import Samples, photograph, RandomResizedCrop
-        from ffcv_ops import crops
+        from ffcv_ops.operations import crops
         images = Samples([photograph(100, 140)]).decode(RandomResizedCrop(48))
         stats = crops._crop_samples.stats
         print(hashlib.sha256(images).hexdigest(), sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from betons import photographs, spoil, write_images
 
-from ffcv_ops import describe as d
-from ffcv_ops.folder import scan
-from ffcv_ops.writer import WriteSettings, write
+from ffcv_ops.beton import describe as d
+from ffcv_ops.sources.folder import scan
+from ffcv_ops.writing.writer import WriteSettings, write
 
 
 @pytest.fixture

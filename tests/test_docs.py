@@ -27,7 +27,7 @@ from documents import DOCUMENTS, ROOT, Block, Command, anchors, blocks, code_spa
 from torch.distributed.run import get_args_parser
 
 import write_beton
-from training.recipe import FLAGS, RECIPE, read_recipe, read_settings
+from imagenet_training.recipe import FLAGS, RECIPE, read_recipe, read_settings
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +72,7 @@ NOT_RUN = [
     (r"(sbatch|srun) ", "needs Slurm"),
     (r"(until|while|for|if) ", "a loop of the shell around what is shown elsewhere"),
     (r"bash launch/", "needs a GPU, a terminal, or other disks and machines"),
-    (r"python -m ffcv_ops.doctor", "imports everything several times; tests/test_doctor.py runs it"),
+    (r"python -m imagenet_training.doctor", "imports everything several times; tests/test_doctor.py runs it"),
     (r"torchrun .*(--nnodes[= ]|HEAD)", "needs two machines"),
     (r"torchrun ", "each process takes its seconds to start; `pytest -m soak` runs it"),
     (r"python benchmarks/", "minutes of measuring"),
@@ -311,7 +311,7 @@ def test_the_command_runs(world: World, command: Command) -> None:
     argv = [world.substitute(PLACEHOLDERS.get(word, word), []) for word in argv if word != "..."]
     if target == "train_imagenet.py":
         argv += ["--config-file", "small_run.yaml", *["--dry_run"] * (command in REPEATED)]
-    if target == "training.compare":
+    if target == "imagenet_training.compare":
         shutil.copytree(world.folder / "logs", world.folder / "another_run" / "logs")
     environment = dict(variable.split("=", 1) for variable in command.variables)
     status, output = world.run(kind, target, argv, world.folder, environment)

@@ -18,10 +18,13 @@ import pytest
 from betons import photographs, write_images
 
 import write_beton
-from ffcv_ops import checks, control_groups, doctor, read_beton, storage
-from training import logs
-from training.doctor import check_wandb, efa_adapters
-from training.recipe import RECIPE
+from ffcv_ops import cgroups as control_groups
+from ffcv_ops import read_beton
+from imagenet_training import doctor, logs
+from imagenet_training import doctor_checks as checks
+from imagenet_training import doctor_storage as storage
+from imagenet_training.doctor_training import check_wandb, efa_adapters
+from imagenet_training.recipe import RECIPE
 
 ROOT = Path(__file__).resolve().parents[1]
 STDLIB_ONLY = [
@@ -37,7 +40,7 @@ def ask(check, data=(), num_workers=-1):
 
 def run(*arguments, shell_before=""):
     """The whole doctor, as a user starts it: exit status, and findings by name."""
-    command = f"{shell_before} exec {sys.executable} -m ffcv_ops.doctor --json {' '.join(map(str, arguments))}"
+    command = f"{shell_before} exec {sys.executable} -m imagenet_training.doctor --json {' '.join(map(str, arguments))}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=600)
     report = json.loads(done.stdout)
     findings = [doctor.Finding(**finding) for finding in report["findings"]]
@@ -75,7 +78,7 @@ def test_without_a_venv_that_works_it_takes_python3_and_says_what_to_install(tmp
     )
     assert done.returncode != 0
     command, *lines = done.stdout.splitlines()
-    assert command.strip() == "python3 -m ffcv_ops.doctor"
+    assert command.strip() == "python3 -m imagenet_training.doctor"
     found = {line.split()[1]: (line, remedy) for line, remedy in zip(lines, lines[1:], strict=False)}
     assert found["Python"][0].startswith("ok ") and found["packages"][0].startswith("error ")
     assert "numba" in found["packages"][0]
@@ -256,7 +259,7 @@ def test_the_training_side_without_a_wandb_key(monkeypatch, tmp_path):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    models, *_, wandb = ask("training.doctor:check_training")
+    models, *_, wandb = ask("imagenet_training.doctor_training:check_training")
     assert models.status == "ok" and models.text == f"torchvision {version('torchvision')}, timm {version('timm')}"
     assert wandb.status == "warning" and "offline" in wandb.text and "setup_wandb.sh" in wandb.remedy
 
@@ -343,7 +346,7 @@ def test_a_read_rate_is_measured(folder, tmp_path):
 )
 def test_color_is_for_terminals(environment, colored):
     master, terminal = pty.openpty()
-    code = "from ffcv_ops.doctor import Finding, _line; print(_line(Finding('error', 'it', 'is broken', 'mend it')))"
+    code = "from imagenet_training.doctor import Finding, _line\nprint(_line(Finding('error', 'it', 'bad', 'fix')))"
     clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM")}
     for stdout in (terminal, subprocess.PIPE):
         done = subprocess.run(

@@ -12,7 +12,7 @@ import pytest
 from reference import decoded_coefficients, jpeg_coefficients
 from sklearn.datasets import load_sample_images
 
-from ffcv_ops import encoder, jpeg
+from ffcv_ops.codec import encoder, jpeg
 
 PHOTOGRAPHS = load_sample_images().images
 SIZES = [(1, 1), (1, 40), (40, 1), (7, 9), (8, 8), (15, 17), (16, 16), (24, 40), (33, 31), (97, 130), (203, 331)]
@@ -106,7 +106,7 @@ def test_interpreted_it_makes_the_same_bytes(tmp_path):
     code = """
 import pathlib, sys
 import numpy as np
-from ffcv_ops import jpeg
+from ffcv_ops.codec import jpeg
 paths = sorted(pathlib.Path(sys.argv[1]).glob("*.npz"))
 assert len(paths) == 3
 for path in paths:

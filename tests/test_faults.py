@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 
-from ffcv_ops import beton
+from ffcv_ops.beton import layout as beton
 from tests.betons import photographs, spoil, write_images, write_tables
 
 pytestmark = pytest.mark.slow
@@ -113,7 +113,7 @@ def without_distutils(which):
         finders = [finder for finder in sys.meta_path if type(finder).__name__ != "DistutilsMetaFinder"]
         sys.meta_path = [Without(finder) for finder in finders]
         try:
-            __import__({"stock": "ffcv.loader", "ours": "ffcv_ops.loader"}[sys.argv[1]])
+            __import__({"stock": "ffcv.loader", "ours": "ffcv_ops.loading.loader"}[sys.argv[1]])
         except ModuleNotFoundError as error:
             assert error.name == "distutils", error
             print(type(error).__name__)
@@ -137,7 +137,7 @@ def exit_after_fork(which):
         import os, sys
 
         os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-        __import__({"stock": "ffcv.loader", "ours": "ffcv_ops.loader"}[sys.argv[1]])
+        __import__({"stock": "ffcv.loader", "ours": "ffcv_ops.loading.loader"}[sys.argv[1]])
         if os.fork() == 0:
             os._exit(0)
         print("leaves", flush=True)
@@ -220,8 +220,8 @@ class Probes:
         self.folder = folder
         self.loader = self.stock_loader = StockLoader
         if self.ours:  # stock's faults are to be seen as they are without us
-            from ffcv_ops.crops import RandomResizedCrop
-            from ffcv_ops.loader import Loader
+            from ffcv_ops.loading.loader import Loader
+            from ffcv_ops.operations.crops import RandomResizedCrop
 
             self.loader = Loader
         crop = (lambda: RandomResizedCrop(24)) if self.ours else (lambda: RandomResizedCropRGBImageDecoder((24, 24)))
@@ -393,7 +393,7 @@ class Probes:
     def write(self, name, num_workers):
         target = self.folder / f"{name}-{'ours' if self.ours else 'stock'}-{num_workers}.beton"
         if self.ours:
-            from ffcv_ops.writer import write
+            from ffcv_ops.writing.writer import write
 
             write(self.folder / name, target, num_workers=num_workers, notice=lambda line: None)
         else:
@@ -412,7 +412,7 @@ class Probes:
         labels, lam = self.torch.tensor([4, 4]), 0.7
         targets = self.torch.empty(2, 10)
         if self.ours:
-            from ffcv_ops.mix import Plan, dense_targets_into
+            from ffcv_ops.operations.mix import Plan, dense_targets_into
 
             box, no = np.tile([0, 8, 0, 8], (2, 1)), np.zeros(2, bool)
             dense_targets_into(labels, Plan(np.array([1, 0]), np.full(2, lam, np.float32), box, no), 0.0, targets)
@@ -426,7 +426,7 @@ class Probes:
         ids, lam = np.arange(8), []
         for epoch in range(2):
             if self.ours:
-                from ffcv_ops.mix import draw_plan
+                from ffcv_ops.operations.mix import draw_plan
 
                 lam.append(float(draw_plan(0, epoch, ids, (8, 8), mixup_alpha=0.5, cutmix_alpha=0).lam[0]))
             else:
@@ -464,7 +464,7 @@ class Probes:
     def decayed(self):
         from torchvision.models import resnet50
 
-        from training.optim import parameter_groups
+        from imagenet_training.optim import parameter_groups
 
         model = resnet50()
         norms = {name for name, part in model.named_modules() if isinstance(part, self.torch.nn.BatchNorm2d)}

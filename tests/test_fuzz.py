@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 import pytest
 
-from ffcv_ops import beton
-from ffcv_ops.beton import manifest_path, read_beton
+from ffcv_ops.beton import layout as beton
+from ffcv_ops.beton.layout import manifest_path, read_beton
 from tests.betons import photographs
 
 NUM_SAMPLES = 12
@@ -31,7 +31,7 @@ def write_files(folder):
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
-    from ffcv_ops.writer import WriteSettings, write
+    from ffcv_ops.writing.writer import WriteSettings, write
 
     images = [image[: 100 + 9 * i] for i, image in enumerate(photographs(NUM_SAMPLES, side=200))]
     for label, image in enumerate(images):
@@ -112,13 +112,13 @@ class Original:
 
 
 def center_crop():
-    from ffcv_ops.crops import CenterCrop
+    from ffcv_ops.operations.crops import CenterCrop
 
     return CenterCrop(48, ratio=1)
 
 
 def random_crop():
-    from ffcv_ops.crops import RandomResizedCrop
+    from ffcv_ops.operations.crops import RandomResizedCrop
 
     return RandomResizedCrop(24)
 
@@ -128,8 +128,8 @@ CROPS = {"center": center_crop, "random": random_crop}
 
 def load(path, crop, on_error, os_cache=True):
     """Return label and pixels of every image, as bytes."""
-    from ffcv_ops.loader import Loader
-    from ffcv_ops.normalize import Label
+    from ffcv_ops.loading.loader import Loader
+    from ffcv_ops.operations.normalize import Label
 
     pipelines = {"image": [CROPS[crop]()], "label": [Label()]}
     with Loader(path, 5, 2, os_cache, seed=3, drop_last=False, on_error=on_error, pipelines=pipelines) as loader:
@@ -171,7 +171,7 @@ def one_by_one(before, after):
 
 
 def decodes(content):
-    from ffcv_ops.jpeg import decode
+    from ffcv_ops.codec.jpeg import decode
 
     try:
         return decode(np.frombuffer(content, np.uint8)) is not None
@@ -216,7 +216,7 @@ class Fuzzer:
 
     def judge(self, original, path, content, manifest, how):
         """Load a damaged file; name its end, and note it where it is wrong."""
-        from ffcv_ops.pipeline import SampleError
+        from ffcv_ops.operations.base import SampleError
 
         try:
             images = load(path, *how)
@@ -255,7 +255,7 @@ class Fuzzer:
 
     def judge_check(self, path, manifest, unchanged):
         """Check a damaged file; with a manifest nothing may escape the check."""
-        from ffcv_ops.verify import verify
+        from ffcv_ops.beton.verify import verify
 
         try:
             report = verify(path, num_workers=1)

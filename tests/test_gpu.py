@@ -17,12 +17,12 @@ from ffcv.transforms import ToDevice, ToTensor
 
 import train_imagenet
 from ffcv_ops import Label, Loader, Mix, Normalize, OrderOption, RandomResizedCrop
-from training.checkpoint import TrainState
-from training.distributed import Board, World
-from training.loop import Forecast, SampleMeter, train_epoch
-from training.model import IMAGENET_MEAN, IMAGENET_STD
-from training.preemption import PREEMPTED, StopRequest
-from training.recipe import read_recipe
+from imagenet_training.checkpoint import TrainState
+from imagenet_training.distributed import Board, World
+from imagenet_training.loop import Forecast, SampleMeter, train_epoch
+from imagenet_training.model import IMAGENET_MEAN, IMAGENET_STD
+from imagenet_training.preemption import PREEMPTED, StopRequest
+from imagenet_training.recipe import read_recipe
 
 ROOT = Path(__file__).parent.parent
 NUM_CLASSES = 4

@@ -16,7 +16,7 @@ from setuptools import build_meta
 
 import ffcv_ops
 import train_imagenet
-from training import recipe as recipe_module
+from imagenet_training import recipe as recipe_module
 
 pytestmark = pytest.mark.slow
 
@@ -75,17 +75,22 @@ def test_the_other_commands_are_there(run):
 
 
 def test_the_doctor_finds_the_training_side(run):
-    code = "import training.doctor; from ffcv_ops import doctor; from importlib.metadata import entry_points as e; "
-    code += "print(training.doctor.__file__, [p.load().__name__ for p in e(group=doctor.ENTRY_POINTS)])"
+    code = "import imagenet_training.doctor_training as t; from imagenet_training import doctor; "
+    code += "from importlib.metadata import entry_points as e; "
+    code += "print(t.__file__, [p.load().__name__ for p in e(group=doctor.ENTRY_POINTS)])"
     said = run(sys.executable, "-c", code)
-    assert said == f"{run.target}/training/doctor.py ['check_training']\n"
+    assert said == f"{run.target}/imagenet_training/doctor_training.py ['check_training']\n"
 
 
 def test_a_wheel_holds_what_runs(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    code = {f"{package}/{path.name}" for package in ("ffcv_ops", "training") for path in (ROOT / package).glob("*.py")}
+    code = {
+        str(path.relative_to(ROOT))
+        for package in ("ffcv_ops", "imagenet_training")
+        for path in (ROOT / package).rglob("*.py")
+    }
     recipes = {str(path.relative_to(ROOT)) for path in ROOT.glob("*_configs/*.yaml")}
-    typed = {"ffcv_ops/py.typed", "training/py.typed"}
+    typed = {"ffcv_ops/py.typed", "imagenet_training/py.typed"}
     expected = code | recipes | typed | {"train_imagenet.py", "write_beton.py"}
     assert {name for name in names if ".dist-info/" not in name} == expected
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from ffcv_ops import jpeg, region
+from ffcv_ops.codec import jpeg, region
 
 if nb.config.DISABLE_JIT:
     pytest.skip("the kernels that call TurboJPEG exist compiled alone", allow_module_level=True)

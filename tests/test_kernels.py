@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 import ffcv_ops
-from ffcv_ops import kernels, rng
+from ffcv_ops import _kernels as kernels
+from ffcv_ops import rng
 
 SCRIPT = """
     import numpy as np
-    from ffcv_ops.crops import draw_boxes_into
+    from ffcv_ops.operations.crops import draw_boxes_into
     ids, boxes = np.arange(3), np.empty((3, 4))
     drawn, sides = (0, 0, ids, np.zeros(3, np.int64)), np.full(3, 500)
     draw_boxes_into(drawn, sides, sides, (0.08, 1.0), (0.75, 1.5), 0.5, boxes, np.empty(3, np.bool_))
@@ -50,7 +51,11 @@ def test_kernels_run_where_nothing_can_be_kept_on_disk():
     script = """
         from numba.core.caching import FunctionCache
         FunctionCache._impl_class._locator_classes = []
-        from ffcv_ops import pillow_ops, region, resample, rng, sigbus
+        from ffcv_ops import rng
+        from ffcv_ops.operations import pillow_ops
+        from ffcv_ops.codec import region
+        from ffcv_ops.operations import resample
+        from ffcv_ops.loading import sigbus
         print(rng.uniform(0, 0, 0, 0, rng.CROP, 0))
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
@@ -60,8 +65,8 @@ def test_kernels_run_where_nothing_can_be_kept_on_disk():
 
 
 def test_the_modules_that_a_kernel_uses_are_found():
-    import ffcv_ops.crops  # noqa: F401
+    import ffcv_ops.operations.crops  # noqa: F401
 
-    used = kernels._used_by("ffcv_ops.crops", set())
+    used = kernels._used_by("ffcv_ops.operations.crops", set())
     assert {f"ffcv_ops.{name}" for name in ("crops", "jpeg", "region", "resample", "rng", "pipeline")} <= used
-    assert "ffcv_ops.loader" not in used and all(name.startswith("ffcv_ops") for name in used)
+    assert "ffcv_ops.loading.loader" not in used and all(name.startswith("ffcv_ops") for name in used)

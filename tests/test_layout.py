@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("ffcv_ops", "training")
+PACKAGES = ("ffcv_ops", "imagenet_training")
 SCRIPTS = {path.stem for folder in (ROOT, ROOT / "launch", ROOT / "benchmarks") for path in folder.glob("*.py")}
 SOURCES = sorted(
     path
@@ -46,24 +47,34 @@ def importers(module: str, *folders: str) -> set[str]:
     }
 
 
-def test_the_packages_know_neither_each_other_nor_a_script() -> None:
-    assert not importers("training", "ffcv_ops")
-    assert not importers("ffcv_ops", "training")
+def test_no_package_knows_a_script() -> None:
     assert {"train_imagenet"} <= SCRIPTS
     for script in SCRIPTS:
         assert not importers(script, *PACKAGES)
 
 
+def test_the_arrows_between_the_rooms() -> None:
+    """The layers of both packages are in pyproject.toml, under ``tool.importlinter``."""
+    linted = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert linted.returncode == 0, linted.stdout
+
+
 @pytest.mark.parametrize(
     ("module", "homes"),
-    [("ctypes", {"ffcv_ops/jpeg.py"}), ("wandb", {"training/logs.py"})],
+    [
+        ("ctypes", {"ffcv_ops/codec/jpeg.py"}),
+        ("ffcv", {"ffcv_ops/_ffcv.py", "benchmarks/loader.py", "benchmarks/learning.py"}),
+        ("wandb", {"imagenet_training/logs.py"}),
+    ],
 )
 def test_a_module_has_one_home(module: str, homes: set[str]) -> None:
     assert importers(module) == homes
 
 
 def test_fastargs_stays_at_the_door() -> None:
-    assert importers("fastargs") <= {"training/recipe.py", "write_beton.py", "train_imagenet.py"}
+    assert importers("fastargs") <= {"imagenet_training/recipe.py", "write_beton.py", "train_imagenet.py"}
 
 
 def declared() -> set[str]:

@@ -27,10 +27,10 @@ from ffcv.traversal_order.base import TraversalOrder
 from PIL import Image
 
 from ffcv_ops import rng
-from ffcv_ops.crops import CenterCrop, RandomResizedCrop
-from ffcv_ops.loader import Loader, OrderOption
-from ffcv_ops.normalize import Label, Normalize
-from ffcv_ops.pipeline import BatchOperation, SampleError
+from ffcv_ops.loading.loader import Loader, OrderOption
+from ffcv_ops.operations.base import BatchOperation, SampleError
+from ffcv_ops.operations.crops import CenterCrop, RandomResizedCrop
+from ffcv_ops.operations.normalize import Label, Normalize
 from tests.betons import photographs, spoil, write_images, write_tables
 
 NUM_SAMPLES = 61
@@ -149,9 +149,9 @@ def test_under_torchrun_batches_depend_on_seed_epoch_and_rank_alone(path, tmp_pa
     """Two ranks, 1, 2 and 4 workers, resumed or not; and a sample looks as it does in a run of one process."""
     script = """
         import hashlib, sys, torch
-        from ffcv_ops.crops import RandomResizedCrop
-        from ffcv_ops.loader import Loader, OrderOption
-        from ffcv_ops.normalize import Label
+        from ffcv_ops.operations.crops import RandomResizedCrop
+        from ffcv_ops.loading.loader import Loader, OrderOption
+        from ffcv_ops.operations.normalize import Label
 
         def sample_digests(order, num_workers, drop_last, skip=0, **distributed):
             pipelines = {"image": [RandomResizedCrop(24)], "label": [Label()]}
@@ -441,9 +441,9 @@ def test_a_mapped_file_cut_during_an_epoch_is_an_error_too(tmp_path):
     script = """
         import os, sys
         from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-        from ffcv_ops.crops import RandomResizedCrop
-        from ffcv_ops.loader import Loader
-        from ffcv_ops.normalize import Label
+        from ffcv_ops.operations.crops import RandomResizedCrop
+        from ffcv_ops.loading.loader import Loader
+        from ffcv_ops.operations.normalize import Label
 
         for path, decoder in zip(sys.argv[1:], (RandomResizedCrop(16), SimpleRGBImageDecoder()), strict=True):
             loader = Loader(path, 2, 2, True, on_error="skip", pipelines={"image": [decoder], "label": [Label()]})
@@ -704,8 +704,8 @@ def test_the_interpreter_exits_without_a_word(path):
         import sys
         from ffcv.fields.rgb_image import SimpleRGBImageDecoder
         from ffcv.transforms import ToTensor
-        from ffcv_ops.crops import CenterCrop
-        from ffcv_ops.loader import Loader
+        from ffcv_ops.operations.crops import CenterCrop
+        from ffcv_ops.loading.loader import Loader
         # FFCV's decoder is compiled with the loader's way of reading: that is where numba's words at exit come from.
         for os_cache in (True, False):
             pipelines = {"image": [SimpleRGBImageDecoder(), ToTensor()], "label": None}
@@ -731,7 +731,7 @@ def test_a_missing_setuptools_is_named():
                     raise ModuleNotFoundError(name)
         # setuptools' own finder provides distutils without being asked
         sys.meta_path = [Without(), *(f for f in sys.meta_path if type(f).__name__ != "DistutilsMetaFinder")]
-        import ffcv_ops.pipeline
+        import ffcv_ops.operations.base
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
     assert "ImportError: ffcv imports distutils" in done.stderr and "pip install setuptools" in done.stderr

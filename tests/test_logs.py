@@ -12,7 +12,7 @@ import cv2
 import pytest
 from terminals import run_on_terminal, screen
 
-from training.logs import RunLog, draw_curve, pace
+from imagenet_training.logs import RunLog, draw_curve, pace
 
 COURSES = {"train/acc1": {10: 35.0, 25: 55.0}, "val/acc1": {10: 30.0, 25: 60.0, 50: 65.0}}
 
@@ -64,7 +64,7 @@ def test_a_full_disk_leaves_the_record_of_every_epoch_whole(tmp_path):
 SPEAKER = textwrap.dedent("""
     import pathlib, sys
     from types import SimpleNamespace
-    from training.logs import RunLog
+    from imagenet_training.logs import RunLog
 
     log = RunLog(pathlib.Path(sys.argv[1]), is_main=True)
     log.say("before")

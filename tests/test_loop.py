@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.checkpoint import TrainState
-from training.distributed import World
-from training.logs import RunLog
-from training.loop import (
+from imagenet_training.checkpoint import TrainState
+from imagenet_training.distributed import World
+from imagenet_training.logs import RunLog
+from imagenet_training.loop import (
     Clock,
     FiniteCheck,
     Forecast,
@@ -24,8 +24,8 @@ from training.loop import (
     metrics,
     train_epoch,
 )
-from training.loss import soft_target_cross_entropy
-from training.optim import build_optimizer
+from imagenet_training.loss import soft_target_cross_entropy
+from imagenet_training.optim import build_optimizer
 
 WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 

@@ -5,7 +5,7 @@ import timm.loss
 import torch
 import torch.nn.functional as F
 
-from training.loss import build_loss
+from imagenet_training.loss import build_loss
 
 LOGITS = torch.linspace(-3, 4, 24).reshape(4, 6).roll(2, 1)
 LABELS = torch.tensor([0, 5, 5, 2])

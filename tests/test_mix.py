@@ -9,12 +9,12 @@ from ffcv.transforms import ToTensor
 from scipy import stats
 from sklearn.datasets import load_sample_images
 
-from ffcv_ops.crops import CenterCrop
-from ffcv_ops.loader import Loader, OrderOption
-from ffcv_ops.mix import Mix, Plan, cut_boxes, dense_targets_into, draw_plan, mix_pairs, mix_tensor
-from ffcv_ops.normalize import Label, Normalize
-from ffcv_ops.pipeline import Batch, WorkerPool
-from ffcv_ops.rand_augment import RandAugment, RandomErasing
+from ffcv_ops.loading.loader import Loader, OrderOption
+from ffcv_ops.operations.base import Batch, WorkerPool
+from ffcv_ops.operations.crops import CenterCrop
+from ffcv_ops.operations.mix import Mix, Plan, cut_boxes, dense_targets_into, draw_plan, mix_pairs, mix_tensor
+from ffcv_ops.operations.normalize import Label, Normalize
+from ffcv_ops.operations.rand_augment import RandAugment, RandomErasing
 from tests.betons import photographs as photographs_of
 from tests.betons import write_images
 from tests.reference import mixed_images, mixed_targets

@@ -9,8 +9,15 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from training.checkpoint import unwrapped
-from training.model import BlurPoolConv2d, build_model, compiled, find_library, gains_from_compilation, model_size
+from imagenet_training.checkpoint import unwrapped
+from imagenet_training.model import (
+    BlurPoolConv2d,
+    build_model,
+    compiled,
+    find_library,
+    gains_from_compilation,
+    model_size,
+)
 
 IMAGES = torch.linspace(-2, 2, 2 * 3 * 64 * 64).reshape(2, 3, 64, 64)
 

@@ -5,8 +5,8 @@ import torchvision.transforms.functional
 from ffcv.pipeline.state import State
 from sklearn.datasets import load_sample_images
 
-from ffcv_ops.normalize import Label, Normalize
-from ffcv_ops.pipeline import Batch, WorkerPool
+from ffcv_ops.operations.base import Batch, WorkerPool
+from ffcv_ops.operations.normalize import Label, Normalize
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]) * 255, np.array([0.229, 0.224, 0.225]) * 255
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

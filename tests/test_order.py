@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.data.distributed_sampler import RepeatAugSampler
 
-from ffcv_ops.order import quasi_random_order, random_order, repeated_order, sample_pages, sequential_order
+from ffcv_ops.loading.order import quasi_random_order, random_order, repeated_order, sample_pages, sequential_order
 
 topologies = st.tuples(
     st.integers(0, 400),  # samples

@@ -11,7 +11,7 @@ from timm.data import auto_augment
 from torchvision.transforms import autoaugment
 from torchvision.transforms import functional as tv
 
-from ffcv_ops import pillow_ops
+from ffcv_ops.operations import pillow_ops
 from tests.betons import PHOTOGRAPHS
 
 FILL = np.array([124, 116, 104], dtype=np.uint8)
@@ -116,7 +116,7 @@ def test_without_compilation(tmp_path):
     code = """
 import pathlib, sys
 import numpy as np
-from ffcv_ops import pillow_ops
+from ffcv_ops.operations import pillow_ops
 for path in pathlib.Path(sys.argv[1]).glob("*.npz"):
     case = dict(np.load(path))
     changed = case["image"].copy()

@@ -13,10 +13,11 @@ import numba as nb
 import numpy as np
 import pytest
 
-from ffcv_ops import control_groups, memory
-from ffcv_ops.beton import read_beton
-from ffcv_ops.memory import MappedFile, PagedFile, Regions, available_bytes, paged_reader, plan_pages
-from ffcv_ops.pipeline import Batch, SampleError, WorkerPool, take
+from ffcv_ops import cgroups as control_groups
+from ffcv_ops.beton.layout import read_beton
+from ffcv_ops.loading import storage as memory
+from ffcv_ops.loading.storage import MappedFile, PagedFile, Regions, available_bytes, paged_reader, plan_pages
+from ffcv_ops.operations.base import Batch, SampleError, WorkerPool, take
 from tests.betons import PAGE_SIZE, jpeg_bytes, photographs, write_images
 
 
@@ -65,7 +66,7 @@ def test_take_refuses_other_counters():
 def test_the_interpreted_kernel_takes_every_position_once():
     code = f"""
 import numpy as np
-from ffcv_ops.pipeline import WorkerPool, take
+from ffcv_ops.operations.base import WorkerPool, take
 {inspect.getsource(count_into.py_func).replace("@nb.njit(nogil=True)", "")}
 with WorkerPool(3) as pool:
     counts, by_whom = np.zeros(1000, np.int64), np.zeros(1000, np.int64)

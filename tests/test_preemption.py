@@ -17,8 +17,8 @@ import torch
 from betons import write_digits
 
 from ffcv_ops import read_beton
-from ffcv_ops.order import random_order
-from training.recipe import keep_global_batch, read_recipe
+from ffcv_ops.loading.order import random_order
+from imagenet_training.recipe import keep_global_batch, read_recipe
 
 pytestmark = pytest.mark.slow
 

@@ -11,9 +11,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import RandomErasing as TorchvisionErasing
 from torchvision.transforms import TrivialAugmentWide as TorchvisionTrivial
 
-from ffcv_ops import pillow_ops, rand_augment
-from ffcv_ops.pipeline import Batch, WorkerPool
-from ffcv_ops.rand_augment import RandAugment, RandomErasing, TrivialAugmentWide, read_rand_augment
+from ffcv_ops.operations import pillow_ops, rand_augment
+from ffcv_ops.operations.base import Batch, WorkerPool
+from ffcv_ops.operations.rand_augment import RandAugment, RandomErasing, TrivialAugmentWide, read_rand_augment
 from tests.betons import photographs
 
 RSB = "rand-m7-mstd0.5-inc1"

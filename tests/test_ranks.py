@@ -20,10 +20,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from ffcv_ops import ranks
-from ffcv_ops.processes import num_cpus
-from ffcv_ops.verify import verify
-from ffcv_ops.writer import WriteSettings, write
+from ffcv_ops.beton.verify import verify
+from ffcv_ops.workers import ranks
+from ffcv_ops.workers.processes import num_cpus
+from ffcv_ops.writing.writer import WriteSettings, write
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = WriteSettings(mode="raw", max_side=200, page_size=1 << 21)
@@ -156,7 +156,9 @@ def other_rank(monkeypatch):
     started = []
 
     def start(versions):
-        program = f"from ffcv_ops.ranks import lend_workers\nraise SystemExit(lend_workers(1, lambda: {versions}))"
+        program = (
+            f"from ffcv_ops.workers.ranks import lend_workers\nraise SystemExit(lend_workers(1, lambda: {versions}))"
+        )
         environment = os.environ | world | {"RANK": "1", "PYTHONPATH": str(ROOT)}
         started.append(subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE))
         return started[-1]

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from fastargs import validation
 
-from training.recipe import (
+from imagenet_training.recipe import (
     FLAGS,
     RECIPE,
     courses,
@@ -32,7 +32,7 @@ from training.recipe import (
     show,
     summary,
 )
-from training.schedule import build_schedule
+from imagenet_training.schedule import build_schedule
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(ROOT.glob("rn*_configs/*.yaml"))
@@ -277,7 +277,8 @@ def test_settings_are_plain_data(write):
 
 
 def test_import_is_light():
-    code = "import sys, training.recipe; print([name for name in ('torch', 'numba', 'numpy') if name in sys.modules])"
+    code = "import sys, imagenet_training.recipe\n"
+    code += "print([name for name in ('torch', 'numba', 'numpy') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -513,7 +514,7 @@ def test_did_you_mean():
 
 
 def test_a_script_ends_with_status_2_and_one_message():
-    code = "import sys; from training.recipe import read_recipe; read_recipe(sys.argv[1:])"
+    code = "import sys; from imagenet_training.recipe import read_recipe; read_recipe(sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", code, "--epoch=1"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: command line: unknown setting --epoch; did you mean --epochs or --training.epochs?\n"

@@ -11,11 +11,11 @@ import pytest
 from betons import photographs
 from browsers import PageReader, needs_chromium, screenshot
 
-from training import page
-from training.compare import main, read_runs
-from training.page import Series, line_chart
-from training.predictions import ClassResult, Predictions
-from training.report import write_report
+from imagenet_training import page
+from imagenet_training.compare import main, read_runs
+from imagenet_training.page import Series, line_chart
+from imagenet_training.predictions import ClassResult, Predictions
+from imagenet_training.report import write_report
 
 HOSTILE = '</title><script>document.title="x"</script><img src=x onerror=alert(1)>"\'&'
 FACTS = {
@@ -145,7 +145,7 @@ def runs(tmp_path):
 
 def test_runs_are_compared(runs, tmp_path):
     out = tmp_path / "out.html"
-    command = [sys.executable, "-m", "training.compare", *runs, "--out", out]
+    command = [sys.executable, "-m", "imagenet_training.compare", *runs, "--out", out]
     root = Path(__file__).parents[1]
     process = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert process.returncode == 0 and process.stderr == ""

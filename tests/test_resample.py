@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from ffcv_ops.resample import (
+from ffcv_ops.operations.resample import (
     BICUBIC,
     BILINEAR,
     INTERPOLATIONS,
@@ -208,7 +208,7 @@ def test_without_jit_the_bytes_are_the_same():
     script = textwrap.dedent("""
         import sys
         import numpy as np
-        from ffcv_ops.resample import *
+        from ffcv_ops.operations.resample import *
         noise = np.random.default_rng(0).integers(0, 256, (37, 41, 3), dtype=np.uint8)
         workspace = np.empty(workspace_bytes(37, 41, 24), np.uint8)
         planes = [np.ascontiguousarray(noise[..., channel]) for channel in range(3)]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from training.recipe import plan, read_recipe
-from training.schedule import build_schedule
+from imagenet_training.recipe import plan, read_recipe
+from imagenet_training.schedule import build_schedule
 
 NUM_TRAIN = 1280  # ten steps of 128
 

@@ -14,11 +14,11 @@ import yaml
 from betons import PHOTOGRAPHS, photographs, write_images
 from PIL import EpsImagePlugin, Image
 
-from ffcv_ops import jpeg, region
-from ffcv_ops.folder import load_image, scan
-from training.checkpoint import FORMAT, read_checkpoint
-from training.model import find_library
-from training.recipe import read_recipe
+from ffcv_ops.codec import jpeg, region
+from ffcv_ops.sources.folder import load_image, scan
+from imagenet_training.checkpoint import FORMAT, read_checkpoint
+from imagenet_training.model import find_library
+from imagenet_training.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 

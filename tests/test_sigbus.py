@@ -11,7 +11,7 @@ import pytest
 SCRIPT = """
     import mmap, os, sys
     import numpy as np
-    from ffcv_ops import sigbus
+    from ffcv_ops.loading import sigbus
 
     path, which = sys.argv[1:]
     with open(path, "rb") as file:

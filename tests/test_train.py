@@ -27,9 +27,9 @@ from terminals import run_on_terminal, screen
 from wandb.proto import wandb_internal_pb2
 
 import train_imagenet
-from training.model import IMAGENET_MEAN, IMAGENET_STD
-from training.predictions import Predictions
-from training.report import NUM_MISTAKES_SHOWN
+from imagenet_training.model import IMAGENET_MEAN, IMAGENET_STD
+from imagenet_training.predictions import Predictions
+from imagenet_training.report import NUM_MISTAKES_SHOWN
 
 pytestmark = pytest.mark.slow
 
@@ -310,8 +310,8 @@ def test_two_processes_agree_and_count_each_validation_sample_once(recipe, tmp_p
         import torch
         import torch.distributed as dist
         import train_imagenet
-        from training.checkpoint import unwrapped
-        from training.recipe import read_recipe
+        from imagenet_training.checkpoint import unwrapped
+        from imagenet_training.recipe import read_recipe
 
         recipe = read_recipe(sys.argv[1:])
         run = train_imagenet.Run(recipe, train_imagenet.join(recipe))

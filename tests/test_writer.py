@@ -22,12 +22,13 @@ from sklearn.datasets import load_sample_images
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 
-from ffcv_ops import folder as folders
-from ffcv_ops import journal, jpeg, writer
-from ffcv_ops.beton import manifest_path, read_beton
-from ffcv_ops.jpeg import decode
-from ffcv_ops.verify import verify
-from ffcv_ops.writer import BadImage, WriteError, WriteSettings, write
+from ffcv_ops.beton.layout import manifest_path, read_beton
+from ffcv_ops.beton.verify import verify
+from ffcv_ops.codec import jpeg
+from ffcv_ops.codec.jpeg import decode
+from ffcv_ops.sources import folder as folders
+from ffcv_ops.writing import journal, writer
+from ffcv_ops.writing.writer import BadImage, WriteError, WriteSettings, write
 
 PAGE_SIZE = 1 << 21
 PHOTOGRAPHS = load_sample_images().images

@@ -1,0 +1,1 @@
+"""The ``.beton`` file: layout, reading, checks, manifest."""

@@ -1,0 +1,1 @@
+"""JPEG bytes to planes and pixels, and back."""

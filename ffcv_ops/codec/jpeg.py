@@ -1,0 +1,287 @@
+"""JPEG: encoding with restart segments and their index, and the one boundary to TurboJPEG.
+
+A file written by `encode` is an ordinary baseline JPEG. A restart marker every *k* MCUs, *k* dividing the MCUs of a
+row, makes every *k* MCUs decodable on their own, and an APP10 segment behind SOI says where each row of MCUs begins. A
+reader that knows both decodes a crop for what the crop covers; all others skip the one and expect the other.
+``docs/BETON_FORMAT.md`` has the bytes.
+"""
+
+import ctypes
+import ctypes.util
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+INDEX_MARKER = 0xEA
+INDEX_NAME = b"ffcvrow\0"
+# To be counted up with every change of the bytes that `encode` makes of an image.
+ENCODER = 2
+MCU_PX = 16
+MAX_SIDE_PX = 65500
+_SEGMENT_MCUS = 2
+_SEGMENT_BYTES = 160
+_TJPF_RGB = 0
+
+
+def encode(image: np.ndarray, quality: int = 90) -> np.ndarray:
+    """Encode an image as a baseline 4:2:0 JPEG with restart segments and their index.
+
+    Parameters
+    ----------
+    image : ndarray of uint8, shape (H, W, 3)
+        RGB, 1 to `MAX_SIDE_PX` px a side.
+    quality : int
+        1 to 100, as libjpeg counts it.
+
+    Returns
+    -------
+    ndarray of uint8, shape (size_bytes,)
+        A function of the image, the quality and `ENCODER` alone.
+
+    Raises
+    ------
+    ValueError
+        If the image is not uint8 (H, W, 3) or too large, or the quality is not from 1 to 100.
+    """
+    from ffcv_ops.codec import encoder  # here, so that who only decodes does not compile it
+
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"a JPEG is made of uint8 pixels (H, W, 3), got {image.dtype} {image.shape}")
+    height, width = image.shape[:2]
+    if max(height, width) > MAX_SIDE_PX:
+        raise ValueError(f"a JPEG has at most {MAX_SIDE_PX} px a side, got {height} x {width}")
+    if not 1 <= quality <= 100:
+        raise ValueError(f"quality must be 1 to 100, not {quality}")
+    tables, divisors = encoder.quantisation(int(quality))
+    dc, ends, tokens, counts = encoder.tokenise(np.ascontiguousarray(image), divisors)
+    mcus_per_row = -(-width // MCU_PX)
+    interval = restart_interval(mcus_per_row, _SEGMENT_MCUS)
+    huffman, codes, num_bits = encoder.build_codes(dc, interval, counts)
+    # A segment costs about three bytes more than its data. Where there is little data, as in the sky, longer segments
+    # keep the file as small as one without.
+    num_segments = mcus_per_row // interval * -(-height // MCU_PX)
+    coarser = restart_interval(mcus_per_row, interval * _SEGMENT_BYTES * num_segments / (num_bits / 8))
+    if coarser > interval:
+        interval = coarser
+        huffman, codes, num_bits = encoder.build_codes(dc, interval, counts)
+    scan, starts = encoder.write_scan(dc, ends, tokens, interval, codes, num_bits)
+    header = _header(height, width, tables.tobytes(), huffman.tobytes(), interval)
+    rows = starts[:: mcus_per_row // interval]
+    index_start = 2 + 4 + len(INDEX_NAME)
+    offsets = rows + (index_start + 4 * rows.size + len(header))
+    index = _segment(INDEX_MARKER, INDEX_NAME + offsets.astype(">u4").tobytes())
+    return np.concatenate((np.frombuffer(b"\xff\xd8" + index + header, np.uint8), scan))
+
+
+def _header(height: int, width: int, tables: bytes, huffman: bytes, interval: int) -> bytes:
+    """From APP0 to SOS, as libjpeg writes it."""
+    segments = [_segment(0xE0, b"JFIF\0\1\1\0\0\1\0\1\0\0")]
+    segments += [_segment(0xDB, bytes([number]) + tables[64 * number : 64 * number + 64]) for number in range(2)]
+    # Eight bits; three components: number, sampling factors, quantisation table.
+    size = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    segments.append(_segment(0xC0, b"\x08" + size + b"\3\1\x22\0\2\x11\1\3\x11\1"))
+    size_bytes = len(huffman) // 4
+    for number, name in ((0, 0x00), (2, 0x10), (1, 0x01), (3, 0x11)):
+        table = huffman[number * size_bytes : (number + 1) * size_bytes]
+        segments.append(_segment(0xC4, bytes([name]) + table[: 16 + sum(table[:16])]))
+    segments.append(_segment(0xDD, interval.to_bytes(2, "big")))
+    # Three components: number, Huffman tables; all coefficients, whole.
+    segments.append(_segment(0xDA, b"\3\1\0\2\x11\3\x11\0\x3f\0"))
+    return b"".join(segments)
+
+
+def _segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + (2 + len(content)).to_bytes(2, "big") + content
+
+
+def restart_interval(mcus_per_row: int, wanted: float) -> int:
+    """MCUs between restart markers: the divisor of `mcus_per_row` whose ratio to `wanted` is nearest 1."""
+    return min(_divisors(mcus_per_row), key=lambda k: max(k / wanted, wanted / k))
+
+
+@lru_cache
+def _divisors(number: int) -> list[int]:
+    return [k for k in range(1, number + 1) if number % k == 0]
+
+
+def index_bytes(jpeg: np.ndarray) -> int:
+    """Size in bytes of a JPEG's index of restart segments, its marker included; 0 where it has none."""
+    if bytes(jpeg[2:4]) != bytes([0xFF, INDEX_MARKER]) or bytes(jpeg[6 : 6 + len(INDEX_NAME)]) != INDEX_NAME:
+        return 0
+    return 2 + int.from_bytes(bytes(jpeg[4:6]), "big")
+
+
+def scan_start(jpeg: np.ndarray) -> tuple[int, int]:
+    """The offset of the first entropy-coded byte, and the restart interval in MCUs, 0 for none.
+
+    Raises
+    ------
+    IndexError
+        Where the JPEG ends before.
+    """
+    position, interval = 2, 0
+    while True:
+        marker, length = jpeg[position + 1], int.from_bytes(jpeg[position + 2 : position + 4].tobytes(), "big")
+        if marker == 0xDD:
+            interval = int.from_bytes(jpeg[position + 4 : position + 6].tobytes(), "big")
+        position += 2 + length
+        if marker == 0xDA:
+            return position, interval
+
+
+def decode(jpeg: np.ndarray, *, max_pixels: int | None = None) -> np.ndarray:
+    """Decode a whole JPEG, whoever wrote it.
+
+    Parameters
+    ----------
+    jpeg : ndarray of uint8, shape (size_bytes,)
+    max_pixels : int, optional
+        Decode no image that claims to have more.
+
+    Returns
+    -------
+    ndarray of uint8, shape (H, W, 3)
+        RGB, as TurboJPEG decodes it with the accurate DCT.
+
+    Raises
+    ------
+    ValueError
+        With TurboJPEG's message, if it reports an error or a warning; or for an image of too many pixels.
+    """
+    return _decode(jpeg, 8, max_pixels)[0]
+
+
+def check(jpeg: np.ndarray) -> tuple[int, int]:
+    """Read a whole JPEG, whoever wrote it, for its damages, in less time than `decode` takes.
+
+    Parameters
+    ----------
+    jpeg : ndarray of uint8, shape (size_bytes,)
+
+    Returns
+    -------
+    tuple of two int
+        Height and width in px.
+
+    Raises
+    ------
+    ValueError
+        With TurboJPEG's message, if it reports an error or a warning.
+    """
+    # TurboJPEG warns of headers and of entropy-coded data, and reads all of these at an eighth of the size too.
+    return _decode(jpeg, 1)[1]
+
+
+def _decode(jpeg: np.ndarray, eighths: int, max_pixels: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
+    """The pixels at a scale, and the height and width at full scale."""
+    library = turbojpeg()
+    jpeg = np.ascontiguousarray(jpeg, dtype=np.uint8)
+    handle = open_decompressor()
+    try:
+        height, width, subsampling, colourspace = (ctypes.c_int() for _ in range(4))
+        found = map(ctypes.byref, (width, height, subsampling, colourspace))
+        if library.tjDecompressHeader3(handle, jpeg.ctypes.data, jpeg.size, *found):
+            if hasattr(library, "tj3DecompressHeader"):
+                # TurboJPEG 3's older function says of all bad headers that they lack a subsampling; this one says why.
+                library.tj3DecompressHeader(handle, jpeg.ctypes.data, jpeg.size)
+            raise ValueError(_last_error(handle))
+        if max_pixels is not None and height.value * width.value > max_pixels:
+            raise ValueError(f"{width.value} x {height.value} px are more than {max_pixels} px")
+        image = np.empty((-(-height.value * eighths // 8), -(-width.value * eighths // 8), 3), np.uint8)
+        size = image.shape[1], 0, image.shape[0]
+        if library.tjDecompress2(handle, jpeg.ctypes.data, jpeg.size, image.ctypes.data, *size, _TJPF_RGB, 0):
+            raise ValueError(_last_error(handle))
+        return image, (height.value, width.value)
+    finally:
+        close_decompressor(handle)
+
+
+def open_decompressor() -> int:
+    """A TurboJPEG handle for decompression, for one thread at a time, to be closed with `close_decompressor`."""
+    handle = turbojpeg().tjInitDecompress()
+    if not handle:
+        raise MemoryError(f"TurboJPEG gives no decompressor: {_last_error(None)}")
+    return handle
+
+
+def close_decompressor(handle: int) -> None:
+    """Free a handle of `open_decompressor`."""
+    turbojpeg().tjDestroy(handle)
+
+
+def _last_error(handle: int | None) -> str:
+    return f"TurboJPEG: {turbojpeg().tjGetErrorStr2(handle).decode(errors='replace')}"
+
+
+def function_addresses() -> dict[str, int]:
+    """The addresses of the TurboJPEG functions that compiled kernels call, by name."""
+    names = ("tjInitDecompress", "tjDestroy", "tjDecompressHeader3", "tjDecompressToYUVPlanes", "tjDecompress2")
+    return {name: ctypes.cast(getattr(turbojpeg(), name), ctypes.c_void_p).value or 0 for name in names}
+
+
+@lru_cache(maxsize=1)
+def turbojpeg() -> ctypes.CDLL:
+    """TurboJPEG's library, 2.1 or later, loaded once.
+
+    Returns
+    -------
+    ctypes.CDLL
+        From the path in the environment variable ``TURBOJPEG`` where it is set; else the copy packed with ffcv, a conda
+        environment's, the system's.
+
+    Raises
+    ------
+    ImportError
+        If there is none, with the places tried and what to do.
+    """
+    tried = []
+    for path in _library_paths():
+        try:
+            library = ctypes.CDLL(path)
+            _declare(library)
+            return library
+        except (OSError, AttributeError) as error:
+            tried.append(f"  {path}: {error}")
+    raise ImportError(
+        "TurboJPEG 2.1 or later was not found. Install it (Debian, Ubuntu: apt install libturbojpeg0-dev; conda: conda "
+        "install libjpeg-turbo) or set TURBOJPEG to the library's path. Tried:\n" + "\n".join(tried)
+    )
+
+
+def _library_paths() -> Iterator[str]:
+    if os.environ.get("TURBOJPEG"):
+        yield os.environ["TURBOJPEG"]
+        return
+    ffcv = importlib.util.find_spec("ffcv")
+    if ffcv is not None and ffcv.origin:
+        yield from map(str, sorted(Path(ffcv.origin).parents[1].glob("ffcv.libs/libturbojpeg-*.so*")))
+    name = "libturbojpeg.dylib" if sys.platform == "darwin" else "libturbojpeg.so.0"
+    for prefix in filter(None, (os.environ.get("CONDA_PREFIX"), sys.prefix)):
+        if (Path(prefix) / "lib" / name).exists():
+            yield str(Path(prefix) / "lib" / name)
+    yield name
+    found = ctypes.util.find_library("turbojpeg")
+    if found:
+        yield found
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_ulong
+    signatures = {
+        "tjInitDecompress": (pointer, []),
+        "tjDestroy": (integer, [pointer]),
+        "tjGetErrorStr2": (ctypes.c_char_p, [pointer]),
+        "tjDecompressHeader3": (integer, [pointer, pointer, size, pointer, pointer, pointer, pointer]),
+        "tjDecompress2": (integer, [pointer, pointer, size, pointer, integer, integer, integer, integer, integer]),
+        "tjDecompressToYUVPlanes": (integer, [pointer, pointer, size, pointer, integer, pointer, integer, integer]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    if hasattr(library, "tj3DecompressHeader"):
+        library.tj3DecompressHeader.argtypes = [pointer, pointer, ctypes.c_size_t]

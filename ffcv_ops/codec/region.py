@@ -1,0 +1,308 @@
+"""Region decode: of a JPEG, the part that a crop covers, as planes.
+
+`ffcv_ops.codec.jpeg.encode` cuts the entropy-coded data into restart segments, each a strip of one MCU row, and notes
+where each row begins. `splice_into` copies the segments under a crop behind a header that tells their extent: a smaller
+JPEG, which TurboJPEG decodes to what a full decode holds there, bit for bit. Any other JPEG is decoded whole.
+
+The kernels read files by address and call TurboJPEG themselves. Numba can keep them in its cache on disk because they
+name TurboJPEG's functions by symbols, whose addresses are registered each time this module is imported.
+"""
+
+from collections import namedtuple
+from typing import Any
+
+import llvmlite.binding as llvm
+import numba as nb
+import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
+
+from ffcv_ops._kernels import kernel
+from ffcv_ops.codec import jpeg
+
+for _name, _entry in jpeg.function_addresses().items():
+    llvm.add_symbol(f"ffcv_ops_{_name}", _entry)
+
+
+def _external(symbol: str, result: str, arguments: str) -> Any:
+    """A C function for kernels to call, its result and arguments given by their bytes: 8 for pointers, 4 for int."""
+    types: dict[str, Any] = {"4": nb.types.int32, "8": nb.types.int64}
+    return nb.types.ExternalFunction(symbol, types[result](*(types[argument] for argument in arguments)))
+
+
+_open_decompressor = _external("ffcv_ops_tjInitDecompress", "8", "")
+_close_decompressor = _external("ffcv_ops_tjDestroy", "4", "8")
+_decompress_header = _external("ffcv_ops_tjDecompressHeader3", "4", "8888888")
+_decompress_to_planes = _external("ffcv_ops_tjDecompressToYUVPlanes", "4", "88884844")
+_decompress_to_rgb = _external("ffcv_ops_tjDecompress2", "4", "888844444")
+_memcpy = _external("memcpy", "8", "888")
+_memchr = _external("memchr", "8", "848")
+
+OK = 0
+BAD_JPEG = 1
+WRONG_SIZE = 2
+
+_MCU_PX = jpeg.MCU_PX
+_INDEX_MARKER = jpeg.INDEX_MARKER
+_INDEX_NAME = tuple(jpeg.INDEX_NAME)
+_ROWS_OFFSET = 6 + len(_INDEX_NAME)
+GRAY = 0
+RGB = -1
+_TJPF_RGB = 0
+_TJCS_YCBCR = 1
+_TJCS_GRAY = 2
+# Chroma samples are 1/v of luma's down and 1/h of luma's across, by TurboJPEG's number of the subsampling: 4:4:4,
+# 4:2:2, 4:2:0, gray, 4:4:0, 4:1:1, 4:4:1.
+_CHROMA_V = (1, 1, 2, GRAY, 2, 1, 4)
+_CHROMA_H = (1, 2, 2, GRAY, 1, 4, 1)
+_SUBSAMPLING_420 = 2
+
+Layout = namedtuple("Layout", "height width frame interval scan")
+Layout.__doc__ = """Where things are in a JPEG: height and width in px, the offset of the height's two bytes in its
+frame header, the restart interval in MCUs, the offset of the entropy-coded data; all 0 in `NOT_INDEXED`."""
+NOT_INDEXED = Layout(0, 0, 0, 0, 0)
+
+Planes = namedtuple("Planes", "status top left height width v h")
+Planes.__doc__ = """What `decode_planes_into` has written: a status; the place of the decoded region in the image in px;
+the size of its luma plane; by what chroma's height and width are smaller, or `GRAY` or `RGB` twice."""
+
+
+@intrinsic
+def _pointer(typing_context, address) -> Any:
+    def codegen(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return nb.types.CPointer(nb.types.uint8)(nb.types.int64), codegen
+
+
+@kernel
+def memory(address, size_bytes):
+    """The bytes at an address as an array (size_bytes,) of uint8, which must not outlive them."""
+    return nb.carray(_pointer(np.int64(address)), (np.int64(size_bytes),), np.uint8)  # type: ignore[call-arg]
+
+
+@kernel
+def _address(array):
+    return np.int64(array.ctypes.data)
+
+
+@kernel
+def _read_u2(data, offset):
+    return np.int64(data[offset]) << 8 | np.int64(data[offset + 1])
+
+
+@kernel
+def _read_u4(data, offset):
+    return _read_u2(data, offset) << 16 | _read_u2(data, offset + 2)
+
+
+@kernel
+def _write_u2(data, offset, value):
+    data[offset] = value >> 8
+    data[offset + 1] = value & 0xFF
+
+
+@kernel
+def read_layout(data):
+    """Where things are in a JPEG with restart segments and their index.
+
+    Parameters
+    ----------
+    data : ndarray of uint8, shape (size_bytes,)
+
+    Returns
+    -------
+    Layout
+        `NOT_INDEXED` for a JPEG that does not begin with an index, is not baseline 4:2:0, or contradicts its index.
+    """
+    if not _has_index(data):
+        return NOT_INDEXED
+    position, frame, interval = 2, 0, 0
+    while position + 6 <= data.size and data[position] == 0xFF and data[position + 1] != 0xDA:
+        if data[position + 1] == 0xC0:
+            frame = position + 5
+        elif data[position + 1] == 0xDD:
+            interval = _read_u2(data, position + 4)
+        position += 2 + _read_u2(data, position + 2)
+    if position + 6 > data.size or data[position] != 0xFF or interval == 0 or not _is_420(data, frame):
+        return NOT_INDEXED
+    height, width = _read_u2(data, frame), _read_u2(data, frame + 2)
+    num_rows = -(-height // _MCU_PX)
+    if _read_u2(data, 4) != _ROWS_OFFSET - 4 + 4 * (num_rows + 1) or -(-width // _MCU_PX) % interval != 0:
+        return NOT_INDEXED
+    return Layout(height, width, frame, interval, position + 2 + _read_u2(data, position + 2))
+
+
+@kernel
+def _has_index(data):
+    if data.size < _ROWS_OFFSET or data[2] != 0xFF or data[3] != _INDEX_MARKER:
+        return False
+    for i in range(len(_INDEX_NAME)):
+        if data[_ROWS_OFFSET - len(_INDEX_NAME) + i] != _INDEX_NAME[i]:
+            return False
+    return True
+
+
+@kernel
+def _is_420(data, frame):
+    if frame == 0 or frame + 14 > data.size or data[frame + 4] != 3:
+        return False
+    return data[frame + 6] == 0x22 and data[frame + 9] == 0x11 and data[frame + 12] == 0x11
+
+
+@kernel
+def splice_into(data, layout, rows, segments, out):
+    """Write the JPEG of some restart segments of another.
+
+    Parameters
+    ----------
+    data : ndarray of uint8, shape (size_bytes,)
+        A JPEG with restart segments and their index.
+    layout : Layout
+        Its layout, from `read_layout`.
+    rows, segments : tuple of two int
+        First and last + 1 of the MCU rows, and of the segments in each.
+    out : ndarray of uint8, shape (at least size_bytes,)
+
+    Returns
+    -------
+    int
+        Number of bytes written; 0 where a row or a marker is not where it should be.
+    """
+    segment_px = layout.interval * _MCU_PX
+    segments_per_row = -(-layout.width // segment_px)
+    source, target = _address(data), _address(out)
+    header = 4 + _read_u2(data, 4)
+    if not header < layout.scan <= data.size:
+        return 0
+    out[0], out[1] = 0xFF, 0xD8
+    _memcpy(target + 2, source + header, layout.scan - header)
+    length = 2 + layout.scan - header
+    frame = 2 + layout.frame - header
+    _write_u2(out, frame, min(layout.height, rows[1] * _MCU_PX) - rows[0] * _MCU_PX)
+    _write_u2(out, frame + 2, min(layout.width, segments[1] * segment_px) - segments[0] * segment_px)
+    num_written = 0
+    for row in range(rows[0], rows[1]):
+        position = _read_u4(data, _ROWS_OFFSET + 4 * row)
+        stop = _read_u4(data, _ROWS_OFFSET + 4 * row + 4)
+        if not layout.scan <= position <= stop or stop + 2 > data.size or (row == 0) != (position == layout.scan):
+            return 0
+        if row > 0 and (data[position - 2] != 0xFF or data[position - 1] != 0xD0 + (row * segments_per_row - 1) % 8):
+            return 0
+        for segment in range(segments[1]):
+            start = position
+            position = _next_marker(data, position, stop)
+            is_last = row * _MCU_PX + _MCU_PX >= layout.height and segment + 1 == segments_per_row
+            expected = 0xD9 if is_last else 0xD0 + (row * segments_per_row + segment) % 8
+            if position < 0 or data[position + 1] != expected or length + position - start + 2 > out.size:
+                return 0
+            if segment >= segments[0]:
+                _memcpy(target + length, source + start, position - start)
+                length += position - start + 2
+                out[length - 2], out[length - 1] = 0xFF, 0xD0 + num_written % 8
+                num_written += 1
+            position += 2
+    out[length - 1] = 0xD9
+    return length
+
+
+@kernel
+def _next_marker(data, position, stop):
+    """The offset of the first marker that begins in [position, stop], -1 if there is none."""
+    while position <= stop:
+        found = _memchr(_address(data) + position, 0xFF, stop + 1 - position)
+        if found == 0:
+            return -1
+        position = found - _address(data)
+        if data[position + 1] != 0:
+            return position
+        position += 2
+    return -1
+
+
+@kernel
+def decode_planes_into(handle, data, size, window, eighths, numbers, spliced, planes):
+    """Decode the part of a JPEG under a window.
+
+    Parameters
+    ----------
+    handle : int
+        TurboJPEG's decompressor of this thread.
+    data : ndarray of uint8, shape (size_bytes,)
+        A JPEG.
+    size : tuple of two int
+        The height and width that it must have, px.
+    window : tuple of four int
+        (y, x, h, w) in px, within the image.
+    eighths : int
+        8, 4, 2 or 1: the scale of the decode, by a smaller inverse DCT; 8 for a window of less than 16 px a side.
+    numbers : ndarray of int64, shape (8,)
+        Scratch.
+    spliced : ndarray of uint8, shape (at least size_bytes,)
+        Scratch.
+    planes : ndarray of uint8, shape (at least 3 x height x width, each rounded up to whole MCUs of 32 px,)
+        Where the planes go, one behind the other and without padding: Y, Cb, Cr; Y alone for a gray JPEG; interleaved
+        RGB for one that is neither.
+
+    Returns
+    -------
+    Planes
+    """
+    layout = read_layout(data)
+    if layout.height == size[0] and layout.width == size[1]:
+        segment_px = layout.interval * _MCU_PX
+        y, x, h, w = window
+        rows = y // _MCU_PX, -(-(y + h) // _MCU_PX)
+        segments = x // segment_px, -(-(x + w) // segment_px)
+        length = splice_into(data, layout, rows, segments, spliced)
+        if length > 0:
+            top, left = rows[0] * _MCU_PX, segments[0] * segment_px
+            height = min(layout.height, rows[1] * _MCU_PX) - top
+            width = min(layout.width, segments[1] * segment_px) - left
+            return _decode(
+                handle, spliced[:length], (top, left, height, width), _SUBSAMPLING_420, eighths, numbers, planes
+            )
+    found = numbers.view(np.int32)
+    at = _address(numbers)
+    if _decompress_header(handle, _address(data), data.size, at, at + 4, at + 8, at + 12) != 0:
+        return Planes(BAD_JPEG, 0, 0, 0, 0, 0, 0)
+    if found[0] != size[1] or found[1] != size[0]:
+        return Planes(WRONG_SIZE, 0, 0, 0, 0, 0, 0)
+    has_planes = (found[3] == _TJCS_YCBCR or found[3] == _TJCS_GRAY) and 0 <= found[2] < len(_CHROMA_V)
+    subsampling = found[2] if has_planes else -1
+    return _decode(handle, data, (0, 0, size[0], size[1]), subsampling, eighths, numbers, planes)
+
+
+@kernel
+def _decode(handle, data, region, subsampling, eighths, numbers, planes):
+    top, left, height, width = region
+    height, width = (height * eighths + 7) // 8, (width * eighths + 7) // 8
+    at = _address(planes)
+    if subsampling < 0:
+        status = _decompress_to_rgb(handle, _address(data), data.size, at, width, 0, height, _TJPF_RGB, 0)
+        return Planes(OK if status == 0 else BAD_JPEG, top, left, height, width, RGB, RGB)
+    v, h = _CHROMA_V[subsampling], _CHROMA_H[subsampling]
+    # TurboJPEG rounds its planes up to whole chroma samples, but wants to be asked for the image's size.
+    v_step, h_step = max(v, 1), max(h, 1)
+    plane_height, plane_width = -(-height // v_step) * v_step, -(-width // h_step) * h_step
+    numbers[0] = at
+    numbers[1] = numbers[0] + plane_height * plane_width
+    numbers[2] = numbers[1] + (plane_height // v_step) * (plane_width // h_step)
+    numbers[3] = numbers[4] = 0
+    status = _decompress_to_planes(
+        handle, _address(data), data.size, _address(numbers), width, _address(numbers[3:]), height, 0
+    )
+    return Planes(OK if status == 0 else BAD_JPEG, top, left, plane_height, plane_width, v, h)
+
+
+@kernel
+def renew_decompressor(handle):
+    """Exchange a decompressor that has failed for a fresh one: TurboJPEG may leave it amid the bad image's header."""
+    _close_decompressor(handle)
+    return _open_decompressor()
+
+
+@kernel
+def read_memory(address, size_bytes):
+    """A copy of the bytes at an address."""
+    return memory(address, size_bytes).copy()

@@ -1,0 +1,61 @@
+"""Files that appear whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+class SaveError(OSError):
+    """A file could not be written: the disk is full, gone, or read-only."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name to write to. Once all of it is on the disk, it becomes ``path`` in one move.
+
+    Raises
+    ------
+    SaveError
+        If the file cannot be written. An earlier file of that name is left as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save raises its own error from it
+        if not isinstance(reason, OSError):
+            raise
+        raise SaveError(
+            f"{path} could not be written ({reason.strerror or reason}); what was there before still is"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    sync(path.absolute().parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small text file so that it appears whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, content: bytes | memoryview, offset: int | None = None) -> None:
+    """Write all of `content`, at an offset or at the file's position."""
+    rest = memoryview(content)
+    while rest:
+        written = os.write(descriptor, rest) if offset is None else os.pwrite(descriptor, rest, offset)
+        rest = rest[written:]
+        offset = None if offset is None else offset + written

@@ -1,0 +1,278 @@
+"""How the operations of a loader's pipelines run: FFCV's by FFCV's calling convention, ours by `BatchOperation`'s.
+
+FFCV's graph of pipelines is walked once; every operation becomes a step, and a batch runs the steps one after the other
+in slots of buffers that are allocated once and used again.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ffcv_ops._ffcv import (
+    INITIAL_STATE,
+    AllocationQuery,
+    BasicDecoder,
+    Compiler,
+    DecoderNode,
+    Graph,
+    RefNode,
+    allocate_query,
+)
+from ffcv_ops.operations.base import Batch, BatchOperation
+
+
+@dataclass(eq=False)
+class _Sharing:
+    """One of our operations as several loaders may use it: its scratch serves one batch at a time."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    num_plans: int = 0
+
+
+_sharing: weakref.WeakKeyDictionary[BatchOperation, _Sharing] = weakref.WeakKeyDictionary()
+# Reentrant: garbage collection within may let another plan go.
+_sharing_lock = threading.RLock()
+
+
+def _let_go(operations: Sequence[BatchOperation]) -> None:
+    """Close the operations that no other plan uses."""
+    for operation in operations:
+        with _sharing_lock:
+            sharing = _sharing[operation]
+            sharing.num_plans -= 1
+            unused = sharing.num_plans == 0
+        if unused:
+            with sharing.lock:
+                operation.close()
+
+
+class Step:
+    """One operation at its place in the pipelines: how to call it, and the memory it asked for.
+
+    Parameters
+    ----------
+    node : ffcv.pipeline.graph.Node
+    column : int
+        Number of the field that the pipeline reads.
+    """
+
+    def __init__(self, node: Any, column: int):
+        self.node_id: int = node.id
+        self.column = column
+        self.is_decoder = isinstance(node, DecoderNode)
+        self.operation = node.decoder if self.is_decoder else node.operation
+        parent = node.parent
+        # What a reference refers to is an operation's node, never another reference.
+        self.parent_id: int = (parent.parent if isinstance(parent, RefNode) else parent).id if parent else -1
+        self.is_ours = isinstance(self.operation, BatchOperation)
+        if self.is_ours:
+            with _sharing_lock:
+                self.lock = _sharing.setdefault(self.operation, _Sharing()).lock
+        self.jit = False
+        self.query: Any = None
+        self.shared_query: Any = None
+        self.code: Callable[..., Any]
+        self.shared_code: Callable[..., Any] | None = None
+        self.with_indices = False
+
+    @property
+    def is_number(self) -> bool:
+        """Whether this is FFCV's decoder of a number: a selection from the metadata, which needs no compilation."""
+        return self.is_decoder and type(self.operation).generate_code is BasicDecoder.generate_code
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether FFCV would compile the operation, and we let it."""
+        return self.jit and not self.is_ours and not self.is_number
+
+    def generate_code(self) -> None:
+        """Ask the operation for its code."""
+        self.code = self.operation.generate_code()
+        if self.is_ours:
+            return
+        self.with_indices = getattr(self.code, "with_indices", False)
+        self.shared_code = self.operation.generate_code_for_shared_state()
+        if self.is_compiled:
+            self.code = Compiler.compile(self.code)
+            self.shared_code = self.shared_code and Compiler.compile(self.shared_code)
+
+    def run(self, batch: Batch, inputs: Any, memory: Any, column: np.ndarray, state: Any, shared: Any) -> Any:
+        """Run the operation on a batch.
+
+        Parameters
+        ----------
+        batch : Batch
+        inputs : array or tensor
+            The previous operation's result; of no meaning for a decoder.
+        memory, shared : array, tensor, tuple or None
+            What the operation asked for.
+        column : structured ndarray (num_samples,)
+            Metadata of the field.
+        state : tuple of ndarray
+            What FFCV's decoders hand to their reader.
+        """
+        if self.is_ours:
+            with self.lock:
+                if self.is_decoder:
+                    return self.code(batch.sample_ids, memory, column, batch)
+                return self.code(inputs, memory, batch)
+        if self.is_number:
+            memory[:, 0] = column[batch.sample_ids]
+            return memory
+        arguments = [batch.sample_ids if self.is_decoder else inputs, memory]
+        if self.with_indices:
+            arguments.append(batch.sample_ids)
+        if self.is_decoder:
+            arguments += [column, state]
+        if self.shared_code is not None:
+            arguments.append(shared)
+        return self.code(*arguments)
+
+
+class Plan:
+    """The operations of all pipelines in the order they run, and which results make a batch.
+
+    Parameters
+    ----------
+    graph : ffcv.pipeline.graph.Graph
+    """
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.steps: list[Step] = []
+        #: The CUDA device that the pipelines lead to, None for the current one; known once declared.
+        self.device: torch.device | None = None
+        self.outputs = [(leaf.parent if isinstance(leaf, RefNode) else leaf).id for leaf in graph.leaf_nodes.values()]
+        for root in graph.root_nodes:
+            self._add(root, graph.fieldname_to_fix[root.field_name])
+        # An operation that stands at several places has its shared memory initialised, and kept, at the first of them.
+        self.owners = {step.operation: step for step in reversed(self.steps)}
+        ours = [operation for operation in self.owners if isinstance(operation, BatchOperation)]
+        with _sharing_lock:
+            for operation in ours:
+                _sharing[operation].num_plans += 1
+        #: Lets our operations free what they hold; called by garbage collection too.
+        self.close = weakref.finalize(self, _let_go, ours)
+        self.close.atexit = False
+
+    def _add(self, node: Any, column: int) -> None:
+        if not isinstance(node, RefNode):
+            self.steps.append(Step(node, column))
+        for child in self.graph.adjacency_list[node]:
+            self._add(child, column)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether FFCV compiles any operation."""
+        return any(step.is_compiled for step in self.steps)
+
+    def declare(self) -> None:
+        """Ask every operation for the memory it needs, passing shape, type and device from one to the next."""
+        states: dict[int, Any] = {}
+        names = {column: name for name, column in self.graph.fieldname_to_fix.items()}
+        for step in self.steps:
+            operation = step.operation
+            operation.accept_field(self.graph.handlers[names[step.column]])
+            operation.accept_globals(self.graph.metadata[f"f{step.column}"], self.graph.memory_read)
+            state = INITIAL_STATE if step.is_decoder else states[step.parent_id]
+            states[step.node_id], step.query = operation.declare_state_and_memory(state)
+            step.shared_query = operation.declare_shared_memory(state)
+            step.jit = step.is_decoder or states[step.node_id].jit_mode
+        devices = {torch.device(state.device) for state in states.values() if torch.device(state.device).type == "cuda"}
+        if len(devices) > 1:
+            raise ValueError(f"the pipelines lead to several devices: {', '.join(sorted(map(str, devices)))}")
+        self.device = devices.pop() if devices else None
+
+    def generate_code(self, *, only_ours: bool) -> None:
+        """Ask the operations for their code."""
+        for step in self.steps:
+            if step.is_ours or not only_ours:
+                step.generate_code()
+
+    def run(self, batch: Batch, buffers: "Buffers", slot: int, state: Any) -> tuple[Any, ...]:
+        """Prepare one batch in one slot of the buffers; return the pipelines' results."""
+        count = len(batch.sample_ids)
+        shared = {op: _select(buffers.shared[step.node_id], slot, count) for op, step in self.owners.items()}
+        for operation, step in self.owners.items():
+            if step.shared_code is not None:
+                step.shared_code(shared[operation])
+        results: dict[int, Any] = {}
+        for step in self.steps:
+            memory = _select(buffers.memory[step.node_id], slot, count)
+            column = self.graph.metadata[f"f{step.column}"]
+            inputs = results.get(step.parent_id)
+            results[step.node_id] = step.run(batch, inputs, memory, column, state, shared[step.operation])
+        return tuple(results[node_id] for node_id in self.outputs)
+
+
+def _allocate(query: Any, batch_size: int, num_slots: int) -> Any:
+    if isinstance(query, AllocationQuery):
+        return allocate_query(query, batch_size, num_slots)
+    return tuple(_allocate(part, batch_size, num_slots) for part in query) if isinstance(query, Sequence) else None
+
+
+def _comparable(query: Any) -> Any:
+    if isinstance(query, AllocationQuery):
+        return tuple(int(side) for side in query.shape), str(query.dtype), str(query.device)
+    return tuple(_comparable(part) for part in query) if isinstance(query, Sequence) else None
+
+
+def _select(memory: Any, slot: int, count: int) -> Any:
+    if isinstance(memory, tuple):
+        return tuple(_select(part, slot, count) for part in memory)
+    return None if memory is None else memory[slot][:count]
+
+
+class Buffers:
+    """What an epoch writes into: slots for the batches in flight, each with its CUDA stream, and pages of the file.
+
+    Parameters
+    ----------
+    plan : Plan
+        Whose operations have declared what they need.
+    batch_size, num_slots : int
+    """
+
+    def __init__(self, plan: Plan, batch_size: int, num_slots: int):
+        self.key = self.key_of(plan, batch_size, num_slots)
+        self.num_slots = num_slots
+        self.memory = {step.node_id: _allocate(step.query, batch_size, num_slots) for step in plan.steps}
+        self.shared = {step.node_id: _allocate(step.shared_query, batch_size, num_slots) for step in plan.steps}
+        self.pages = np.empty((0, 0), dtype=np.uint8)
+        self.streams: list[torch.cuda.Stream] = []
+        if torch.cuda.is_available():
+            self.streams = [torch.cuda.Stream(plan.device) for _ in range(num_slots)]
+
+    @staticmethod
+    def key_of(plan: Plan, batch_size: int, num_slots: int) -> tuple[Any, ...]:
+        """What decides the buffers' shapes: buffers fit a later epoch whose key is equal."""
+        queries = ((_comparable(step.query), _comparable(step.shared_query)) for step in plan.steps)
+        return batch_size, num_slots, *queries
+
+    def now(self) -> torch.cuda.Event | None:
+        """Mark what the calling thread has queued on the device so far, to be waited for by another thread."""
+        if not self.streams:
+            return None
+        event = torch.cuda.Event(blocking=True)
+        event.record(torch.cuda.current_stream(self.streams[0].device))
+        return event
+
+    def on_stream(self, slot: int) -> AbstractContextManager[None]:
+        """Return the context in which the slot's stream is the current one."""
+        return torch.cuda.stream(self.streams[slot]) if self.streams else nullcontext()
+
+    def join(self, slot: int) -> None:
+        """Let what the calling thread queues from now on wait for what was queued on the slot's stream."""
+        if self.streams:
+            torch.cuda.current_stream(self.streams[slot].device).wait_stream(self.streams[slot])
+
+    def finish(self) -> None:
+        """Wait until the device has done what was queued into the slots."""
+        for stream in self.streams:
+            stream.synchronize()

@@ -1,0 +1,1 @@
+"""Operations of a pipeline: batch in, batch out."""

@@ -1,0 +1,1 @@
+"""Processes and machines that share the work of writing and checking."""

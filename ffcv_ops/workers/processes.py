@@ -1,0 +1,230 @@
+"""Worker processes that answer messages, and that end with the run they work for, however it ends."""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.context
+import multiprocessing.forkserver
+import os
+import pickle
+import signal
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ffcv_ops.files import write_all
+from ffcv_ops.machine import cpus_per_rank
+
+if TYPE_CHECKING:
+    from ffcv_ops.workers import ranks
+
+# One message to work on and one to begin with when that is answered.
+MESSAGES_A_WORKER = 2
+_RESULTS_A_WORKER = 8
+
+
+class WorkerKilled(RuntimeError):
+    """A worker process ended that was still needed."""
+
+
+def choose_num_workers(num_workers: int) -> int:
+    """The number of workers that a setting means, -1 being as many as `cpus_per_rank`; ValueError if it means none."""
+    if num_workers != -1 and num_workers < 1:
+        raise ValueError(f"num_workers must be -1 (all CPUs) or at least 1, not {num_workers}")
+    return cpus_per_rank() if num_workers == -1 else num_workers
+
+
+class Workers:
+    """Processes that each call one function on message after message and send back what it returns.
+
+    They are started by a fork server, so that they share nothing with this process but a pipe, whose end is theirs:
+    ``kill -9`` of this process ends them, and `receive` raises as soon as one of them is gone. Ctrl-C is for this
+    process alone.
+
+    Parameters
+    ----------
+    num_workers : int
+    build : callable
+        Called once in each process with `args`; returns the function of messages. Both are importable by name.
+    leader : Leader, optional
+        Of other ranks, whose workers count as well, behind the `num_workers` of this process.
+    preload : sequence of str
+        Modules that the fork server imports for all of them, where it has not been started yet.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        build: Callable[..., Callable[[Any], Any]],
+        *args: Any,
+        leader: "ranks.Leader | None" = None,
+        preload: Sequence[str] = (),
+    ):
+        context = fork_server(build, preload)
+        self._leader = leader
+        self._connections: list[multiprocessing.connection.Connection] = []
+        self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._ready: deque[Any] = deque()
+        for _ in range(num_workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, build, args), daemon=True)
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+        lent = leader.hire(build, args, preload) if leader else []
+        self._lenders = [lender for lender, _ in lent]
+        self._connections += [connection for _, connection in lent]
+        self._outstanding = [0] * len(self._connections)
+
+    @property
+    def num_workers(self) -> int:
+        """How many processes there are, those of other ranks included."""
+        return len(self._connections)
+
+    def is_lent(self, worker: int) -> bool:
+        """Whether a worker is another rank's, on another machine perhaps."""
+        return worker >= len(self._processes)
+
+    def idle(self) -> int | None:
+        """The worker with the fewest messages to answer; None if all have enough."""
+        worker = min(range(len(self._outstanding)), key=self._outstanding.__getitem__)
+        return worker if self._outstanding[worker] < MESSAGES_A_WORKER else None
+
+    def send(self, worker: int, message: Any) -> None:
+        """Give a worker a message; it answers its messages in their order."""
+        try:
+            self._connections[worker].send(message)
+        except OSError:
+            raise self._killed(worker) from None
+        self._outstanding[worker] += 1
+
+    def receive(self) -> tuple[int, Any]:
+        """Wait for the next answer of any worker; raises what its function raised, or WorkerKilled."""
+        if not self._ready:
+            others = [connection for _, connection in self._leader.ranks] if self._leader else []
+            ready = multiprocessing.connection.wait([*self._connections, *others])
+            if self._leader:
+                self._leader.check(ready)
+            self._ready.extend(ready)
+        connection = self._ready.popleft()
+        worker = self._connections.index(connection)
+        try:
+            answer, error = _receive(connection)
+        except (EOFError, OSError):
+            raise self._killed(worker) from None
+        self._outstanding[worker] -= 1
+        if error is not None:
+            raise error
+        return worker, answer
+
+    def _killed(self, worker: int) -> WorkerKilled:
+        if self.is_lent(worker):
+            return WorkerKilled(f"a worker process of {self._lenders[worker - len(self._processes)]} ended")
+        self._processes[worker].join(1)
+        return WorkerKilled(f"a worker process ended with exit code {self._processes[worker].exitcode}")
+
+    def close(self) -> None:
+        """End the processes, whatever they are doing."""
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+
+
+def fork_server(build: Callable[..., Any], preload: Sequence[str]) -> multiprocessing.context.ForkServerContext:
+    """Return what starts processes that call `build`, with its module, the codecs and `preload` imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([build.__module__, "cv2", "PIL.Image", "ffcv_ops.codec.jpeg", *preload])
+    # It is to find the modules that this process has found, not others of the same name: not every Python sees to that.
+    with _environment(PYTHONPATH=os.pathsep.join(map(str, sys.path)), PYTHONSAFEPATH="1"):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def serve(
+    connection: multiprocessing.connection.Connection, build: Callable[..., Callable[[Any], Any]], args: tuple[Any, ...]
+) -> None:
+    """Answer messages with the function that `build` returns, until the connection's other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")  # Pillow's, about metadata that nobody reads
+    import cv2
+
+    cv2.setNumThreads(1)
+    answer = build(*args)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            message = connection.recv()
+            try:
+                reply: tuple[Any, Exception | None] = answer(message), None
+            except Exception as error:
+                reply = None, error
+            _send(connection, reply)
+
+
+def _send(connection: multiprocessing.connection.Connection, message: Any) -> None:
+    """Send a message, the buffers in it (`pickle.PickleBuffer`) behind it: not copied on the way, they cost half."""
+    buffers: list[pickle.PickleBuffer] = []
+    content = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
+    views = [buffer.raw() for buffer in buffers]
+    connection.send((content, [view.nbytes for view in views]))
+    for view in views:
+        write_all(connection.fileno(), view)
+
+
+def _receive(connection: multiprocessing.connection.Connection) -> Any:
+    content, sizes = connection.recv()
+    ends = np.cumsum(sizes, dtype=np.int64).tolist()
+    buffer = np.empty(sum(sizes), np.uint8).data
+    rest = buffer
+    while rest:
+        received = os.readv(connection.fileno(), [rest])
+        if not received:
+            raise EOFError
+        rest = rest[received:]
+    return pickle.loads(content, buffers=[buffer[end - size : end] for size, end in zip(sizes, ends, strict=True)])
+
+
+def map_in_order(workers: Workers, messages: Iterable[Any]) -> Iterator[Any]:
+    """Yield the answers to messages in their order, with a bounded number of them waiting for their turn."""
+    rest = enumerate(messages)
+    asked: list[deque[int]] = [deque() for _ in range(workers.num_workers)]
+    answers: dict[int, Any] = {}
+    sent = done = 0
+    exhausted = False
+    while not exhausted or done < sent:
+        worker = workers.idle()
+        if worker is not None and not exhausted and sent - done < _RESULTS_A_WORKER * len(asked):
+            number, message = next(rest, (-1, None))
+            if number < 0:
+                exhausted = True
+                continue
+            workers.send(worker, message)
+            asked[worker].append(number)
+            sent += 1
+            continue
+        worker, answer = workers.receive()
+        answers[asked[worker].popleft()] = answer
+        while done in answers:
+            yield answers.pop(done)
+            done += 1

@@ -1,0 +1,193 @@
+"""A file in the making: pages on disk, and a journal of them from which a killed run resumes."""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ffcv_ops.files import sync, write_all
+
+_COMMIT_EVERY_S = 2.0
+
+
+class PartialFile:
+    """``<target>.partial`` and ``<target>.partial.journal``.
+
+    Others write the pages into the file; this notes them and makes them last. The journal's first line identifies the
+    job; each further line describes one page: its number, its SHA-256 and what the caller recorded about it. A line
+    counts only if its CRC holds, and is written only after its page is safely on disk, so that whatever the journal
+    tells can be built upon after ``kill -9`` or a power cut.
+
+    Parameters
+    ----------
+    target : Path
+        The file that is to appear.
+    identity : dict
+        What the content depends on, as JSON. A journal with another identity is not continued.
+    data_start, page_size : int
+        Offset of the first page, size of a page, in bytes.
+
+    Attributes
+    ----------
+    resumed : list of dict
+        The pages found: ``page``, ``sha256`` and what the caller recorded.
+    page_hashes : list of str
+        SHA-256 of every page noted, in order.
+    changed : list of str
+        The keys of `identity` in which an existing journal differed; it was abandoned if there are any.
+    """
+
+    def __init__(self, target: Path, identity: dict[str, Any], data_start: int, page_size: int):
+        self.target = target
+        self.path, self.journal_path = partial_paths(target)
+        self.data_start, self.page_size = data_start, page_size
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._journal = -1
+        self._disk = ThreadPoolExecutor(1)
+        self._commits: deque[Future[None]] = deque()
+        self._uncommitted: list[bytes] = []
+        self._committed_s = -_COMMIT_EVERY_S
+        try:
+            _lock(self._file, self.path)
+            self.resumed, self.changed = self._resume(identity)
+            self.page_hashes: list[str] = [page["sha256"] for page in self.resumed]
+        except BaseException:
+            self.close()
+            raise
+
+    def _resume(self, identity: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+        found, pages, journal_bytes = read_journal(self.journal_path)
+        changed = [] if found is None else [key for key in identity if found.get(key) != identity[key]]
+        on_disk = (os.fstat(self._file).st_size - self.data_start) // self.page_size
+        if found is None or changed or on_disk < len(pages):
+            self._start_over(identity)
+            return [], changed
+        self._journal = os.open(self.journal_path, os.O_RDWR | os.O_APPEND)
+        os.ftruncate(self._journal, journal_bytes)
+        os.ftruncate(self._file, self.data_start + len(pages) * self.page_size)
+        return pages, changed
+
+    def _start_over(self, identity: dict[str, Any]) -> None:
+        """Make new files under the old names: workers of a killed run may not have noticed yet that it was killed."""
+        remove_partial(self.target)
+        old, self._file = self._file, os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        os.close(old)
+        _lock(self._file, self.path)
+        self._journal = os.open(self.journal_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        write_all(self._journal, _line(identity))
+        os.fsync(self._journal)
+        sync(self.path.absolute().parent)
+
+    def write(self, content: bytes | memoryview, offset: int) -> None:
+        """Write into the file; what is on a page comes before the note of that page."""
+        write_all(self._file, content, offset)
+
+    def append_page(self, sha256: str, record: dict[str, Any], num_bytes: int) -> None:
+        """Take note of the next page, whose `num_bytes` have been written; it is put on disk in the background."""
+        number = len(self.page_hashes)
+        if num_bytes < self.page_size:
+            # The zeros that fill the page up.
+            os.pwrite(self._file, b"\0", self.data_start + (number + 1) * self.page_size - 1)
+        self._uncommitted.append(_line({"page": number, "sha256": sha256, **record}))
+        self.page_hashes.append(sha256)
+        while self._commits and self._commits[0].done():
+            self._commits.popleft().result()
+        if not self._commits and time.monotonic() - self._committed_s > _COMMIT_EVERY_S:
+            self._begin_commit()
+
+    def _begin_commit(self) -> None:
+        lines, self._uncommitted = b"".join(self._uncommitted), []
+        self._committed_s = time.monotonic()
+        self._commits.append(self._disk.submit(self._commit, lines))
+
+    def _commit(self, lines: bytes) -> None:
+        # The pages first: a line in the journal is a promise.
+        os.fdatasync(self._file)
+        write_all(self._journal, lines)
+        os.fdatasync(self._journal)
+
+    def flush(self) -> None:
+        """Return when all pages noted are on disk and in the journal."""
+        self._begin_commit()
+        while self._commits:
+            self._commits.popleft().result()
+
+    def finish(self, head: bytes, tail: bytes, header: bytes) -> None:
+        """Write what goes before and behind the pages, the header last."""
+        write_all(self._file, tail, self.data_start + len(self.page_hashes) * self.page_size)
+        write_all(self._file, head, len(header))
+        os.fsync(self._file)
+        write_all(self._file, header, 0)
+        os.fsync(self._file)
+
+    def publish(self) -> None:
+        """Give the finished file its name."""
+        os.replace(self.path, self.target)
+        sync(self.target.absolute().parent)
+
+    def close(self) -> None:
+        """Put on disk what was noted, as far as that can be, and let go of the files."""
+        if self._journal >= 0 and self.path.exists():
+            with contextlib.suppress(OSError):
+                self.flush()
+        self._disk.shutdown()
+        for descriptor in (self._file, self._journal):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+def partial_paths(target: Path) -> tuple[Path, Path]:
+    """Return the names of the file in the making and of its journal."""
+    return Path(f"{target}.partial"), Path(f"{target}.partial.journal")
+
+
+def remove_partial(target: Path) -> None:
+    """Delete the file in the making and its journal, as far as they exist."""
+    for path in partial_paths(target):
+        path.unlink(missing_ok=True)
+
+
+def read_journal(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]], int]:
+    """Return the identity (None without one), the pages, and the length in bytes of the journal's valid part."""
+    lines: list[dict[str, Any]] = []
+    valid_bytes = 0
+    for line in _raw_lines(path):
+        crc, _, content = line.rstrip(b"\n").partition(b" ")
+        if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(content):
+            break
+        entry = json.loads(content)
+        if lines and entry["page"] != len(lines) - 1:
+            break
+        lines.append(entry)
+        valid_bytes += len(line)
+    return (lines[0], lines[1:], valid_bytes) if lines else (None, [], 0)
+
+
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        yield from file
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    content = json.dumps(entry, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(content), content)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    taken = False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        taken = True
+    except OSError:
+        pass  # a file system without locks, such as Lustre mounted without them, goes without
+    # Between opening and locking, another process may have renamed the file, or made a new one under its name.
+    if taken or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+        raise ValueError(f"{path}: another process is writing this file; wait for it, or end it")
