@@ -360,4 +360,4 @@ def test_color_is_for_terminals(environment, colored):
     os.close(master)
     os.close(terminal)
     assert (b"\x1b[31merror  \x1b[0m  it" in seen) is colored
-    assert done.stdout.decode().splitlines() == ["error    it            is broken", f"{'':23}-> mend it"]
+    assert done.stdout.decode().splitlines() == ["error    it            bad", f"{'':23}-> fix"]
