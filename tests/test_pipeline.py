@@ -13,10 +13,8 @@ import numba as nb
 import numpy as np
 import pytest
 
-from ffcv_ops import cgroups as control_groups
 from ffcv_ops.beton.layout import read_beton
-from ffcv_ops.loading import storage as memory
-from ffcv_ops.loading.storage import MappedFile, PagedFile, Regions, available_bytes, paged_reader, plan_pages
+from ffcv_ops.loading.storage import MappedFile, PagedFile, Regions, paged_reader, plan_pages
 from ffcv_ops.operations.base import Batch, SampleError, WorkerPool, take
 from tests.betons import PAGE_SIZE, jpeg_bytes, photographs, write_images
 
@@ -233,34 +231,3 @@ def test_a_file_cut_in_use_is_an_error_not_zeros(small, tmp_path):
             memory.begin_batch(0)
     finally:
         memory.close()
-
-
-def test_available_memory_is_a_machine_s():
-    assert 1 << 20 < available_bytes() < 1 << 50
-
-
-@pytest.mark.parametrize(
-    "files",
-    [
-        {
-            "/proc/self/cgroup": "0::/slurm/job_7/step_0\n",
-            "/sys/fs/cgroup/slurm/job_7/memory.max": "64000\n",
-            "/sys/fs/cgroup/slurm/job_7/memory.current": "60000\n",
-            "/sys/fs/cgroup/slurm/job_7/memory.stat": "anon 10000\ninactive_file 20000\nactive_file 30000\n",
-            "/sys/fs/cgroup/slurm/memory.max": "max\n",
-        },
-        {
-            "/proc/self/cgroup": "7:memory:/slurm/job_7\n4:cpu,cpuacct:/\n",
-            "/sys/fs/cgroup/memory/slurm/job_7/memory.limit_in_bytes": "64000\n",
-            "/sys/fs/cgroup/memory/slurm/job_7/memory.usage_in_bytes": "60000\n",
-            "/sys/fs/cgroup/memory/slurm/job_7/memory.stat": "total_inactive_file 20000\ntotal_active_file 30000\n",
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes": "100000\n",
-        },
-    ],
-    ids=["version 2", "version 1"],
-)
-def test_memory_that_a_scheduler_limits(monkeypatch, files):
-    for module in (control_groups, memory):
-        monkeypatch.setattr(module, "read", lambda path: files.get(str(path), ""))
-    assert available_bytes() == 64000 - 60000 + 50000

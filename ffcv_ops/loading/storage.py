@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 
 import numpy as np
-import psutil
 
 from ffcv_ops._ffcv import read_mapped
-from ffcv_ops.cgroups import control_groups, read
+from ffcv_ops.cgroups import available_bytes as available_bytes
 from ffcv_ops.loading import sigbus
 
 # As the stock loader: pages are read up to three batches ahead of their use, by twelve threads.
@@ -183,23 +182,6 @@ def _page_lifetimes(
     np.minimum.at(first, page_index, first_of_sample[owners[used]])
     np.maximum.at(last, page_index, last_of_sample[owners[used]])
     return pages, first, last
-
-
-def available_bytes() -> int:
-    """Return how many bytes this process may still take, of the machine and of the control groups that limit it."""
-    available = psutil.virtual_memory().available
-    for folder in control_groups("memory"):
-        # A group's usage counts cached file pages, which the kernel gives up on demand.
-        stat = dict(line.split() for line in read(folder / "memory.stat").splitlines())
-        for limit, usage, kind in (
-            ("memory.max", "memory.current", ""),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-        ):
-            most = read(folder / limit).strip()
-            if most.isdigit():
-                cached = sum(int(stat.get(f"{kind}{name}", 0)) for name in ("inactive_file", "active_file"))
-                available = min(available, int(most) - int(read(folder / usage) or 0) + cached)
-    return available
 
 
 class PagedFile:
