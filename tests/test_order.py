@@ -1,6 +1,7 @@
 """Orders as functions: what holds for every seed, epoch, number of ranks and data set."""
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.data.distributed_sampler import RepeatAugSampler
 
-from ffcv_ops.loading.order import quasi_random_order, random_order, repeated_order, sample_pages, sequential_order
+from ffcv_ops.beton.layout import ALLOC_TYPE
+from ffcv_ops.loading.epoch_length import batches_per_rank, samples_per_rank
+from ffcv_ops.loading.order import (
+    QuasiRandom,
+    Random,
+    Repeated,
+    Sequential,
+    quasi_random_order,
+    random_order,
+    repeated_order,
+    sample_pages,
+    sequential_order,
+)
 
 topologies = st.tuples(
     st.integers(0, 400),  # samples
@@ -155,6 +168,43 @@ def test_repeated_augmentation_selects_as_timm_does(num_samples, world_size, rep
         )
         assert ids.tolist() == list(sampler)
         assert copies.min() >= 0 and copies.max() < repeats
+
+
+def settings_of_a_loader(num_samples, rank, world_size, drop_last, repeats):
+    """Return what an order reads of a loader."""
+    table = np.zeros(num_samples, ALLOC_TYPE)
+    table["sample_id"] = np.arange(num_samples)
+    table["ptr"] = 100 * np.arange(num_samples)
+    return SimpleNamespace(
+        indices=np.arange(num_samples), seed=1, distributed=True, rank=rank, world_size=world_size,
+        drop_last=drop_last, repeats=repeats,
+        beton=SimpleNamespace(alloc_table=table, num_samples=num_samples, page_size=1000),
+    )  # fmt: skip
+
+
+@bounded
+@given(
+    num_samples=st.integers(0, 1200), world_size=st.integers(1, 9), repeats=st.integers(1, 5),
+    drop_last=st.booleans(), batch_size=st.integers(1, 40),
+)  # fmt: skip
+def test_the_length_of_an_epoch_is_arithmetic(num_samples, world_size, repeats, drop_last, batch_size):
+    for rank in range(world_size):
+        loader = settings_of_a_loader(num_samples, rank, world_size, drop_last, repeats)
+        expected = samples_per_rank(num_samples, world_size, rank=rank, drop_last=drop_last, repeats=repeats)
+        orders = [Sequential(loader), Random(loader)] if repeats == 1 else [Repeated(loader, True)]
+        for order in orders:
+            ids = order.sample_order(3)
+            assert len(ids) == order.num_samples() == expected
+        quasi_random = QuasiRandom(loader)
+        assert len(quasi_random.sample_order(3)) == quasi_random.num_samples()
+        batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+        num_full = sum(len(batch) == batch_size for batch in batches)
+        assert batches_per_rank(expected, batch_size, drop_last=False) == len(batches)
+        assert batches_per_rank(expected, batch_size) == num_full
+
+
+def test_few_images_repeated_on_many_ranks_make_two_batches():
+    assert batches_per_rank(samples_per_rank(255, 8, repeats=3), 16) == 2
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

@@ -35,6 +35,7 @@ from ffcv_ops._ffcv import (
     TraversalOrder,
 )
 from ffcv_ops.beton.layout import Beton, read_beton
+from ffcv_ops.loading.epoch_length import batches_per_rank
 from ffcv_ops.loading.graph import Buffers, Plan
 from ffcv_ops.loading.order import EpochOrder, QuasiRandom, Random, Repeated, Sequential
 from ffcv_ops.loading.storage import MappedFile, PagedFile, Regions, available_bytes, paged_reader, plan_pages
@@ -384,16 +385,16 @@ class Loader(StockLoader):
         self._regions = self._memory.regions if self._memory else Regions.of(self.beton.alloc_table)
         self._build_pipelines(pipelines)
         self.traversal_order = self._build_order(order, order_kwargs)
-        self.first_traversal_order = self.next_traversal_order()
+        self._num_samples = self._count_samples()
         if len(self) == 0 and drop_last:
             warnings.warn(
-                f"{self.fname}: no batch: this rank has {len(self.first_traversal_order)} samples an epoch, "
+                f"{self.fname}: no batch: this rank has {self._num_samples} samples an epoch, "
                 f"a batch is {batch_size} and drop_last leaves out what does not fill one",
                 stacklevel=2,
             )
         if not self.os_cache:
             self._check_memory(
-                plan_pages(self._regions, self.beton.page_size, self._batches_of(self.first_traversal_order))
+                plan_pages(self._regions, self.beton.page_size, self._batches_of(self.next_traversal_order()))
             )
 
     # ------------------------------------------------------------------ construction
@@ -470,10 +471,20 @@ class Loader(StockLoader):
     # ------------------------------------------------------------------ epochs
 
     def __len__(self) -> int:
-        return self._num_batches(len(self.first_traversal_order))
+        return self._num_batches(self._num_samples)
+
+    def _count_samples(self) -> int:
+        """Return how many samples this rank sees in an epoch. Only an order of the user has to be drawn for that."""
+        order = self.traversal_order
+        return order.num_samples() if isinstance(order, EpochOrder) else len(self.next_traversal_order())
+
+    @property
+    def first_traversal_order(self) -> np.ndarray:
+        """Draw the order of epoch 0, as ``ffcv.loader.Loader`` keeps it."""
+        return self._draw(0)[0]
 
     def _num_batches(self, num_samples: int) -> int:
-        return num_samples // self.batch_size if self.drop_last else -(-num_samples // self.batch_size)
+        return batches_per_rank(num_samples, self.batch_size, drop_last=self.drop_last)
 
     def __iter__(self) -> EpochIterator:
         return self.epoch(self.next_epoch)

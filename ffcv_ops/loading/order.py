@@ -13,9 +13,7 @@ import numpy as np
 
 from ffcv_ops import rng
 from ffcv_ops._ffcv import TraversalOrder
-
-# Of timm's RepeatAugSampler, after DeiT's: the epoch is a multiple of this many samples, over all ranks.
-_SELECTED_ROUND = 256
+from ffcv_ops.loading.epoch_length import repeated_samples_per_rank, samples_per_rank
 
 
 def _dealt(ids: np.ndarray, rank: int, world_size: int, drop_last: bool) -> np.ndarray:
@@ -94,16 +92,20 @@ def quasi_random_order(
     shuffled = generator.permutation(len(ids))
     positions = position_of_page[page_index[shuffled]]
     by_page = np.argsort(positions, kind="stable")
-    if drop_last:
-        share = len(ids) // world_size
-        start, end = rank * share, (rank + 1) * share
-    else:
-        start, end = len(ids) * rank // world_size, len(ids) * (rank + 1) // world_size
+    start, end = _share(len(ids), rank, world_size, drop_last)
     mine = by_page[start:end]
     # The page at position p sends its samples to places between p and p + buffer_pages.
     jitter = generator.random(len(ids))[start:end]
     mixed = np.argsort(positions[mine] + buffer_pages * jitter, kind="stable")
     return ids[shuffled[mine[mixed]]]
+
+
+def _share(num_samples: int, rank: int, world_size: int, drop_last: bool) -> tuple[int, int]:
+    """Return where the part of a rank begins and ends when the samples are divided into consecutive parts."""
+    if drop_last:
+        size = num_samples // world_size
+        return rank * size, (rank + 1) * size
+    return num_samples * rank // world_size, num_samples * (rank + 1) // world_size
 
 
 def repeated_order(
@@ -137,11 +139,7 @@ def repeated_order(
         Sample ids, and for each the number of its copy, 0 to repeats - 1.
     """
     num_samples = len(ids)
-    if num_samples >= _SELECTED_ROUND:
-        selected = num_samples // _SELECTED_ROUND * _SELECTED_ROUND // world_size
-    else:
-        selected = -(-num_samples // world_size)
-    selected = min(selected, -(-num_samples * repeats // world_size))
+    selected = repeated_samples_per_rank(num_samples, world_size, repeats)
     places = rank + world_size * np.arange(selected)
     if shuffle:
         ids = rng.generator(seed, epoch, rng.ORDER).permutation(ids)
@@ -188,6 +186,10 @@ class EpochOrder(TraversalOrder):
         self.topology = {"rank": loader.rank, "world_size": loader.world_size}
         self.drop_last = loader.drop_last
 
+    def num_samples(self) -> int:
+        """Return how many samples this rank sees in every epoch; no order is drawn."""
+        return samples_per_rank(len(self.indices), **self.topology, drop_last=self.drop_last)
+
     @abstractmethod
     def draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the sample ids of this rank's epoch, and the numbers of the copies (None: all 0)."""
@@ -220,6 +222,10 @@ class QuasiRandom(EpochOrder):
         self.pages = sample_pages(beton.alloc_table, beton.num_samples, beton.page_size)[self.indices]
         self.buffer_pages = buffer_pages
 
+    def num_samples(self) -> int:
+        start, end = _share(len(self.indices), **self.topology, drop_last=self.drop_last)
+        return end - start
+
     def draw(self, epoch: int) -> tuple[np.ndarray, None]:
         return quasi_random_order(
             self.indices,
@@ -239,6 +245,9 @@ class Repeated(EpochOrder):
         super().__init__(loader)
         self.repeats = loader.repeats
         self.shuffle = shuffle
+
+    def num_samples(self) -> int:
+        return samples_per_rank(len(self.indices), **self.topology, repeats=self.repeats)
 
     def draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         return repeated_order(
