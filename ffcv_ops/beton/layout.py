@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ffcv_ops.errors import UserError
+
 VERSION = 2
 MIN_PAGE_SIZE = 1 << 21
 MAX_PAGE_SIZE = 1 << 31
@@ -91,9 +93,9 @@ class Beton:
     manifest: dict[str, Any] | None
 
     def column(self, name: str) -> np.ndarray:
-        """Return the metadata of one field, shape (num_samples,); ValueError when the file has no such field."""
+        """Return the metadata of one field, shape (num_samples,); UserError when the file has no such field."""
         if name not in self.field_names:
-            raise ValueError(f"{self.path}: has no field {name!r}, only {', '.join(self.field_names)}")
+            raise UserError(f"{self.path}: has no field {name!r}, only {', '.join(self.field_names)}")
         return self.metadata[f"f{self.field_names.index(name)}"]
 
     def sizes_at(self, ptr: np.ndarray) -> np.ndarray:
@@ -181,7 +183,7 @@ def read_beton(path: str | os.PathLike[str], *, custom_fields: Mapping[str, Any]
 
     Raises
     ------
-    ValueError
+    UserError
         One line naming the file and what is wrong with it: missing, empty, not a beton, unfinished, cut, damaged, a
         field of another type than its name says, or a manifest that belongs to another file.
     """
@@ -190,9 +192,9 @@ def read_beton(path: str | os.PathLike[str], *, custom_fields: Mapping[str, Any]
         with open(path, "rb") as file:
             return _read(path, file, dict(custom_fields or {}))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; write_beton.py makes it") from None
+        raise UserError(f"{path}: no such file; write_beton.py makes it") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _read(path: Path, file: BinaryIO, custom_fields: Mapping[str, Any]) -> Beton:
@@ -225,13 +227,13 @@ def _read(path: Path, file: BinaryIO, custom_fields: Mapping[str, Any]) -> Beton
     return beton
 
 
-def _damaged(path: Path, what: str) -> ValueError:
-    return ValueError(f"{path}: damaged or not a .beton file: {what}; write it again with write_beton.py")
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path}: damaged or not a .beton file: {what}; write it again with write_beton.py")
 
 
 def _read_header(path: Path, file: BinaryIO, size_bytes: int) -> np.void:
     if size_bytes == 0:
-        raise ValueError(f"{path}: the file is empty; write it again with write_beton.py")
+        raise UserError(f"{path}: the file is empty; write it again with write_beton.py")
     if size_bytes < HEADER_TYPE.itemsize:
         raise _damaged(path, f"{size_bytes} bytes are less than a header")
     header = np.frombuffer(file.read(HEADER_TYPE.itemsize), HEADER_TYPE)[0]
@@ -244,7 +246,7 @@ def _read_header(path: Path, file: BinaryIO, size_bytes: int) -> np.void:
         raise _damaged(path, "it has no fields")
     alloc_table_ptr = int(header["alloc_table_ptr"])
     if alloc_table_ptr == 0:
-        raise ValueError(f"{path}: writing this file was never finished; write it again with write_beton.py")
+        raise UserError(f"{path}: writing this file was never finished; write it again with write_beton.py")
     if alloc_table_ptr > size_bytes:
         raise _damaged(path, f"it is cut: {size_bytes} bytes, its allocation table should begin at {alloc_table_ptr}")
     if header["num_samples"] == 0:
@@ -284,13 +286,13 @@ def _row_type(
             columns.append(custom_fields[name].from_binary(descriptor["arguments"]).metadata_type)
             continue
         if type_id == CUSTOM_FIELD:
-            raise ValueError(f"{path}: field {name!r} is a custom field; pass its class in custom_fields")
+            raise UserError(f"{path}: field {name!r} is a custom field; pass its class in custom_fields")
         if type_id not in _METADATA_TYPES:
             raise _damaged(path, f"field {name!r} has the unknown type {type_id}")
         expected = _EXPECTED_TYPES.get(name, type_id)
         if type_id != expected:
             found = TYPE_NAMES[type_id]
-            raise ValueError(f"{path}: field {name!r} should be {TYPE_NAMES[expected]} and is {found}")
+            raise UserError(f"{path}: field {name!r} should be {TYPE_NAMES[expected]} and is {found}")
         columns.append(_METADATA_TYPES[type_id])
     return np.dtype([("", column) for column in columns], align=True)
 
@@ -381,16 +383,16 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError, OSError):
-        raise ValueError(f"{manifest}: not a readable manifest; restore it, or delete it to go without") from None
+        raise UserError(f"{manifest}: not a readable manifest; restore it, or delete it to go without") from None
     types = {"size_bytes": int, "num_samples": int, "classes": list, "class_counts": list, "tables": str}
     types |= {"digest": str, "checksums": str}
     if not isinstance(content, dict) or content.get("format") != MANIFEST_VERSION:
-        raise ValueError(f"{manifest}: not a manifest of format {MANIFEST_VERSION}; restore it, or delete it")
+        raise UserError(f"{manifest}: not a manifest of format {MANIFEST_VERSION}; restore it, or delete it")
     for key, kind in types.items():
         if not isinstance(content.get(key), kind):
-            raise ValueError(f"{manifest}: lacks {key!r}; restore it, or delete it to go without")
+            raise UserError(f"{manifest}: lacks {key!r}; restore it, or delete it to go without")
     if not all(isinstance(name, str) for name in content["classes"]):
-        raise ValueError(f"{manifest}: its classes are no names; restore it, or delete it to go without")
+        raise UserError(f"{manifest}: its classes are no names; restore it, or delete it to go without")
     return content
 
 
@@ -398,12 +400,12 @@ def _check_manifest(path: Path, manifest: dict[str, Any], size_bytes: int, num_s
     beside = manifest_path(path).name
     for what, found in (("size_bytes", size_bytes), ("num_samples", num_samples)):
         if manifest[what] != found:
-            raise ValueError(
+            raise UserError(
                 f"{path}: damaged, or {beside} belongs to another file: {what} is {found} and should be "
                 f"{manifest[what]}; write it again with write_beton.py"
             )
     if manifest["tables"] != tables:
-        raise ValueError(
+        raise UserError(
             f"{path}: damaged, or {beside} belongs to another file: header and tables have another SHA-256 than it "
             "says; write it again with write_beton.py"
         )
@@ -416,4 +418,4 @@ def _check_labels(beton: Beton, manifest: dict[str, Any]) -> None:
         sample = int(np.argmax(outside))
         raise _damaged(beton.path, f"sample {sample} has label {labels[sample]}, the manifest {num_classes} classes")
     if np.bincount(labels, minlength=num_classes).tolist() != manifest["class_counts"]:
-        raise ValueError(f"{beton.path}: the images per class are not those of {manifest_path(beton.path).name}")
+        raise UserError(f"{beton.path}: the images per class are not those of {manifest_path(beton.path).name}")
