@@ -35,19 +35,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ffcv_ops.errors import UserError, exit_with_user_error
 from ffcv_ops.machine import cpus_per_rank, is_launched
 from ffcv_ops.units import show_duration
-from imagenet_training.recipe import (
-    AUTO,
-    Plan,
-    Settings,
-    courses,
-    keep_global_batch,
-    plan,
-    read_recipe,
-    refuse,
-    summary,
-)
+from imagenet_training.recipe import AUTO, courses, read_recipe
 
 if __name__ == "__main__":
     read_recipe(sys.argv[1:])  # so that a mistake, or --help, does not wait for imports that take seconds
@@ -74,6 +65,7 @@ from ffcv_ops import (
 )
 from ffcv_ops._ffcv import ToDevice, ToTensor
 from ffcv_ops.files import SaveError
+from ffcv_ops.settings.collect import Settings
 from imagenet_training import distributed
 from imagenet_training.background import Aside
 from imagenet_training.checkpoint import Checkpoints, TrainState, copied, newest_checkpoint, read_checkpoint
@@ -91,11 +83,13 @@ from imagenet_training.model import (
     model_size,
 )
 from imagenet_training.optim import build_ema, build_optimizer
+from imagenet_training.plan import Plan, keep_global_batch, plan
 from imagenet_training.predictions import Predictions
 from imagenet_training.preemption import SECONDS_TO_END, Stopped, StopRequest
 from imagenet_training.preview import caption, class_names, denormalized, draw_contact_sheet, take_images
 from imagenet_training.report import NUM_MISTAKES_SHOWN, write_report
 from imagenet_training.schedule import build_resolution, build_schedule
+from imagenet_training.summary import summary
 
 IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL = 1_281_167, 50_000
 # For DistributedDataParallel; PyTorch 2.14 warns of the old name.
@@ -119,7 +113,7 @@ def main() -> None:
         world = join(recipe)
         run = Run(recipe, world)
     except ValueError as error:
-        refuse(error)
+        exit_with_user_error(UserError(str(error)))
     try:
         run.evaluate_only() if recipe.training.eval_only else run.train()
     except Stopped:

@@ -44,13 +44,17 @@ from ffcv_ops.beton.describe import (
 )
 from ffcv_ops.beton.layout import manifest_path
 from ffcv_ops.beton.verify import verify
+from ffcv_ops.errors import UserError, exit_with_user_error
+from ffcv_ops.settings.collect import read_settings
+from ffcv_ops.settings.fields import Choice, Integer, Number, Switch, Text
+from ffcv_ops.settings.yaml_files import ShippedFiles
 from ffcv_ops.units import show_bytes
 from ffcv_ops.workers import ranks
 from ffcv_ops.workers.processes import WorkerKilled, choose_num_workers
 from ffcv_ops.writing.writer import MODES, BadImage, WriteError, WriteSettings, encoder_versions, write
-from imagenet_training.recipe import Choice, Integer, Number, Switch, Text, read_settings, refuse
 
 ROOT = Path("/fsx/ns1")
+RECIPES = ShippedFiles(Path(__file__).resolve().parent, "*_configs/*.yaml")
 PLAIN_PROGRESS_EVERY_S = 10.0
 
 CONFIG = Config()
@@ -135,7 +139,8 @@ def terminate(*_: object) -> NoReturn:
 
 
 def main(argv: list[str] | None = None) -> int:
-    chosen = read_settings(CONFIG, sys.argv[1:] if argv is None else argv, flags=FLAGS, description=__doc__ or "").write
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = read_settings(CONFIG, argv, flags=FLAGS, description=__doc__ or "", shipped=RECIPES).write
     signal.signal(signal.SIGTERM, terminate)
     progress = Progress()
     try:
@@ -150,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
             return (run_verify if chosen.verify else run_write)(chosen, leader, progress)
     except (ValueError, BadImage, ImportError) as error:
         progress.close()
-        refuse(error)
+        exit_with_user_error(UserError(str(error)))
     except (WriteError, WorkerKilled, OSError) as error:
         progress.close()
         print(f"error: {error}", file=sys.stderr)

@@ -29,8 +29,9 @@ sys.path.insert(0, str(ROOT))
 
 import train_imagenet  # noqa: E402
 from ffcv_ops import OrderOption, read_beton  # noqa: E402
+from ffcv_ops.settings.collect import Settings  # noqa: E402
 from imagenet_training.model import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
-from imagenet_training.recipe import Settings, read_recipe  # noqa: E402
+from imagenet_training.recipe import read_recipe  # noqa: E402
 
 # isort: split
 # behind ffcv_ops, which makes ffcv importable

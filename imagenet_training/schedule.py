@@ -5,7 +5,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from imagenet_training.recipe import Plan, Settings
+from ffcv_ops.settings.collect import Settings
+from imagenet_training.plan import Plan
 
 
 def cyclic_lr(epoch: int, *, lr: float, peak_epoch: int, epochs: int) -> float:

@@ -27,7 +27,8 @@ from documents import DOCUMENTS, ROOT, Block, Command, anchors, blocks, code_spa
 from torch.distributed.run import get_args_parser
 
 import write_beton
-from imagenet_training.recipe import FLAGS, RECIPE, read_recipe, read_settings
+from ffcv_ops.settings.collect import read_settings
+from imagenet_training.recipe import FLAGS, RECIPE, read_recipe
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,8 @@ from betons import write_digits
 
 from ffcv_ops import read_beton
 from ffcv_ops.loading.order import random_order
-from imagenet_training.recipe import keep_global_batch, read_recipe
+from imagenet_training.plan import keep_global_batch
+from imagenet_training.recipe import read_recipe
 
 pytestmark = pytest.mark.slow
 

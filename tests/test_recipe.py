@@ -20,19 +20,13 @@ import pytest
 import yaml
 from fastargs import validation
 
-from imagenet_training.recipe import (
-    FLAGS,
-    RECIPE,
-    courses,
-    did_you_mean,
-    plan,
-    read_recipe,
-    read_settings,
-    rescaled_ema_decay,
-    show,
-    summary,
-)
+from ffcv_ops.settings.collect import read_settings
+from ffcv_ops.settings.fields import show
+from ffcv_ops.settings.suggestions import did_you_mean
+from imagenet_training.plan import plan, rescaled_ema_decay
+from imagenet_training.recipe import FLAGS, RECIPE, courses, read_recipe
 from imagenet_training.schedule import build_schedule
+from imagenet_training.summary import summary
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(ROOT.glob("rn*_configs/*.yaml"))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from imagenet_training.recipe import plan, read_recipe
+from imagenet_training.plan import plan
+from imagenet_training.recipe import read_recipe
 from imagenet_training.schedule import build_schedule
 
 NUM_TRAIN = 1280  # ten steps of 128

@@ -1,0 +1,47 @@
+"""The command line, split into configuration files and settings."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from ffcv_ops.errors import UserError
+from ffcv_ops.settings.suggestions import did_you_mean
+
+COMMAND_LINE = "command line"
+# Short flags: name to key or, for a flag that takes no value, name to (key, value).
+Flags = Mapping[str, str | tuple[str, str]]
+
+
+def read_command_line(
+    keys: Collection[str], argv: list[str], flags: Flags
+) -> tuple[list[Path], list[tuple[str, Any, str]]]:
+    """Split a command line into configuration files and (key, raw value, where)."""
+    files, given = [], []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word in ("-C", "--config-file", "--config_file"):
+            name = "config-file"
+        elif not word.startswith("--") or not name:
+            hint = f"; a configuration file is given as --config-file {word}" if Path(word).is_file() else ""
+            raise UserError(f"{COMMAND_LINE}: {word!r} belongs to no setting{hint}")
+        target = flags.get(name, name)
+        where = f"{COMMAND_LINE}, --{name}"
+        if isinstance(target, tuple):
+            if equals:
+                raise UserError(f"{where} takes no value; to give one, use --{target[0]}={value}")
+            given.append((*target, where))
+            continue
+        is_file = name in ("config-file", "config_file")
+        if not is_file and target not in keys:
+            names = [*flags, "config-file", "help", *keys]
+            raise UserError(f"{COMMAND_LINE}: unknown setting --{name}{did_you_mean(name, names, '--')}")
+        if not equals:
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise UserError(f"{where} needs a value: --{name}=VALUE")
+        if is_file:
+            files.append(Path(value))
+        else:
+            given.append((target, value, where))
+    return files, given

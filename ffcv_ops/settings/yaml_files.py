@@ -1,0 +1,106 @@
+"""YAML files of settings, with the line of each setting."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fastargs import Param
+
+from ffcv_ops.errors import UserError
+from ffcv_ops.settings.fields import Course, strict
+from ffcv_ops.settings.suggestions import did_you_mean
+
+
+@dataclass(frozen=True)
+class ShippedFiles:
+    """Configuration files that come with the program. Without a root there are none.
+
+    Attributes
+    ----------
+    root : Path, optional
+        Folder from which the files are named.
+    pattern : str
+        Glob pattern of the files below the root.
+    """
+
+    root: Path | None = None
+    pattern: str = "*.yaml"
+
+    def find(self, path: Path) -> Path:
+        """Return the shipped file of a name if the current folder has no such file, otherwise the path unchanged."""
+        if self.root is None or path.exists() or not (self.root / path).is_file():
+            return path
+        return self.root / path
+
+    def hint(self, path: Path) -> str:
+        """Return ``"; did you mean ...?"`` with the most similar file name, otherwise the files of the same folder."""
+        shipped = [] if self.root is None else [file.relative_to(self.root) for file in self.root.glob(self.pattern)]
+        files = {file.stem: file for file in [*sorted(shipped), *sorted(path.parent.glob("*.y*ml"))]}
+        near = difflib.get_close_matches(path.stem, files, n=1)
+        if near:
+            return f"; did you mean {files[near[0]]}?"
+        there = [str(file) for file in files.values() if file.parent == path.parent]
+        return f"; there are {', '.join(there)}" if there else ""
+
+
+def read_file(parameters: Mapping[str, Param], path: Path, shipped: ShippedFiles) -> list[tuple[str, Any, str]]:
+    """Read a YAML (or JSON) file of sections into (key, raw value, ``file:line``)."""
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError(f"{path}: not a mapping of sections to settings, such as\ntraining:\n  epochs: 100")
+        return list(_walk(parameters, path, loader, root, "", {}))
+    except FileNotFoundError:
+        raise UserError(f"--config-file {path}: no such file{shipped.hint(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config-file {path}: cannot be read: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+
+
+def _walk(
+    parameters: Mapping[str, Param],
+    path: Path,
+    loader: yaml.SafeLoader,
+    node: yaml.MappingNode,
+    prefix: str,
+    lines: dict[str, int],
+) -> Iterable[tuple[str, Any, str]]:
+    """Go down a YAML mapping to the declared keys; ``section.key: value`` on one line is understood too."""
+    for name_node, value_node in node.value:
+        key = prefix + str(name_node.value)
+        line = name_node.start_mark.line + 1
+        where = f"{path}:{line}"
+        if key in lines:
+            raise UserError(f"{where}: {key} is set twice, first in line {lines[key]}: keep one")
+        lines[key] = line
+        if key in parameters:
+            is_course = isinstance(parameters[key].checker, Course)
+            if isinstance(value_node, yaml.MappingNode) and not is_course:
+                raise UserError(f"{where}: {key} must be {strict(parameters[key].checker).help()}, not a mapping")
+            yield key, _construct(loader, value_node), where
+        elif any(known.startswith(f"{key}.") for known in parameters):
+            if isinstance(value_node, yaml.MappingNode):
+                yield from _walk(parameters, path, loader, value_node, f"{key}.", lines)
+            elif value_node.tag != "tag:yaml.org,2002:null":
+                raise UserError(f"{where}: {key} is a section and must hold settings, not a value")
+        else:
+            names = [*parameters, *({known.split(".")[0] for known in parameters} if not prefix else ())]
+            raise UserError(f"{where}: unknown setting {key}{did_you_mean(key, names)}")
+
+
+def _construct(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    """The value of a node; a mapping as its pairs, so that a name given twice is not lost."""
+    if isinstance(node, yaml.MappingNode):
+        return [(_construct(loader, name), _construct(loader, value)) for name, value in node.value]
+    try:
+        return loader.construct_object(node, deep=True)
+    except ValueError:  # what looks like a date and is none: let the checker see the text
+        return node.value
