@@ -104,7 +104,7 @@ SERVER = """
 import gc, json, os, runpy, sys
 sys.path.insert(0, sys.argv[1])
 import cv2, matplotlib.pyplot, timm, torch, torchvision
-import train_imagenet, write_beton, training.preview
+import train_imagenet, write_beton, imagenet_training.preview
 gc.freeze()  # or each process, as it ends, would look at all that was imported: 2 s
 def run(kind, target, argv):
     sys.argv = [target, *argv]
@@ -360,7 +360,7 @@ def test_every_link_leads_somewhere(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_path_that_is_named_exists(document: Path) -> None:
-    rooms = r"(ffcv_ops|training|launch|docs|tests|benchmarks|rn50_configs|rn18_configs|\.ci)/[\w.*/-]+"
+    rooms = r"(ffcv_ops|imagenet_training|launch|docs|tests|benchmarks|rn50_configs|rn18_configs|\.ci)/[\w.*/-]+"
     for span in code_spans(document):
         if re.fullmatch(rooms, span):
             assert list(ROOT.glob(span)), f"{document.name} names {span}, which does not exist"
@@ -387,7 +387,7 @@ def known_flags() -> set[str]:
         *ROOT.glob("benchmarks/*.py"),
         *ROOT.glob("launch/*.py"),
         *ROOT.glob("ffcv_ops/*.py"),
-        *ROOT.glob("training/*.py"),
+        *ROOT.glob("imagenet_training/*.py"),
     ]
     torchrun = {word for action in get_args_parser()._actions for word in action.option_strings}
     ours = {f"--{name}" for name in (*FLAGS, *write_beton.FLAGS, *known_settings(), "config-file", "help")}
