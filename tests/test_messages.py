@@ -31,7 +31,7 @@ def source_text() -> str:
 
 def is_in_sources(message: str) -> bool:
     """Return whether a source has the message, with any text on one line in place of each word in capitals."""
-    parts = PLACEHOLDER.split(message)
+    parts = PLACEHOLDER.split(message.lstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
     assert len(re.findall("[a-z]", "".join(parts))) >= MIN_LETTERS, f"too short to look for: {message}"
     return re.search(r".{0,120}?".join(map(re.escape, parts)), source_text()) is not None
 
