@@ -34,6 +34,7 @@ finally:
     numba.typed.Dict = _typed_dict
 
 from ffcv.fields.basics import BasicDecoder
+from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 from ffcv.loader.loader import DEFAULT_OS_CACHE, OrderOption
 from ffcv.loader.loader import Loader as StockLoader
 from ffcv.memory_managers import OSCacheManager, ProcessCacheManager
@@ -61,6 +62,7 @@ __all__ = [
     "ProcessCacheManager",
     "Reader",
     "RefNode",
+    "SimpleRGBImageDecoder",
     "State",
     "StockLoader",
     "ToDevice",

@@ -1,52 +1,39 @@
-"""Whether this machine has what reading, writing and training need: a line a check, and the command that mends it.
+"""Check that this machine has what reading, writing and training need, and print what fixes each fault.
 
     make doctor                            # or: python -m imagenet_training.doctor, ffcv-doctor
     python -m imagenet_training.doctor --data /data/train.beton /data/val.beton --num_workers 16
     python -m imagenet_training.doctor --json
 
-Writes nothing but a temporary folder. Exit status: 0 all in order, or only warnings; 1 an error; 2 a wrong option;
-130 Ctrl-C.
+Exit status: 0 without an error, 1 with an error, 2 for a wrong option, 130 for Ctrl-C.
 
-The checks are in `imagenet_training.doctor_checks`; other packages add theirs as entry points.
-Each runs in a process of its own, because a library that is broken may crash or hang, and one that is missing must not
-keep the others from being looked at. For the same reason only the standard library is imported here.
+The checks are in `imagenet_training.doctor_checks`. Each check runs in a process of its own, because a broken library
+may crash or hang. Only the standard library is imported here, because the doctor also runs before the setup.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import NamedTuple
 
-from imagenet_training import doctor_checks as checks
+from ffcv_ops.machine import allowed_cpus
+from imagenet_training.doctor_checks import CHECKS, DATA, Finding, one_line, setup_command
 
-ENTRY_POINTS = "imagenet_training.doctor"
 STATUSES = ("ok", "warning", "error")
 _COLORS = {"ok": "32", "warning": "33", "error": "31"}
 _NAME_WIDTH = 13
 _TIME_LIMIT_S = 300
-_AT_ONCE = 4
-
-
-class Finding(NamedTuple):
-    """One line: ``status`` of `STATUSES`, the ``name`` of what was looked at, what was found, what to do about it."""
-
-    status: str
-    name: str
-    text: str
-    remedy: str = ""
+_NUM_AT_ONCE = 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run all checks, print their findings, and return the exit status."""
     options = _parse(argv)
     findings = []
     try:
@@ -67,95 +54,70 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("imagenet_training.doctor", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help=f".beton files, or folders of them; by default {' and '.join(checks.DATA)}",
-    )
-    parser.add_argument(
-        "--num_workers", type=int, default=-1, metavar="N", help="threads that will load; by default all CPUs allowed"
-    )
+    data_help = f".beton files, or folders of them; by default {' and '.join(DATA)}"
+    parser.add_argument("--data", nargs="+", default=[], metavar="PATH", help=data_help)
+    workers_help = "threads that will load; by default all CPUs allowed"
+    parser.add_argument("--num_workers", type=int, default=-1, metavar="N", help=workers_help)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.num_workers < 1:
+        options.num_workers = allowed_cpus()
+    return options
 
 
 def examine(options: argparse.Namespace) -> Iterator[Finding]:
-    """Run all checks, each in a process of its own, and yield what they find, in the order of `checks.CHECKS`."""
-    python = list(_ask(_target(checks.check_python), options))
+    """Run all checks and yield their findings in the order of `CHECKS`."""
+    first, *others, last = CHECKS
+    python = run_check(first, options)
     yield from python
     if python[0].status == "error":
         return
-    others = [_target(check) for check in checks.CHECKS[1:]]
-    others += [point.value for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name)]
-    with ThreadPoolExecutor(_AT_ONCE) as threads:
-        for findings in threads.map(lambda target: list(_ask(target, options)), others):
+    with ThreadPoolExecutor(_NUM_AT_ONCE) as threads:
+        for findings in threads.map(lambda name: run_check(name, options), others):
             yield from findings
-    # Alone, since it takes the time of CPUs and disk.
-    yield from _ask(_target(checks.check_data), options)
+    # The check of the data runs alone, because it measures the CPUs and the disk.
+    yield from run_check(last, options)
 
 
-def _target(check: Callable[..., object]) -> str:
-    """A check as ``module:function``, which is how entry points name theirs."""
-    return f"{check.__module__}:{check.__name__}"
-
-
-def _name(target: str) -> str:
-    return target.rpartition(":")[2].replace("check_", "")
-
-
-def _ask(target: str, options: argparse.Namespace) -> Iterator[Finding]:
-    """Run one check in a process of its own; its silence is a finding too."""
-    here = str(Path(__file__).resolve().parents[1])
-    path = [folder for folder in (os.environ.get("PYTHONPATH"), here) if folder]
+def run_check(name: str, options: argparse.Namespace) -> list[Finding]:
+    """Run one check of `CHECKS` in a process of its own. If the process does not answer, return that as the finding."""
+    root = str(Path(__file__).resolve().parents[1])
+    path = [folder for folder in (os.environ.get("PYTHONPATH"), root) if folder]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONWARNINGS": "ignore"}
-    request = json.dumps({"target": target, "data": options.data, "num_workers": options.num_workers})
-    command = [sys.executable, "-c", "from imagenet_training.doctor import answer; answer()", request]
+    code = "from imagenet_training.doctor import answer; answer()"
+    command = [sys.executable, "-c", code, name, json.dumps(vars(options))]
     try:
         done = subprocess.run(
             command, capture_output=True, env=environment, timeout=_TIME_LIMIT_S, text=True, errors="replace"
         )
     except subprocess.TimeoutExpired:
-        yield Finding("error", _name(target), f"no answer after {_TIME_LIMIT_S} s: it hangs")
-        return
-    try:
-        yield from (Finding(*found) for found in json.loads(done.stdout))
-    except ValueError:
-        text = f"the check {_ending(done.returncode)}{_last_line(done.stderr)}"
-        yield Finding("error", _name(target), text, checks.crash_remedy())
-
-
-def _ending(status: int) -> str:
-    return f"was ended by {signal.Signals(-status).name}" if status < 0 else "could not be run"
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return f": {lines[-1]}" if lines else ""
+        return [Finding("error", f"no answer after {_TIME_LIMIT_S} s", name=name)]
+    if done.returncode == 0 and done.stdout:
+        return [Finding(*found) for found in json.loads(done.stdout)]
+    status = done.returncode
+    ending = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    text = ": ".join([f"the check {ending}", *done.stderr.strip().splitlines()[-1:]])
+    return [Finding("error", text, setup_command(), name)]
 
 
 def answer() -> None:
-    """Run the check that the command line names, and print its findings as JSON: what `_ask` starts."""
+    """Run the check that the command line names, and print its findings as JSON. `run_check` starts this."""
     stdout = os.dup(1)
-    os.dup2(2, 1)  # what libraries print is no part of the answer
-    request = json.loads(sys.argv[1])
-    target = request.pop("target")
-    module, _, function = target.partition(":")
-    check = getattr(importlib.import_module(module), function)
+    os.dup2(2, 1)  # libraries may print: their output is no part of the answer
+    name, options = sys.argv[1:]
     findings = []
     try:
-        for found in check(argparse.Namespace(**request)):
-            findings.append(found)
+        for finding in CHECKS[name](argparse.Namespace(**json.loads(options))):
+            findings.append(finding if finding.name else finding._replace(name=name))
     except Exception as error:
-        remedy = checks.install_command() if isinstance(error, ImportError) else ""
-        findings.append(("error", _name(target), f"{type(error).__name__}: {error}".splitlines()[0], remedy))
+        remedy = setup_command(is_missing=isinstance(error, ModuleNotFoundError))
+        findings.append(Finding("error", one_line(error), remedy, name))
     with open(stdout, "w", encoding="utf-8") as file:
         json.dump(findings, file)
 
 
 def _line(finding: Finding) -> str:
-    """A finding as it is printed: aligned, with colour on a terminal, its remedy below."""
+    """Return the text of a finding: aligned, coloured on a terminal, with the remedy below."""
     status = f"{finding.status:7}"
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         status = f"\x1b[{_COLORS[finding.status]}m{status}\x1b[0m"

@@ -1,521 +1,412 @@
-"""What the doctor looks at on the way from disk to batch.
+"""The checks of the doctor.
 
-A check is a function of the doctor's options (``data``: list of paths; ``num_workers``: int) that yields findings:
-(status, name, text) or (status, name, text, remedy), see `doctor.Finding`. It imports what it asks about.
+A check is a function of the options (``data``: list of paths; ``num_workers``: int) that yields its findings. It
+imports the libraries that it checks. An exception that it raises becomes a finding.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import os
+import random
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ffcv_ops.cgroups import control_groups, read
+from ffcv_ops.cgroups import available_bytes, cpu_quota, memory_limits
 from ffcv_ops.machine import allowed_cpus
 from ffcv_ops.units import show_bytes
-from imagenet_training import doctor_storage as storage
 
 DATA = "/fsx/ns1/train.beton", "/fsx/ns1/val.beton"
-"""Where write_beton.py puts files and train_imagenet.py expects them, unless told otherwise."""
-_DISTRIBUTION = "ffcv-imagenet-toolkit"
+"""The default files of write_beton.py and train_imagenet.py."""
 _ROOT = Path(__file__).resolve().parents[1]
 _MIN_OPEN_FILES = 1024
 _MIN_MEMORY_BYTES = 4e9
-_MIN_SHARED_BYTES_A_GPU = 1 << 28
-# Smaller files say nothing about a disk.
+_MIN_SHARED_BYTES_PER_GPU = 1 << 28
+# The rate of a smaller file says nothing about a disk.
 _MIN_MEASURED_BYTES = 1 << 26
-_PAGE_BYTES, _PAGE_READERS = 1 << 23, 12
-_UPDATE_DRIVER = (
-    "update the driver, or install a PyTorch for its CUDA: https://pytorch.org/get-started/previous-versions"
-)
+# If a file does not fit into memory, the loader reads pages of this size with this many threads.
+_PAGE_BYTES, _NUM_PAGE_READERS = 1 << 23, 12
+_MAX_JPEG_DIFFERENCE = 8
+_UPDATE_DRIVER = "update the driver, or install a PyTorch for its CUDA: https://pytorch.org/get-started"
 
-Finding = tuple
+
+class Finding(NamedTuple):
+    """One result: status, what was found, the remedy, and what was checked (by default the check's name)."""
+
+    status: str
+    text: str
+    remedy: str = ""
+    name: str = ""
+
+
 Options = argparse.Namespace
 
 
 def check_python(options: Options) -> Iterator[Finding]:
-    version = ".".join(map(str, sys.version_info[:3]))
+    """Check the version of Python."""
+    text = f"{'.'.join(map(str, sys.version_info[:3]))}, {sys.executable}"
     if (3, 10) <= sys.version_info < (3, 14):
-        yield "ok", "Python", f"{version}, {_short(sys.executable)}"
+        yield Finding("ok", text)
     else:
-        text = f"{version}, {_short(sys.executable)}: 3.10 to 3.13 are needed; nothing else was looked at"
-        yield "error", "Python", text, "make setup PYTHON=python3.12"
+        text = f"{text}: 3.10 to 3.13 are needed; nothing else was checked"
+        yield Finding("error", text, "make setup PYTHON=python3.12")
 
 
 def check_packages(options: Options) -> Iterator[Finding]:
-    requirements = _requirements()
-    missing, wrong = [], []
-    for name, ranges in requirements.items():
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            missing.append(name)
-            continue
-        if not in_range(version, ranges):
-            wrong.append(f"{name} {version} is not {ranges}")
-    if missing:
-        wrong.insert(0, f"not installed: {', '.join(missing)}")
+    """Compare the installed packages with the project's requirements."""
+    from packaging.requirements import Requirement
+
+    wrong = []
+    for requirement in map(Requirement, requirements()):
+        version = _version(requirement.name)
+        if version is None:
+            wrong.append(f"{requirement.name} is not installed")
+        elif not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version} is installed, {requirement} is needed")
     if wrong:
-        yield "error", "packages", "; ".join(wrong), install_command()
+        yield Finding("error", "; ".join(wrong), setup_command(is_missing=True))
     else:
-        yield "ok", "packages", f"{len(requirements)}, all in their ranges"
+        yield Finding("ok", "all are installed, in the versions needed")
+
+
+def check_cpus(options: Options) -> Iterator[Finding]:
+    """Compare the CPUs of this process with the number of loading threads."""
+    workers, allowed, total, quota = options.num_workers, allowed_cpus(), os.cpu_count() or 1, cpu_quota()
+    text = f"{allowed} of {total} allowed to this process"
+    if quota is not None and quota < min(workers, allowed):
+        text = f"{text}, time of {quota:g}: {workers} loading threads would be throttled"
+        yield Finding("warning", text, f"--num_workers {max(1, int(quota))}, or more time (docker --cpus)")
+    elif workers > allowed or allowed == 1 < total:
+        text = f"{text}: {min(workers, allowed)} of {workers} workers start"
+        yield Finding("warning", text, "allow more CPUs: taskset, sbatch --cpus-per-task, docker --cpuset-cpus")
+    else:
+        yield Finding("ok", f"{text}; {workers} workers")
+
+
+def check_limits(options: Options) -> Iterator[Finding]:
+    """Check the limits of the shell: open files and address space."""
+    num_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= num_files < _MIN_OPEN_FILES:
+        yield Finding("warning", f"{num_files} open files allowed", f"ulimit -n {_MIN_OPEN_FILES}")
+    elif _has_address_limit():
+        text = "the address space is limited: the loader maps whole files, and PyTorch reserves much"
+        yield Finding("warning", text, "ulimit -v unlimited")
+    else:
+        yield Finding("ok", f"{num_files} open files")
+
+
+def check_memory(options: Options) -> Iterator[Finding]:
+    """Check the memory that the machine and the control groups (Slurm's, a container's) leave to this process."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit, available = min([total, *(limit for limit, _ in memory_limits())]), available_bytes()
+    text = f"{show_bytes(available)} of {show_bytes(limit)} available, page cache included"
+    if available >= _MIN_MEMORY_BYTES:
+        yield Finding("ok", text)
+    else:
+        remedy = "sbatch --mem, docker run --memory" if limit < total else "end other processes (top -o %MEM)"
+        yield Finding("warning", f"{text}, {show_bytes(total)} in the machine: little for training", remedy)
+
+
+def check_shared_memory(options: Options) -> Iterator[Finding]:
+    """Check /dev/shm, through which NCCL connects the GPUs of a machine."""
+    free_bytes = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
+    num_gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if num_gpus > 1 and free_bytes < num_gpus * _MIN_SHARED_BYTES_PER_GPU:
+        text = f"{show_bytes(free_bytes)} free: little for {num_gpus} GPUs"
+        yield Finding("warning", text, "docker run --shm-size=8g, or --ipc=host")
+    else:
+        yield Finding("ok", f"{show_bytes(free_bytes)} free")
 
 
 def check_compiler(options: Options) -> Iterator[Finding]:
+    """Look for the C++ compiler, which builds FFCV and which torch.compile needs."""
     compiler = os.environ.get("CXX") or "c++"
     path = shutil.which(compiler)
-    if path is None:
-        text = f"no {compiler} on the PATH: neither building ffcv nor torch.compile can work here"
-        yield "warning", "compiler", text, "sudo apt-get install g++"
+    if path:
+        yield Finding("ok", path)
     else:
-        said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
-        yield "ok", "compiler", f"{said.splitlines()[0] if said else 'of unknown version'}, {path}"
+        text = f"no {compiler} on the PATH: FFCV cannot be built, and torch.compile cannot work"
+        yield Finding("warning", text, "sudo apt-get install g++")
 
 
 def check_opencv(options: Options) -> Iterator[Finding]:
-    cv2, trouble = _try_import("cv2")
-    if trouble:
-        is_system = re.search(r"lib\S+\.so\S*: cannot open", trouble[0])
-        remedy = "sudo apt-get install libgl1 libglib2.0-0 libxcb1" if is_system else trouble[1]
-        yield "error", "OpenCV", trouble[0], remedy
+    """Import OpenCV, which needs libraries of the system."""
+    return _import("cv2", "sudo apt-get install libgl1 libglib2.0-0 libxcb1")
+
+
+def check_torchvision(options: Options) -> Iterator[Finding]:
+    """Import torchvision, which fails if it was built for another PyTorch."""
+    return _import("torchvision", f"{sys.executable} -m pip install --force-reinstall torch torchvision")
+
+
+def _import(module: str, remedy: str) -> Iterator[Finding]:
+    try:
+        library = import_module(module)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) or _has_address_limit():
+            raise
+        yield Finding("error", one_line(error), remedy)
     else:
-        yield "ok", "OpenCV", f"{cv2.__version__}, {_short(cv2.__file__)}"
+        yield Finding("ok", f"{library.__version__}, {library.__file__}")
 
 
 def check_turbojpeg(options: Options) -> Iterator[Finding]:
+    """Load TurboJPEG."""
     from ffcv_ops.codec import jpeg
 
     try:
-        jpeg.turbojpeg()
-    except ImportError as error:
-        tried = [line.strip() for line in str(error).splitlines()[1:]]
+        yield Finding("ok", jpeg.turbojpeg()._name)
+    except jpeg.TurboJPEGNotFound as error:
         remedy = "unset TURBOJPEG" if os.environ.get("TURBOJPEG") else "sudo apt-get install libturbojpeg0-dev"
-        yield "error", "TurboJPEG", f"2.1 or later was not found; tried {'; '.join(tried)}", remedy
-        return
-    path = _loaded_library("turbojpeg")
-    version = re.search(rb"libjpeg-turbo version ([\d.]+)", Path(path).read_bytes()) if path else None
-    yield "ok", "TurboJPEG", f"{version[1].decode() if version else 'of unknown version'}, {_short(path or '?')}"
+        yield Finding("error", f"2.1 or later was not found; tried {'; '.join(error.tried)}", remedy)
 
 
-def _loaded_library(name: str) -> str | None:
-    """The path of a shared library in this process whose file name has `name` in it."""
-    lines = Path("/proc/self/maps").read_text().splitlines() if os.path.exists("/proc/self/maps") else []
-    return next((line.split(maxsplit=5)[5] for line in lines if name in line.rpartition("/")[2]), None)
+def check_numba(options: Options) -> Iterator[Finding]:
+    """Look for the folder in which Numba keeps compiled kernels."""
+    from ffcv_ops import _kernels, rng
+
+    if _kernels.CAN_CACHE:
+        yield Finding("ok", f"{_version('numba')}, keeps compiled kernels in {rng.philox.stats.cache_path}")
+    else:
+        text = f"{_version('numba')}, cannot keep compiled kernels: each run compiles for a minute or more"
+        yield Finding("warning", text, "export NUMBA_CACHE_DIR=~/.cache/numba")
 
 
 def check_ffcv(options: Options) -> Iterator[Finding]:
-    """Write images with our writer, load them with ours and with FFCV's compiled decoder, compare the pixels."""
-    # Which makes ffcv importable where Python has no distutils.
-    _, trouble = _try_import("ffcv_ops._ffcv", blame="ffcv")
-    if trouble:
-        yield "error", "ffcv", *trouble
-        return
-    start_s = time.perf_counter()
-    try:
-        with tempfile.TemporaryDirectory(prefix="ffcv_doctor_") as folder:
-            num_images = round_trip(Path(folder))
-    except Exception as error:
-        text = f"{metadata.version('ffcv')} imports, but a round trip fails: {_one_line(error)}"
-        yield "error", "ffcv", text, reinstall_command()
-        return
-    time_s = time.perf_counter() - start_s
-    text = f"{metadata.version('ffcv')}; {num_images} images written, loaded and compared in {time_s:.1f} s"
-    yield "ok", "ffcv", text
+    """Write images with our writer, load them with our decoder and with FFCV's, and compare the pixels."""
+    import_module("ffcv_ops._ffcv")
+    with tempfile.TemporaryDirectory(prefix="ffcv_doctor_") as folder:
+        num_images = _round_trip(Path(folder))
+    yield Finding("ok", f"{_version('ffcv')}; {num_images} images written, loaded and compared")
 
 
-def round_trip(folder: Path) -> int:
-    """Write a few images as JPEG and raw, load them by our decoder and by FFCV's, and compare.
-
-    Parameters
-    ----------
-    folder : Path
-        Empty, for images and file.
-
-    Returns
-    -------
-    int
-        The number of images.
-
-    Raises
-    ------
-    ValueError
-        If pixels or labels differ.
-    """
+def _round_trip(folder: Path) -> int:
+    """Return the number of images that were compared; raise ArithmeticError if pixels differ."""
     import numpy as np
-    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from PIL import Image
 
     from ffcv_ops import CenterCrop, Label, Loader
-    from ffcv_ops.beton import layout as beton
-    from ffcv_ops.codec import jpeg
+    from ffcv_ops._ffcv import SimpleRGBImageDecoder
     from ffcv_ops.writing.writer import WriteSettings, write
 
-    size, num_images = 64, 8
-    y, x, channel = np.meshgrid(np.arange(size), np.arange(size), np.arange(3), indexing="ij")
-    images = [(y * i + x * (7 - i)) // 4 + 40 * channel for i in range(num_images)]
-    images = [image.astype(np.uint8) for image in images]
+    y, x, channel = np.meshgrid(np.arange(64), np.arange(64), np.arange(3), indexing="ij")
+    images = np.stack([(y * i + x * (7 - i)) // 4 + 40 * channel for i in range(8)]).astype(np.uint8)
     for label, image in enumerate(images):
         (folder / "images" / str(label)).mkdir(parents=True)
         Image.fromarray(image).save(folder / "images" / str(label) / "0.png")
     file = folder / "images.beton"
-    write(folder / "images", file, WriteSettings(mode="proportion"), num_workers=1, notice=lambda text: None)
-    written = beton.read_beton(file)
-    is_raw = dict(zip(written.labels.tolist(), written.column("image")["mode"] == beton.MODE_RAW, strict=True))
-    for decoder in (CenterCrop(size, ratio=1), SimpleRGBImageDecoder()):
-        with Loader(file, num_images, 1, pipelines={"image": [decoder], "label": [Label()]}, copy=True) as loader:
-            ((loaded, labels),) = loader.epoch(0)
-            for pixels, label in zip(np.asarray(loaded), np.asarray(labels).ravel().tolist(), strict=True):
-                expected = images[label] if is_raw[label] else jpeg.decode(jpeg.encode(images[label]))
-                # Neither rounds as the accurate decoder does: ours converts colours itself, FFCV's has the fast DCT.
-                if np.abs(pixels.astype(int) - expected).max() > 2 * (not is_raw[label]):
-                    raise ValueError(f"{type(decoder).__name__} gives other pixels than were written")
-    return num_images
+    write(folder / "images", file, WriteSettings(mode="jpg"), num_workers=1, notice=lambda text: None)
+    for decoder in (CenterCrop(64, ratio=1), SimpleRGBImageDecoder()):
+        with Loader(file, len(images), 1, pipelines={"image": [decoder], "label": [Label()]}) as loader:
+            for loaded, labels in loader:
+                difference = np.asarray(loaded).astype(int) - images[np.asarray(labels).ravel()]
+                if np.abs(difference).max() > _MAX_JPEG_DIFFERENCE:
+                    raise ArithmeticError(f"{type(decoder).__name__} gives other pixels than were written")
+    return len(images)
 
 
 def check_pytorch(options: Options) -> Iterator[Finding]:
-    torch, trouble = _try_import("torch")
-    if trouble:
-        yield "error", "PyTorch", *trouble
-        return
-    driver = _driver()
-    no_driver = driver is None and not Path("/dev/nvidiactl").exists()
-    driver = driver or "driver unknown"
-    about = f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA")
-    if torch.cuda.is_available():
-        yield "ok", "PyTorch", f"{about}; {driver}"
-        for number in range(torch.cuda.device_count()):
-            yield _gpu(torch, number)
-    elif no_driver:
-        yield "ok", "PyTorch", about
-        text = "no NVIDIA GPU to be seen: everything runs on the CPU"
-        yield "warning", "GPU", text, "none on a machine without one; in a container: docker run --gpus all"
+    """Import PyTorch and compute on each GPU."""
+    import torch
+
+    text = f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA")
+    if not (torch.cuda.is_available() or os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg")):
+        yield Finding("ok", text)
+        remedy = "none on a machine without a GPU; in a container: docker run --gpus all"
+        yield Finding("warning", "no NVIDIA GPU is visible: everything runs on the CPU", remedy, "GPU")
+    elif torch.version.cuda is None:
+        remedy = f"{sys.executable} -m pip install --force-reinstall torch torchvision"
+        yield Finding("error", f"{text}: no GPU can be used", remedy)
+    elif os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        yield Finding("error", f"{text}; CUDA_VISIBLE_DEVICES hides all GPUs", "unset CUDA_VISIBLE_DEVICES")
     else:
-        reason, remedy = _why_no_gpu(torch)
-        yield "error", "PyTorch", f"{about}; {driver}, but no GPU can be used: {reason}", remedy
+        yield Finding("ok", text)
+        yield from (gpu(torch, number) for number in range(max(1, torch.cuda.device_count())))
 
 
-def _driver() -> str | None:
-    """The NVIDIA driver's version and the newest CUDA it supports, as nvidia-smi tells them."""
-    try:
-        said = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    version = re.search(r"Driver Version: *([\d.]+)", said)
-    cuda = re.search(r"CUDA Version: *([\d.]+)", said)
-    return f"driver {version[1]} for CUDA up to {cuda[1]}" if version and cuda else None
-
-
-def _why_no_gpu(torch: Any) -> tuple[str, str]:
-    """Why PyTorch uses none of the GPUs that there are, and what mends it."""
-    if torch.version.cuda is None:
-        remedy = f"{_short(sys.executable)} -m pip install --force-reinstall torch torchvision"
-        return "this PyTorch was built without CUDA", remedy
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if hidden is not None and hidden.strip() in ("", "-1"):
-        return f"CUDA_VISIBLE_DEVICES={hidden} hides all", "unset CUDA_VISIBLE_DEVICES"
-    try:
-        torch.cuda.init()
-    except Exception as error:
-        return _one_line(error), _UPDATE_DRIVER
-    return "PyTorch gives no reason", _UPDATE_DRIVER
-
-
-def _gpu(torch: Any, number: int) -> Finding:
-    """A GPU: its name, its memory, whether it computes, what is known of its JPEG engine."""
-    properties = torch.cuda.get_device_properties(number)
-    name = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+def gpu(torch: Any, number: int) -> Finding:
+    """Compute on a GPU."""
     try:
         ones = torch.ones(256, 256, device=f"cuda:{number}", dtype=torch.float16)
-        assert (ones @ ones)[0, 0].item() == 256
+        if (ones @ ones)[0, 0].item() != 256:
+            raise ArithmeticError("a matrix product is wrong")
+        found = torch.cuda.get_device_properties(number)
     except Exception as error:
-        return "error", f"GPU {number}", f"{name}: does not compute: {_one_line(error)}", _UPDATE_DRIVER
-    return "ok", f"GPU {number}", f"{name}{_jpeg_engine(properties.uuid)}"
+        return Finding("error", f"does not compute: {one_line(error)}", _UPDATE_DRIVER, f"GPU {number}")
+    text = f"{found.name}, {found.total_memory / 2**30:.0f} GiB, sm_{found.major}{found.minor}"
+    return Finding("ok", text, name=f"GPU {number}")
 
 
-def _jpeg_engine(uuid: object) -> str:
-    """What the driver tells of an engine for JPEGs: it counts the use of one, or says nothing."""
-    try:
-        command = ["nvidia-smi", "-q", "-d", "UTILIZATION", "-i", f"GPU-{uuid}"]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        said = ""
-    return ", the driver counts a JPEG engine" if re.search(r"JPEG *: *\d", said) else ""
+def check_wandb(options: Options) -> Iterator[Finding]:
+    """Look for the key of Weights & Biases."""
+    from imagenet_training.logs import has_wandb_key
 
-
-def check_cpus(options: Options) -> Iterator[Finding]:
-    total, allowed, quota = os.cpu_count() or 1, allowed_cpus(), cpu_quota()
-    usable = max(1, min(allowed, int(quota or allowed)))
-    asked = options.num_workers if options.num_workers > 0 else allowed
-    text = f"{allowed} of {total} allowed to this process" + ("" if quota is None else f", time of {quota:g}")
-    widen = "taskset, sbatch --cpus-per-task, docker --cpuset-cpus"
-    if asked > usable and quota is not None and quota < allowed:
-        remedy = f"--num_workers {usable}, or more time (docker --cpus)"
-        yield "warning", "CPUs", f"{text}: {asked} loading threads would be throttled", remedy
-    elif asked > allowed:
-        yield "warning", "CPUs", f"{text}: of {asked} workers {allowed} are started", f"allow more of them: {widen}"
-    elif allowed == 1 and total > 1:
-        yield "warning", "CPUs", f"{text}: one thread loads, and shares its CPU", f"allow more of them: {widen}"
+    mode = os.environ.get("WANDB_MODE") or "online"
+    if mode != "online" or has_wandb_key():
+        yield Finding("ok", f"WANDB_MODE={mode}" if mode != "online" else "an API key was found")
     else:
-        yield "ok", "CPUs", f"{text}; {asked} workers"
-
-
-def cpu_quota() -> float | None:
-    """The CPU time a second that control groups leave this process, in CPUs; None where they set no limit."""
-    quotas = []
-    for folder in control_groups("cpu"):
-        for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-            limit = " ".join(read(folder / file) for file in files).split()
-            if len(limit) == 2 and limit[0].isdigit():
-                quotas.append(int(limit[0]) / int(limit[1]))
-    return min(quotas, default=None)
-
-
-def check_limits(options: Options) -> Iterator[Finding]:
-    open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if address_space != resource.RLIM_INFINITY:
-        text = f"address space is limited to {show_bytes(address_space)}: files are mapped, and PyTorch reserves much"
-        yield "warning", "limits", text, "ulimit -v unlimited"
-    if 0 <= open_files < _MIN_OPEN_FILES:
-        yield "warning", "limits", f"{open_files} open files allowed", f"ulimit -n {_MIN_OPEN_FILES}"
-    elif address_space == resource.RLIM_INFINITY:
-        yield "ok", "limits", f"{open_files} open files"
-
-
-def check_memory(options: Options) -> Iterator[Finding]:
-    from ffcv_ops.loading.storage import available_bytes
-
-    available = available_bytes()
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    text = f"{show_bytes(available)} of {show_bytes(total)} available, page cache included"
-    if available < _MIN_MEMORY_BYTES:
-        yield "warning", "memory", f"{text}: little for training", "end what else runs here (top -o %MEM)"
-    else:
-        yield "ok", "memory", text
-
-
-def check_shared_memory(options: Options) -> Iterator[Finding]:
-    """/dev/shm, by which NCCL joins the GPUs of a machine."""
-    if not os.path.isdir("/dev/shm"):
-        yield "warning", "/dev/shm", "not there: several GPUs cannot exchange data by it", "mount -t tmpfs shm /dev/shm"
-        return
-    free, num_gpus = shutil.disk_usage("/dev/shm").free, len(list(Path("/dev").glob("nvidia[0-9]*")))
-    if num_gpus > 1 and free < num_gpus * _MIN_SHARED_BYTES_A_GPU:
-        text = f"{show_bytes(free)} free: little for {num_gpus} GPUs"
-        yield "warning", "/dev/shm", text, "docker run --shm-size=8g, or --ipc=host"
-    else:
-        yield "ok", "/dev/shm", f"{show_bytes(free)} free"
+        text = "no API key: runs are recorded offline, for `wandb sync` to upload later"
+        yield Finding("warning", text, "bash launch/setup_wandb.sh, or --no_wandb to record nothing")
 
 
 def check_data(options: Options) -> Iterator[Finding]:
-    """The files to be read: whether they are whole, whether they fit into memory, how fast they can be read."""
-    given = [Path(path) for path in options.data]
-    paths = given or [Path(path) for path in DATA if os.path.exists(path)]
+    """Check the data files: their tables, their file systems, and the rates of the disk and of the loader."""
+    from ffcv_ops import UserError, read_beton
+
+    paths = [Path(path) for path in options.data or filter(os.path.exists, DATA)]
     if not paths:
-        remedy = "python write_beton.py --split train  # or --data FILE ..., where it is elsewhere"
-        yield "warning", "data", f"{' and '.join(DATA)} are not there", remedy
-        return
-    files = []
+        remedy = "python write_beton.py --split train  # or --data FILE ..., if the file is elsewhere"
+        yield Finding("warning", f"neither {' nor '.join(DATA)} exists", remedy)
+    betons = []
     for path in paths:
-        inside = sorted(path.glob("*.beton")) if path.is_dir() else [path]
-        files += inside
-        if not inside:
-            yield _empty_folder(path)
-    from ffcv_ops.beton.layout import read_beton
-    from ffcv_ops.loading.storage import available_bytes
-
-    sound = []
-    for file in files:
-        try:
-            beton = read_beton(file)
-        except ValueError as error:
-            text = re.sub("; write.*", "", str(error).replace(f"{file}: ", ""))
-            yield "error", file.name, text, f"python write_beton.py --source FOLDER --target {file} --overwrite"
-            continue
-        sound.append(beton)
-        kind, mount = storage.filesystem(file)
-        text = f"{beton.num_samples:,} images, {show_bytes(beton.size_bytes)}, on {kind} ({mount})"
-        yield "ok", file.name, text
-    fits = sum(beton.size_bytes for beton in sound) <= available_bytes()
-    for beton in sound:
+        files = sorted(path.glob("*.beton")) if path.is_dir() else [path]
+        if not files:
+            text = f"no .beton file, {show_bytes(shutil.disk_usage(path).free)} free on {file_system(path)}"
+            yield Finding(
+                "warning", text, f"python write_beton.py --source FOLDER --target {path}/train.beton", str(path)
+            )
+        for file in files:
+            try:
+                betons.append(read_beton(file))
+            except UserError as error:
+                remedy = f"python write_beton.py --source FOLDER --target {file} --overwrite"
+                yield Finding("error", str(error), remedy, file.name)
+            else:
+                text = f"{betons[-1].num_samples:,} images, {show_bytes(betons[-1].size_bytes)}"
+                yield Finding("ok", f"{text}, on {file_system(file)}", name=file.name)
+    size_bytes = sum(beton.size_bytes for beton in betons)
+    fits = size_bytes <= available_bytes()
+    for beton in betons:
         if beton.size_bytes >= _MIN_MEASURED_BYTES:
-            yield _reading(beton, options.num_workers, fits)
-    if sound and not fits:
-        text = f"together {show_bytes(sum(beton.size_bytes for beton in sound))}, more than the memory available"
-        yield "warning", "data", text, "--data.in_memory=0 --data.order=quasi_random"
+            yield rates(beton, min(options.num_workers, allowed_cpus()), fits)
+    if not fits:
+        text = f"together {show_bytes(size_bytes)}, more than the memory available"
+        yield Finding("warning", text, "--data.in_memory=0 --data.order=quasi_random")
 
 
-def _empty_folder(path: Path) -> Finding:
-    """A folder for files to come: whether they can be written there."""
-    kind, mount = storage.filesystem(path)
-    text = f"no .beton file, {show_bytes(shutil.disk_usage(path).free)} free on {kind} ({mount})"
-    if not os.access(path, os.W_OK):
-        return (
-            "error",
-            str(path),
-            f"{text}, and not to be written to",
-            f"sudo chown $USER {path}  # where it is mounted to be written to",
-        )
-    return "warning", str(path), text, f"python write_beton.py --source FOLDER --target {path}/train.beton"
+def file_system(path: Path) -> str:
+    """Return the type and the mount point of the file system that holds a path, such as ``lustre (/fsx)``."""
+    import psutil
+
+    real = path.resolve()
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if Path(mount.mountpoint) in (real, *real.parents)]
+    # Of several file systems that are mounted in one place, the last is visible.
+    mount = max(reversed(mounts), key=lambda mount: len(mount.mountpoint))
+    return f"{mount.fstype} ({mount.mountpoint})"
 
 
-def _reading(beton: Any, num_workers: int, fits: bool) -> Finding:
-    """What the disk gives from a file, against what the CPUs can decode of it."""
-    name = f"{beton.path.stem} rate"
-    workers = min(num_workers, allowed_cpus()) if num_workers > 0 else allowed_cpus()
-    image_bytes = (beton.alloc_table_ptr - beton.data_start) / beton.num_samples
-    ways = (-(-int(image_bytes) // 4096) * 4096, workers), (_PAGE_BYTES, _PAGE_READERS)
-    try:
-        images, pages = (storage.cold_read_rate(beton.path, *way) / image_bytes for way in ways)
-        decoded = _load_rate(beton, workers)
-    except Exception as error:
-        remedy = f"python write_beton.py --verify {beton.path}"
-        return "error", name, _one_line(error), install_command() if isinstance(error, ImportError) else remedy
-    text = (
-        f"images/s: {decoded:,.0f} decoded by {workers} CPUs; from the disk, past the cache, {pages:,.0f} by pages, "
-        f"{images:,.0f} one by one"
-    )
-    if fits and images < decoded:
-        remedy = f"cat {beton.path} >/dev/null  # brings it into memory"
-        return "warning", name, f"{text}: the first epoch waits for it", remedy
-    if not fits and pages < decoded:
-        return "warning", name, f"{text}: every epoch waits for it", "a faster disk, or write_beton.py --max_side 400"
-    return "ok", name, text
+def rates(beton: Any, num_workers: int, fits: bool) -> Finding:
+    """Compare how fast the disk gives images with how fast the CPUs decode them."""
+    name, image_bytes = f"{beton.path.stem} rate", beton.size_bytes // beton.num_samples
+    block_bytes, num_threads = (image_bytes, num_workers) if fits else (_PAGE_BYTES, _NUM_PAGE_READERS)
+    read = cold_read_rate(beton.path, block_bytes, num_threads) / image_bytes
+    decoded = _load_rate(beton, num_workers)
+    text = f"images/s: {decoded:,.0f} decoded by {num_workers} CPUs; {read:,.0f} read from the disk, past the cache"
+    if read >= decoded:
+        return Finding("ok", text, name=name)
+    if fits:
+        text, remedy = f"{text}: the first epoch waits for the disk", f"cat {beton.path} >/dev/null  # into memory"
+    else:
+        text, remedy = f"{text}: every epoch waits for the disk", "a faster disk, or write_beton.py --max_side 400"
+    return Finding("warning", text, remedy, name)
 
 
-def _load_rate(beton: Any, workers: int, time_s: float = 1.5) -> float:
-    """Images/s that threads decode to random crops of 224 px, from memory."""
+def cold_read_rate(path: Path, block_bytes: int, num_threads: int, time_s: float = 1.0) -> float:
+    """Return how many bytes/s are read from random places of a file, each dropped from the page cache before."""
+    start_s = time.perf_counter()
+
+    def read(descriptor: int) -> int:
+        num_bytes = 0
+        while time.perf_counter() - start_s < time_s:
+            offset = random.randrange(0, os.path.getsize(path), block_bytes)
+            os.posix_fadvise(descriptor, offset, block_bytes, os.POSIX_FADV_DONTNEED)
+            num_bytes += len(os.pread(descriptor, block_bytes, offset))
+        return num_bytes
+
+    with open(path, "rb") as file, ThreadPoolExecutor(num_threads) as threads:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        num_bytes = sum(threads.map(read, [file.fileno()] * num_threads))
+    return num_bytes / (time.perf_counter() - start_s)
+
+
+def _load_rate(beton: Any, num_workers: int, time_s: float = 1.5) -> float:
+    """Return how many images/s the loader decodes from memory to random crops of 224 px."""
     from ffcv_ops import Label, Loader, RandomResizedCrop
 
-    num_images = min(beton.num_samples, 64 * workers)
+    ids, num_loaded = range(min(beton.num_samples, 64 * num_workers)), 0
     pipelines = {"image": [RandomResizedCrop(224)], "label": [Label()]}
-    ids = range(num_images)
-    with Loader(beton.path, min(64, num_images), workers, pipelines=pipelines, indices=ids, drop_last=False) as loader:
-        for _ in loader:  # into memory, and whatever happens once
+    with Loader(beton.path, min(64, len(ids)), num_workers, pipelines=pipelines, indices=ids) as loader:
+        for _ in loader:  # the first epoch compiles, and reads the file into memory
             pass
-        done, start_s = 0, time.perf_counter()
+        start_s = time.perf_counter()
         while time.perf_counter() - start_s < time_s:
-            for _ in loader:
-                pass
-            done += num_images
-        return done / (time.perf_counter() - start_s)
+            num_loaded += sum(len(labels) for _, labels in loader)
+    return num_loaded / (time.perf_counter() - start_s)
 
 
-CHECKS: tuple[Callable[[Options], Iterator[Finding]], ...] = (
-    check_python,
-    check_packages,
-    check_cpus,
-    check_limits,
-    check_memory,
-    check_shared_memory,
-    check_compiler,
-    check_opencv,
-    check_turbojpeg,
-    check_ffcv,
-    check_pytorch,
-)
+CHECKS: dict[str, Callable[[Options], Iterator[Finding]]] = {
+    "Python": check_python,
+    "packages": check_packages,
+    "CPUs": check_cpus,
+    "limits": check_limits,
+    "memory": check_memory,
+    "/dev/shm": check_shared_memory,
+    "compiler": check_compiler,
+    "OpenCV": check_opencv,
+    "TurboJPEG": check_turbojpeg,
+    "Numba": check_numba,
+    "ffcv": check_ffcv,
+    "PyTorch": check_pytorch,
+    "torchvision": check_torchvision,
+    "W&B": check_wandb,
+    "data": check_data,
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the checks share
-
-
-def _try_import(module: str, blame: str | None = None) -> tuple[Any, tuple[str, str] | None]:
-    """Import a module; on failure say what happened to it, or to the package to `blame`, and what mends it.
-
-    A module elsewhere than where its package was installed is the likeliest reason, and the hardest to see.
-    """
-    name = blame or module
-    try:
-        return importlib.import_module(module), None
-    except Exception as error:
-        reason, is_missing = _one_line(error), isinstance(error, ModuleNotFoundError)
-    try:
-        installed = Path(str(metadata.distribution(name).locate_file(name)))
-    except metadata.PackageNotFoundError:
-        installed = None
-    spec = importlib.util.find_spec(name)
-    origin = Path(spec.origin) if spec is not None and spec.origin else None
-    if origin is not None and installed is not None and installed not in origin.parents:
-        text = f"{origin} hides the installed one: {reason}"
-        return None, (text, f"remove {origin.parent} from PYTHONPATH, or rename {origin.name}")
-    return None, (reason, install_command() if is_missing else crash_remedy())
-
-
-def _requirements() -> dict[str, str]:
-    """The packages that the project asks for, and their ranges: ``{"numba": ">=0.61"}``."""
+def requirements() -> list[str]:
+    """Return the packages that the project needs, such as ``numba>=0.61,<0.69``."""
     project = _ROOT / "pyproject.toml"
     if project.is_file():
-        text = project.read_text(encoding="utf-8").partition("\ndependencies = [")[2].partition("\n]")[0]
-        lines = re.findall(r'^ *"([^"]+)"', text, re.MULTILINE)
-    else:
-        lines = [line for line in metadata.requires(_DISTRIBUTION) or () if ";" not in line]
-    found = [re.fullmatch(r"([\w.-]+) *(.*)", line) for line in lines]
-    return {match[1]: match[2] for match in found if match}
+        section = project.read_text(encoding="utf-8").partition("\ndependencies = [")[2].partition("\n]")[0]
+        return re.findall(r'^ *"([^"]+)"', section, re.MULTILINE)
+    return [line for line in metadata.requires("ffcv-imagenet-toolkit") or () if ";" not in line]
 
 
-def in_range(version: str, ranges: str) -> bool:
-    """Whether a version is within ranges such as ``>=1.0.2,<1.1``; what follows the release numbers does not count."""
-
-    def numbers(text: str) -> list[int]:
-        release = re.match(r"\d+(\.\d+)*", text)
-        parts = [int(part) for part in release[0].split(".")] if release else []
-        return parts + [0] * (6 - len(parts))
-
-    for part in filter(None, ranges.split(",")):
-        sign, bound = part[:2].strip("0123456789. "), part.lstrip("<>= ")
-        if sign == ">=" and numbers(version) < numbers(bound) or sign == "<" and numbers(version) >= numbers(bound):
-            return False
-    return True
-
-
-def install_command() -> str:
-    """What installs all packages in their ranges, or leads to where they are installed."""
-    environment = _ROOT / ".venv"
-    stamp = environment / "setup.stamp"  # where it is right, make setup takes all else to be so
-    if not _is_clone():
-        wanted = (f"'{name}{ranges}'" for name, ranges in _requirements().items())
-        return f"{_short(sys.executable)} -m pip install {' '.join(wanted)}"
-    if not stamp.exists():
+def setup_command(is_missing: bool = False) -> str:
+    """Return the command for packages that are missing or of a wrong version, or else for a package that fails."""
+    if _has_address_limit() and not is_missing:
+        return "ulimit -v unlimited"
+    if not (_ROOT / "launch" / "setup.sh").is_file():
+        return f"{sys.executable} -m pip install --force-reinstall " + " ".join(f"'{line}'" for line in requirements())
+    if not is_missing:
+        return "rm -r .venv && make setup"
+    if not (_ROOT / ".venv" / "setup.stamp").exists():
         return "make setup"
-    if Path(sys.prefix).resolve() != environment.resolve():
-        return f"source {_short(str(environment))}/bin/activate"
-    return f"rm {_short(str(stamp))} && make setup"
+    if Path(sys.prefix).resolve() != (_ROOT / ".venv").resolve():
+        return "source .venv/bin/activate"
+    return "rm .venv/setup.stamp && make setup"
 
 
-def reinstall_command() -> str:
-    """What replaces packages that are there and do not work."""
-    return "rm -r .venv && make setup" if _is_clone() else f"{install_command()} --force-reinstall"
+def _has_address_limit() -> bool:
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
-def _is_clone() -> bool:
-    return (_ROOT / "launch" / "setup.sh").is_file()
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
-def crash_remedy() -> str:
-    """What to do where a library cannot be loaded, or ends the process that uses it."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return reinstall_command() if limit == resource.RLIM_INFINITY else "ulimit -v unlimited"
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _short(path: str) -> str:
-    """A path as seen from the current folder, where it is below."""
-    here = os.path.join(os.getcwd(), "")
-    return path[len(here) :] if path.startswith(here) else path
+def one_line(error: BaseException) -> str:
+    """Return the type of an error and the first line of its message."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -74,14 +74,6 @@ def test_the_other_commands_are_there(run):
     assert "--num_workers" in run("ffcv-doctor", "--help")
 
 
-def test_the_doctor_finds_the_training_side(run):
-    code = "import imagenet_training.doctor_training as t; from imagenet_training import doctor; "
-    code += "from importlib.metadata import entry_points as e; "
-    code += "print(t.__file__, [p.load().__name__ for p in e(group=doctor.ENTRY_POINTS)])"
-    said = run(sys.executable, "-c", code)
-    assert said == f"{run.target}/imagenet_training/doctor_training.py ['check_training']\n"
-
-
 def test_a_wheel_holds_what_runs(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     code = {

@@ -28,6 +28,17 @@ _SEGMENT_BYTES = 160
 _TJPF_RGB = 0
 
 
+class TurboJPEGNotFound(ImportError):
+    """TurboJPEG 2.1 or later was not found. ``tried`` has the paths that were tried, each with its error."""
+
+    def __init__(self, tried: list[str]):
+        self.tried = tried
+        super().__init__(
+            "TurboJPEG 2.1 or later was not found. Install it (Debian, Ubuntu: apt install libturbojpeg0-dev; conda: "
+            "conda install libjpeg-turbo) or set TURBOJPEG to the library's path. Tried:\n  " + "\n  ".join(tried)
+        )
+
+
 def encode(image: np.ndarray, quality: int = 90) -> np.ndarray:
     """Encode an image as a baseline 4:2:0 JPEG with restart segments and their index.
 
@@ -236,8 +247,8 @@ def turbojpeg() -> ctypes.CDLL:
 
     Raises
     ------
-    ImportError
-        If there is none, with the places tried and what to do.
+    TurboJPEGNotFound
+        If there is no such library.
     """
     tried = []
     for path in _library_paths():
@@ -246,11 +257,8 @@ def turbojpeg() -> ctypes.CDLL:
             _declare(library)
             return library
         except (OSError, AttributeError) as error:
-            tried.append(f"  {path}: {error}")
-    raise ImportError(
-        "TurboJPEG 2.1 or later was not found. Install it (Debian, Ubuntu: apt install libturbojpeg0-dev; conda: conda "
-        "install libjpeg-turbo) or set TURBOJPEG to the library's path. Tried:\n" + "\n".join(tried)
-    )
+            tried.append(f"{path}: {error}")
+    raise TurboJPEGNotFound(tried)
 
 
 def _library_paths() -> Iterator[str]:
