@@ -2,7 +2,7 @@
 # make test    set up, then run the tests
 # make check   set up, then check format, lint and types
 # make format  set up, then format the code and mend what lint can mend
-# make doctor  say what this machine lacks, and what mends it; DOCTOR_ARGS="--data FILE --json" passes arguments on
+# make doctor  print what this machine lacks, and the commands that fix it; DOCTOR_ARGS="--data FILE --json" passes arguments on
 # make ffcv-wheel  build FFCV into dist/ with OpenCV and TurboJPEG inside, for machines without compiler or root
 # make setup   make .venv (PYTHON=python3.12 picks the interpreter); does nothing where that is done
 
@@ -25,7 +25,7 @@ format: setup
 	$(python) -m ruff format .
 	$(python) -m ruff check --fix .
 
-# Works before and without setup, and where the Python that .venv was made with is gone.
+# Works before and without setup, and also if the Python of .venv was removed.
 doctor:
 	$(shell $(python) -c "" 2>/dev/null && echo $(python) || echo python3) -m imagenet_training.doctor $(DOCTOR_ARGS)
 
