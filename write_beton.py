@@ -51,7 +51,9 @@ from ffcv_ops.settings.yaml_files import ShippedFiles
 from ffcv_ops.units import show_bytes
 from ffcv_ops.workers import ranks
 from ffcv_ops.workers.processes import WorkerKilled, choose_num_workers
-from ffcv_ops.writing.writer import MODES, BadImage, WriteError, WriteSettings, encoder_versions, write
+from ffcv_ops.writing.encode import encoder_versions
+from ffcv_ops.writing.plan import MODES, BadImage, WriteSettings
+from ffcv_ops.writing.writer import WriteError, write
 
 ROOT = Path("/fsx/ns1")
 RECIPES = ShippedFiles(Path(__file__).resolve().parent, "*_configs/*.yaml")

@@ -57,7 +57,10 @@ def write_files(data: Path, folder: Path, mode: str, side: int, num_images: int)
     from ffcv.writer import DatasetWriter
     from torchvision.datasets import ImageFolder
 
-    from ffcv_ops.writing import writer
+    from ffcv_ops.sources.folder import load_image
+    from ffcv_ops.writing.encode import shrink
+    from ffcv_ops.writing.plan import WriteSettings
+    from ffcv_ops.writing.writer import write
 
     images = sorted(path for path in data.glob("*/*") if path.is_file())
     if not images:
@@ -68,17 +71,17 @@ def write_files(data: Path, folder: Path, mode: str, side: int, num_images: int)
         link = source / image.parent.name / f"{number // len(images):05d}_{image.name}"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(image.resolve())
-    settings = writer.WriteSettings(mode=mode, max_side=side, quality=QUALITY)
-    writer.write(source, folder / "ours.beton", settings, notice=lambda line: None)
+    settings = WriteSettings(mode=mode, max_side=side, quality=QUALITY)
+    write(source, folder / "ours.beton", settings, notice=lambda line: None)
     fields = {"image": RGBImageField(write_mode=mode, max_resolution=side, jpeg_quality=QUALITY), "label": IntField()}
-    loaded = ImageFolder(str(source), loader=writer.load_image)
+    loaded = ImageFolder(str(source), loader=load_image)
     DatasetWriter(str(folder / "stock.beton"), fields, num_workers=1).from_indexed_dataset(loaded)
     if mode != "jpg":
         return
     for path, _ in loaded.samples[: max(SLOW_PASS, len(images))]:
         target = folder / "jpegs" / Path(path).parent.name / f"{Path(path).stem}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
-        bgr = writer.shrink(writer.load_image(path), side)[:, :, ::-1]
+        bgr = shrink(load_image(path), side)[:, :, ::-1]
         cv2.imwrite(str(target), bgr, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
 
 

@@ -32,7 +32,10 @@ from ffcv_ops import CenterCrop, Loader, OrderOption, RandomResizedCrop, read_be
 from ffcv_ops.codec import jpeg, region
 from ffcv_ops.loading.storage import MappedFile
 from ffcv_ops.operations.crops import draw_boxes_into
-from ffcv_ops.writing import writer
+from ffcv_ops.sources.folder import load_image
+from ffcv_ops.writing.encode import shrink
+from ffcv_ops.writing.plan import WriteSettings
+from ffcv_ops.writing.writer import write
 
 SIDE, QUALITY = 500, 90
 NUM_BOXES = 100_000
@@ -154,7 +157,7 @@ def compare_sizes(images: list[tuple[str, int]], side: int) -> str:
     """The JPEGs' sizes against those of FFCV's writer, which gives OpenCV the quality alone."""
     ours = stock = 0
     for path, _ in images:
-        image = writer.shrink(writer.load_image(path), side)
+        image = shrink(load_image(path), side)
         ours += jpeg.encode(image, QUALITY).size
         stock += cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].size
     return f"{side} px: {ours / stock:.4f} of the stock writer's size ({ours / len(images):.0f} bytes an image)"
@@ -200,8 +203,8 @@ def main() -> None:
     images = datasets.ImageFolder(str(options.data)).samples
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "images.beton"
-        settings = writer.WriteSettings(max_side=SIDE, quality=QUALITY)
-        writer.write(options.data, path, settings, notice=lambda line: None)
+        settings = WriteSettings(max_side=SIDE, quality=QUALITY)
+        write(options.data, path, settings, notice=lambda line: None)
         print(count_differing_crops(path, options.crops), flush=True)
         for interpolation in ("bilinear", "bicubic"):
             for size in (224, 128, 64):

@@ -29,7 +29,9 @@ from PIL import Image
 from ffcv_ops import CenterCrop, Label, Loader, OrderOption, RandomResizedCrop
 from ffcv_ops.operations.crops import center_boxes
 from ffcv_ops.sources.folder import load_image, scan
-from ffcv_ops.writing import writer
+from ffcv_ops.writing.encode import encode_image
+from ffcv_ops.writing.plan import WriteSettings, build_plan
+from ffcv_ops.writing.writer import write
 
 BATCH_SIZE = 100
 IMAGENET_NUM_TRAIN = 1_281_167
@@ -77,13 +79,13 @@ def open_loader(path: Path, size: int, os_cache: bool, order: OrderOption) -> Lo
 
 def write_file(data: Path, path: Path, settings: dict[str, Any], size: int) -> Row:
     """Write one file, time its encoding, and compare what a network would see of it with the originals."""
-    chosen = writer.WriteSettings(**settings)
-    writer.write(data, path, chosen, notice=lambda line: None)
-    plan = writer.build_plan(scan(data), chosen)
+    chosen = WriteSettings(**settings)
+    write(data, path, chosen, notice=lambda line: None)
+    plan = build_plan(scan(data), chosen)
     originals = [load_image(data / plan.path(position)) for position in range(plan.num_images)]
     started = time.process_time()
     for position, raw in enumerate(plan.raw):
-        writer.encode_image(load_image(data / plan.path(position)), chosen, bool(raw))
+        encode_image(load_image(data / plan.path(position)), chosen, bool(raw))
     rate = plan.num_images / (time.process_time() - started)
     psnr = [mean_psnr(path, originals, size, ratio) for ratio in RATIOS]
     return Row(flags(settings), path, rate, psnr, open_loader(path, size, True, OrderOption.RANDOM), [])

@@ -64,7 +64,8 @@ def prepare(data: Path, folder: Path, num_images: int, large: bool) -> None:
 
 
 def write_ours(folder: Path, num_workers: int, progress: Callable[[int, int], None]) -> None:
-    from ffcv_ops.writing.writer import WriteSettings, write
+    from ffcv_ops.writing.plan import WriteSettings
+    from ffcv_ops.writing.writer import write
 
     settings = WriteSettings(max_side=SIDE, quality=QUALITY)
     write(

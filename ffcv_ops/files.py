@@ -22,8 +22,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
+        publish(temporary, path)
     except (OSError, RuntimeError) as error:
         reason = error if isinstance(error, OSError) else error.__context__  # torch.save raises its own error from it
         if not isinstance(reason, OSError):
@@ -34,6 +33,12 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name in one move that survives a power cut. A file of that name is replaced."""
+    sync(temporary)
+    os.replace(temporary, path)
     sync(path.absolute().parent)
 
 

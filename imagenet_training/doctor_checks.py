@@ -196,7 +196,8 @@ def _round_trip(folder: Path) -> int:
 
     from ffcv_ops import CenterCrop, Label, Loader
     from ffcv_ops._ffcv import SimpleRGBImageDecoder
-    from ffcv_ops.writing.writer import WriteSettings, write
+    from ffcv_ops.writing.plan import WriteSettings
+    from ffcv_ops.writing.writer import write
 
     y, x, channel = np.meshgrid(np.arange(64), np.arange(64), np.arange(3), indexing="ij")
     images = np.stack([(y * i + x * (7 - i)) // 4 + 40 * channel for i in range(8)]).astype(np.uint8)

@@ -31,7 +31,8 @@ def write_files(folder):
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
-    from ffcv_ops.writing.writer import WriteSettings, write
+    from ffcv_ops.writing.plan import WriteSettings
+    from ffcv_ops.writing.writer import write
 
     images = [image[: 100 + 9 * i] for i, image in enumerate(photographs(NUM_SAMPLES, side=200))]
     for label, image in enumerate(images):

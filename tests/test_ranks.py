@@ -21,8 +21,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from ffcv_ops.beton.verify import verify
+from ffcv_ops.machine import cpus_per_rank
 from ffcv_ops.workers import ranks
-from ffcv_ops.workers.processes import num_cpus
+from ffcv_ops.writing.plan import WriteSettings
 from ffcv_ops.writing.writer import WriteSettings, write
 
 ROOT = Path(__file__).parents[1]
@@ -216,5 +217,5 @@ def test_the_cpus_of_a_machine_are_shared_out(monkeypatch):
     shares = []
     for rank in range(3):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        shares.append(num_cpus())
+        shares.append(cpus_per_rank())
     assert min(shares) >= 1 and sum(shares) == max(allowed, 3)

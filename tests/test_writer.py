@@ -27,8 +27,10 @@ from ffcv_ops.beton.verify import verify
 from ffcv_ops.codec import jpeg
 from ffcv_ops.codec.jpeg import decode
 from ffcv_ops.sources import folder as folders
-from ffcv_ops.writing import journal, writer
-from ffcv_ops.writing.writer import BadImage, WriteError, WriteSettings, write
+from ffcv_ops.writing import partial_file, writer
+from ffcv_ops.writing.encode import shrink
+from ffcv_ops.writing.plan import BadImage, WriteSettings, build_plan
+from ffcv_ops.writing.writer import WriteError, write
 
 PAGE_SIZE = 1 << 21
 PHOTOGRAPHS = load_sample_images().images
@@ -77,7 +79,7 @@ def sources(folder, settings=None):
 
 
 def _plan_paths(folder, settings):
-    plan = writer.build_plan(folders.scan(folder), settings)
+    plan = build_plan(folders.scan(folder), settings)
     return [plan.path(position) for position in range(plan.num_images)]
 
 
@@ -252,7 +254,7 @@ def test_modes_are_those_of_ffcv(many, tmp_path):
     share, _ = raw(WriteSettings("proportion", raw_share=0.3, subset=40))
     assert 3 < sum(share.values()) < 21
     # The draw is the image's own: whichever others are written.
-    whole = writer.build_plan(folders.scan(many), WriteSettings("proportion", raw_share=0.3))
+    whole = build_plan(folders.scan(many), WriteSettings("proportion", raw_share=0.3))
     drawn = dict(zip(map(whole.path, range(60)), whole.raw.tolist(), strict=True))
     assert all(drawn[path] == mode for path, mode in share.items())
     _, rows = raw(WriteSettings("smart", smart_threshold=300 * 280 * 3, subset=40))
@@ -264,18 +266,18 @@ def test_images_keep_ffcvs_size(tmp_path):
     for height, width in ((333, 500), (501, 499), (100, 3000), (2000, 1), (20, 20)):
         image = np.zeros((height, width, 3), np.uint8)
         if (height, width) == (2000, 1):
-            assert writer.shrink(image, 500).shape == (500, 1, 3)
+            assert shrink(image, 500).shape == (500, 1, 3)
         else:
-            assert writer.shrink(image, 500).shape == resizer(image, 500).shape
-        assert writer.shrink(image, 0) is image
+            assert shrink(image, 500).shape == resizer(image, 500).shape
+        assert shrink(image, 0) is image
 
 
 def test_a_subset_is_spread_over_the_classes(many):
-    plan = writer.build_plan(folders.scan(many), WriteSettings(subset=20))
+    plan = build_plan(folders.scan(many), WriteSettings(subset=20))
     assert np.bincount(plan.folder.labels[plan.order]).tolist() == [5, 5, 5, 5]
     assert len(set(plan.order.tolist())) == 20
     assert sorted(plan.order) != plan.order.tolist()
-    assert sorted(writer.build_plan(folders.scan(many), WriteSettings(subset=1000)).order) == list(range(60))
+    assert sorted(build_plan(folders.scan(many), WriteSettings(subset=1000)).order) == list(range(60))
 
 
 @pytest.mark.parametrize(
@@ -363,7 +365,7 @@ def test_an_existing_file_stays_until_the_new_one_is_whole(folder, tmp_path, mon
     assert target.read_bytes() == before
     assert read_beton(target).manifest is not None
     with monkeypatch.context() as patched, pytest.raises(WriteError, match="No space left"):
-        patched.setattr(journal.PartialFile, "finish", no_space)
+        patched.setattr(partial_file.PartialFile, "finish", no_space)
         quiet(folder, target, WriteSettings(quality=50), overwrite=True, on_error="skip")
     assert target.read_bytes() == before
     assert read_beton(target).manifest is not None
@@ -433,13 +435,13 @@ def test_a_torn_journal_counts_as_far_as_it_is_whole(many, tmp_path):
     expected = quiet(many, tmp_path / "expected.beton", settings)
     with pytest.raises(KeyboardInterrupt):
         quiet(many, target, settings, progress=stop_after(55))
-    partial, journal_path = journal.partial_paths(target)
+    partial, journal_path = partial_file.partial_paths(target)
     whole = journal_path.read_bytes()
-    _, pages, _ = journal.read_journal(journal_path)
+    _, pages, _ = partial_file.read_journal(journal_path)
     assert len(pages) >= 3
     for cut in (len(whole) - 1, len(whole) - 40, len(whole) // 2, 10, 0):
         journal_path.write_bytes(whole[:cut])
-        identity, found, valid_bytes = journal.read_journal(journal_path)
+        identity, found, valid_bytes = partial_file.read_journal(journal_path)
         assert found == pages[: len(found)] and valid_bytes <= cut
     journal_path.write_bytes(whole[:-40])
     os.truncate(partial, partial.stat().st_size // 2)
@@ -492,7 +494,7 @@ def test_a_run_killed_before_its_manifest_writes_that_alone(folder, tmp_path, mo
     target = tmp_path / "file.beton"
     whole = quiet(folder, target)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(writer, "_write_manifest", interrupt)
+        patched.setattr(writer, "write_manifest", interrupt)
         quiet(folder, target, overwrite=True)
     assert leftovers(target) == ["file.beton", "file.beton.partial.journal"]
     inode = target.stat().st_ino
@@ -506,7 +508,7 @@ def test_a_run_killed_before_its_manifest_writes_that_alone(folder, tmp_path, mo
 
 def test_two_runs_do_not_write_one_file(folder, tmp_path):
     target = tmp_path / "file.beton"
-    first = journal.PartialFile(target, {}, 0, PAGE_SIZE)
+    first = partial_file.PartialFile(target, {}, 0, PAGE_SIZE)
     try:
         with pytest.raises(ValueError, match="another process is writing"):
             quiet(folder, target)
@@ -517,8 +519,8 @@ def test_two_runs_do_not_write_one_file(folder, tmp_path):
 
 def test_a_file_that_was_renamed_under_a_runs_hands_is_left_alone(tmp_path, monkeypatch):
     """Another process opens the file as the first one ends, and gets its lock."""
-    target, flock = tmp_path / "file.beton", journal.fcntl.flock
-    partial, _ = journal.partial_paths(target)
+    target, flock = tmp_path / "file.beton", partial_file.fcntl.flock
+    partial, _ = partial_file.partial_paths(target)
     partial.write_bytes(b"whole")
 
     def rename_and_lock(*args):
@@ -526,9 +528,9 @@ def test_a_file_that_was_renamed_under_a_runs_hands_is_left_alone(tmp_path, monk
         partial.touch()
         flock(*args)
 
-    monkeypatch.setattr(journal.fcntl, "flock", rename_and_lock)
+    monkeypatch.setattr(partial_file.fcntl, "flock", rename_and_lock)
     with pytest.raises(ValueError, match="another process is writing"):
-        journal.PartialFile(target, {}, 0, PAGE_SIZE)
+        partial_file.PartialFile(target, {}, 0, PAGE_SIZE)
     assert target.read_bytes() == b"whole"
 
 

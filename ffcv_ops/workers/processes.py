@@ -5,6 +5,7 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.context
 import multiprocessing.forkserver
+import multiprocessing.pool
 import os
 import pickle
 import signal
@@ -178,7 +179,7 @@ def serve(
             try:
                 reply: tuple[Any, Exception | None] = answer(message), None
             except Exception as error:
-                reply = None, error
+                reply = None, multiprocessing.pool.ExceptionWithTraceback(error, error.__traceback__)
             _send(connection, reply)
 
 

@@ -1,4 +1,4 @@
-"""A file in the making: pages on disk, and a journal of them from which a killed run resumes."""
+"""Hold an unfinished file: its pages on disk, and a journal of the pages from which a killed run resumes."""
 
 import contextlib
 import fcntl
@@ -12,36 +12,44 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ffcv_ops.files import sync, write_all
+from ffcv_ops.errors import UserError
+from ffcv_ops.files import publish, sync, write_all
 
 _COMMIT_EVERY_S = 2.0
 
 
 class PartialFile:
-    """``<target>.partial`` and ``<target>.partial.journal``.
+    """The files ``<target>.partial`` and ``<target>.partial.journal``.
 
-    Others write the pages into the file; this notes them and makes them last. The journal's first line identifies the
-    job; each further line describes one page: its number, its SHA-256 and what the caller recorded about it. A line
-    counts only if its CRC holds, and is written only after its page is safely on disk, so that whatever the journal
-    tells can be built upon after ``kill -9`` or a power cut.
+    Others write the pages into the file. This class notes the pages and forces them to disk. The first line of the
+    journal identifies the job. Each further line describes one page: its number, its SHA-256 and the caller's record. A
+    line counts only if its CRC is right, and is written only after its page is safely on disk. A run can therefore
+    trust every line after ``kill -9`` or a power cut.
 
     Parameters
     ----------
     target : Path
-        The file that is to appear.
+        The file to write.
     identity : dict
         What the content depends on, as JSON. A journal with another identity is not continued.
     data_start, page_size : int
-        Offset of the first page, size of a page, in bytes.
+        Offset of the first page and size of a page, in bytes.
 
     Attributes
     ----------
     resumed : list of dict
-        The pages found: ``page``, ``sha256`` and what the caller recorded.
+        The pages found: ``page``, ``sha256`` and the caller's record.
     page_hashes : list of str
         SHA-256 of every page noted, in order.
     changed : list of str
-        The keys of `identity` in which an existing journal differed; it was abandoned if there are any.
+        The keys of `identity` that differ in an existing journal. If there are any, the journal was abandoned.
+
+    Raises
+    ------
+    UserError
+        If another process writes the same file.
+    OSError
+        If the files cannot be made.
     """
 
     def __init__(self, target: Path, identity: dict[str, Any], data_start: int, page_size: int):
@@ -75,7 +83,7 @@ class PartialFile:
         return pages, changed
 
     def _start_over(self, identity: dict[str, Any]) -> None:
-        """Make new files under the old names: workers of a killed run may not have noticed yet that it was killed."""
+        """Make new files under the old names, because workers of a killed run may still write into the old file."""
         remove_partial(self.target)
         old, self._file = self._file, os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         os.close(old)
@@ -86,14 +94,14 @@ class PartialFile:
         sync(self.path.absolute().parent)
 
     def write(self, content: bytes | memoryview, offset: int) -> None:
-        """Write into the file; what is on a page comes before the note of that page."""
+        """Write into the file. All bytes of a page must be written before the page is noted."""
         write_all(self._file, content, offset)
 
     def append_page(self, sha256: str, record: dict[str, Any], num_bytes: int) -> None:
-        """Take note of the next page, whose `num_bytes` have been written; it is put on disk in the background."""
+        """Note the next page, whose `num_bytes` have been written. A thread forces the page to disk."""
         number = len(self.page_hashes)
         if num_bytes < self.page_size:
-            # The zeros that fill the page up.
+            # The file grows by the zeros that fill the page.
             os.pwrite(self._file, b"\0", self.data_start + (number + 1) * self.page_size - 1)
         self._uncommitted.append(_line({"page": number, "sha256": sha256, **record}))
         self.page_hashes.append(sha256)
@@ -108,19 +116,19 @@ class PartialFile:
         self._commits.append(self._disk.submit(self._commit, lines))
 
     def _commit(self, lines: bytes) -> None:
-        # The pages first: a line in the journal is a promise.
+        # The pages come first, because a line of the journal promises that its page is on disk.
         os.fdatasync(self._file)
         write_all(self._journal, lines)
         os.fdatasync(self._journal)
 
     def flush(self) -> None:
-        """Return when all pages noted are on disk and in the journal."""
+        """Wait until all noted pages are on disk and in the journal."""
         self._begin_commit()
         while self._commits:
             self._commits.popleft().result()
 
     def finish(self, head: bytes, tail: bytes, header: bytes) -> None:
-        """Write what goes before and behind the pages, the header last."""
+        """Write the bytes before the pages and behind them, and the header last."""
         write_all(self._file, tail, self.data_start + len(self.page_hashes) * self.page_size)
         write_all(self._file, head, len(header))
         os.fsync(self._file)
@@ -129,11 +137,10 @@ class PartialFile:
 
     def publish(self) -> None:
         """Give the finished file its name."""
-        os.replace(self.path, self.target)
-        sync(self.target.absolute().parent)
+        publish(self.path, self.target)
 
     def close(self) -> None:
-        """Put on disk what was noted, as far as that can be, and let go of the files."""
+        """Force the noted pages to disk if possible, and close the files."""
         if self._journal >= 0 and self.path.exists():
             with contextlib.suppress(OSError):
                 self.flush()
@@ -144,12 +151,12 @@ class PartialFile:
 
 
 def partial_paths(target: Path) -> tuple[Path, Path]:
-    """Return the names of the file in the making and of its journal."""
+    """Return the paths of the unfinished file and of its journal."""
     return Path(f"{target}.partial"), Path(f"{target}.partial.journal")
 
 
 def remove_partial(target: Path) -> None:
-    """Delete the file in the making and its journal, as far as they exist."""
+    """Delete the unfinished file and its journal, if they exist."""
     for path in partial_paths(target):
         path.unlink(missing_ok=True)
 
@@ -181,13 +188,14 @@ def _line(entry: dict[str, Any]) -> bytes:
 
 
 def _lock(descriptor: int, path: Path) -> None:
+    """Lock an open file. Raise UserError if another process has it, or if it no longer is the file at `path`."""
     taken = False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         taken = True
     except OSError:
-        pass  # a file system without locks, such as Lustre mounted without them, goes without
+        pass  # some file systems have no locks, such as Lustre with its defaults
     # Between opening and locking, another process may have renamed the file, or made a new one under its name.
     if taken or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
-        raise ValueError(f"{path}: another process is writing this file; wait for it, or end it")
+        raise UserError(f"{path}: another process is writing this file; wait for it, or end it")

@@ -1,0 +1,175 @@
+"""Encode images in worker processes, and keep them until their places in the file are known."""
+
+import os
+import socket
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from pickle import PickleBuffer
+from typing import Any
+
+import numpy as np
+
+from ffcv_ops.beton import layout as beton
+from ffcv_ops.codec import jpeg
+from ffcv_ops.errors import UserError
+from ffcv_ops.files import write_all
+from ffcv_ops.sources.folder import load_image, stat_image
+from ffcv_ops.writing.plan import WritePlan, WriteSettings, library_versions
+
+Entry = tuple[int, int, int, int, bytes]
+"""Mode, width, height, size in bytes and SHA-256 of an encoded image."""
+
+
+@dataclass(frozen=True)
+class EncodeRequest:
+    """A run of images to encode. The worker keeps them, or only measures them if `chunk` is None."""
+
+    chunk: int | None
+    paths: list[str]
+    stats: list[list[int]]
+    raw: list[bool]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The answer to `EncodeRequest`: an `Entry` for each image, or the reason why the image is bad."""
+
+    chunk: int | None
+    entries: list[Entry | str]
+
+
+@dataclass(frozen=True)
+class PlaceRequest:
+    """The offsets in bytes of the good images of a run. The worker writes the images there, or hands them over."""
+
+    chunk: int
+    ptr: list[int]
+    hand_over: bool
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The answer to `PlaceRequest`: the images that were handed over, and their offsets in bytes."""
+
+    chunk: int
+    ptr: list[int]
+    contents: list[Any]
+
+
+def encode_request(plan: WritePlan, chunk: int | None, positions: np.ndarray) -> EncodeRequest:
+    """Return the request for the images at these positions of the storage order."""
+    paths = [plan.path(position) for position in positions]
+    return EncodeRequest(chunk, paths, plan.folder.stats[plan.order[positions]].tolist(), plan.raw[positions].tolist())
+
+
+class Encoder:
+    """A worker's function: it answers `EncodeRequest` with `Encoded`, and `PlaceRequest` with `Placed`."""
+
+    def __init__(self, settings: WriteSettings, root: Path, partial_path: Path):
+        # The root is text: joining it to a path as a Path takes as long as reading a small file.
+        self.settings, self.root, self.partial_path = settings, os.fspath(root), partial_path
+        self._kept: dict[int, list[memoryview]] = {}
+
+    @cached_property
+    def _file(self) -> int:
+        return os.open(self.partial_path, os.O_WRONLY)
+
+    def __call__(self, message: EncodeRequest | PlaceRequest) -> Encoded | Placed:
+        return self._place(message) if isinstance(message, PlaceRequest) else self._encode(message)
+
+    def _place(self, message: PlaceRequest) -> Placed:
+        contents = self._kept.pop(message.chunk)
+        if message.hand_over:
+            return Placed(message.chunk, message.ptr, [PickleBuffer(content) for content in contents])
+        for ptr, content in zip(message.ptr, contents, strict=True):
+            write_all(self._file, content, ptr)
+        return Placed(message.chunk, [], [])
+
+    def _encode(self, message: EncodeRequest) -> Encoded:
+        entries: list[Entry | str] = []
+        contents = []
+        for path, stat, keep_raw in zip(message.paths, message.stats, message.raw, strict=True):
+            image = self._load(os.path.join(self.root, path), stat)
+            if isinstance(image, str):
+                entries.append(image)
+                continue
+            try:
+                mode, width, height, content = encode_image(image, self.settings, keep_raw)
+            except UserError as error:
+                entries.append(str(error))
+                continue
+            entries.append((mode, width, height, len(content), sha256(content).digest()))
+            contents.append(content)
+        if message.chunk is not None:
+            self._kept[message.chunk] = contents
+        return Encoded(message.chunk, entries)
+
+    def _load(self, path: str, stat: list[int]) -> np.ndarray | str:
+        """Return the pixels of an image, or the reason why it cannot be decoded."""
+        _check_same(path, stat)
+        try:
+            return load_image(path)
+        except (MemoryError, ImportError):  # not the image's fault
+            raise
+        except UserError as error:
+            return str(error)
+        except Exception as error:  # Pillow documents no class for what its decoders raise
+            return f"{type(error).__name__}: {error}"
+
+
+def _check_same(path: str, stat: list[int]) -> None:
+    """Raise UserError if an image is not the one that was listed. Another machine may have another image there."""
+    try:
+        same = list(stat_image(path)) == stat
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise UserError(
+            f"{path}: on {socket.gethostname()} not the file that was listed (size or time of change differ, or it "
+            "is gone); leave the images alone while they are written, and let all machines see the same ones"
+        )
+
+
+def encode_image(image: np.ndarray, settings: WriteSettings, keep_raw: bool) -> tuple[int, int, int, memoryview]:
+    """Return mode, width, height and bytes of an image (H, W, 3), shrunk and encoded as the settings tell.
+
+    Raises
+    ------
+    UserError
+        If a side is longer than a file can hold.
+    """
+    image = shrink(image, settings.max_side)
+    height, width = image.shape[:2]
+    if max(height, width) > jpeg.MAX_SIDE_PX:
+        raise UserError(f"{width} x {height} px are more than a file can hold; set max_side")
+    if settings.mode == "smart":
+        assert settings.smart_threshold is not None
+        keep_raw = image.nbytes <= settings.smart_threshold
+    if keep_raw:
+        return beton.MODE_RAW, width, height, np.ascontiguousarray(image).reshape(-1).data
+    return beton.MODE_JPG, width, height, jpeg.encode(image, settings.quality).data
+
+
+def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
+    """Shrink an image (H, W, 3) whose longer side exceeds `max_side` px, as FFCV's ``RGBImageField`` does; 0: never."""
+    import cv2
+
+    height, width = image.shape[:2]
+    if not max_side or max(height, width) <= max_side:
+        return image
+    ratio = max_side / max(height, width)
+    # FFCV fails for an image so narrow that its shorter side rounds down to 0 px.
+    size = max(1, int(ratio * width)), max(1, int(ratio * height))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def encoder_versions() -> dict[str, str]:
+    """Return what all machines that encode for one file must share: library versions, and the result for one image."""
+    wave = np.arange(240, dtype=np.int64) ** 2 // 97
+    image = ((wave[:, None, None] + wave[None, :, None] * np.arange(1, 4)) % 256).astype(np.uint8)
+    _, _, _, content = encode_image(image, WriteSettings(max_side=199), keep_raw=False)
+    result = sha256(content)
+    result.update(jpeg.decode(np.frombuffer(content, np.uint8)).tobytes())
+    return {**library_versions(), "what becomes of an image": result.hexdigest()[:16]}

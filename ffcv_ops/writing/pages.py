@@ -1,0 +1,170 @@
+"""Lay out encoded images on pages, one after the other, and note the pages that have been written."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+
+from ffcv_ops.beton import layout as beton
+from ffcv_ops.writing.encode import Encoded, Entry, Placed, PlaceRequest
+from ffcv_ops.writing.partial_file import PartialFile
+from ffcv_ops.writing.plan import BadImage, WritePlan
+
+_SAMPLE_TYPE = np.dtype(
+    [
+        *(("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8"), ("size", "<u4")),
+        ("checksum", beton.CHECKSUM_TYPE),
+    ]
+)
+
+
+class StoredImages:
+    """The images of a plan that have their places, from the first of the storage order on.
+
+    Attributes
+    ----------
+    samples : structured array, shape (num_images,)
+        Mode, width, height, offset, size and checksum of each image; zeros for a bad image.
+    reasons : dict of int to str
+        The positions of the bad images, and what is wrong with each.
+    position : int
+        The number of images so far.
+    """
+
+    def __init__(self, plan: WritePlan):
+        self.samples = np.zeros(plan.num_images, _SAMPLE_TYPE)
+        self.reasons: dict[int, str] = {}
+        self.position = 0
+
+    @classmethod
+    def from_pages(cls, plan: WritePlan, pages: Sequence[dict[str, Any]]) -> "StoredImages":
+        """Return the images on the pages that a journal describes."""
+        stored = cls(plan)
+        for number, page in enumerate(pages):
+            ptr = plan.data_start + number * plan.settings.page_size
+            for entry in page["samples"]:
+                if isinstance(entry, str):
+                    stored.skip(entry)
+                else:
+                    stored.add(entry, ptr)
+                    ptr += entry[3]
+        return stored
+
+    def add(self, entry: Sequence[int], ptr: int) -> None:
+        """Store the next image, given as mode, width, height, size and checksum, at an offset."""
+        mode, width, height, size, checksum = entry
+        self.samples[self.position] = mode, width, height, ptr, size, checksum
+        self.position += 1
+
+    def skip(self, reason: str) -> None:
+        """Leave out the next image."""
+        self.reasons[self.position] = reason
+        self.position += 1
+
+    def kept(self) -> np.ndarray:
+        """Return which images are in the file, bool (num_images,)."""
+        kept = np.ones(len(self.samples), bool)
+        kept[list(self.reasons)] = False
+        return kept
+
+
+@dataclass
+class _Page:
+    """A page that is not in the journal yet."""
+
+    start: int
+    used: int = 0
+    record: list[list[int] | str] = field(default_factory=list)
+    hashes: bytearray = field(default_factory=bytearray)
+    unwritten: int = 0
+
+
+class PageLayout:
+    """The places of encoded images, page by page. The bytes of a file depend on no other code but the encoder.
+
+    Parameters
+    ----------
+    plan : WritePlan
+    partial : PartialFile
+        Its pages, if the run was interrupted, come first. It gets a note of each page that is written.
+    """
+
+    def __init__(self, plan: WritePlan, partial: PartialFile):
+        self.plan, self.partial = plan, partial
+        self.stored = StoredImages.from_pages(plan, partial.resumed)
+        self._pages = deque([_Page(plan.data_start + len(partial.resumed) * plan.settings.page_size)])
+        self._pages_of_chunk: dict[int, list[_Page]] = {}
+        partial.resumed.clear()
+
+    def place(self, encoded: Encoded, hand_over: bool) -> PlaceRequest:
+        """Return the places of the images of the next run, for the worker that keeps them.
+
+        Parameters
+        ----------
+        encoded : Encoded
+        hand_over : bool
+            The worker sends the images back instead of writing them.
+
+        Raises
+        ------
+        BadImage
+            If an image is larger than a page.
+        """
+        assert encoded.chunk is not None
+        before = len(self._pages)
+        ptr = []
+        for entry in encoded.entries:
+            if isinstance(entry, str):
+                self.stored.skip(entry)
+                self._pages[-1].record.append(entry)
+            else:
+                ptr.append(self._add(entry))
+        pages = list(self._pages)[before - 1 :]
+        for page in pages:
+            page.unwritten += 1
+        self._pages_of_chunk[encoded.chunk] = pages
+        return PlaceRequest(encoded.chunk, ptr, hand_over)
+
+    def _add(self, entry: Entry) -> int:
+        """Put an image behind the others and return its offset in bytes."""
+        mode, width, height, size, digest = entry
+        page_size = self.plan.settings.page_size
+        if size > page_size:
+            path = self.plan.folder.root / self.plan.path(self.stored.position)
+            raise BadImage(
+                f"{path}: {width} x {height} px take {size} bytes, a page has {page_size}; use "
+                f"--page_size={1 << (size - 1).bit_length()} or a smaller --max_side"
+            )
+        if self._pages[-1].used + size > page_size:
+            self._pages.append(_Page(self._pages[-1].start + page_size))
+        page = self._pages[-1]
+        ptr = page.start + page.used
+        checksum = int(np.frombuffer(digest, beton.CHECKSUM_TYPE)[0])
+        record = [mode, width, height, size, checksum]
+        self.stored.add(record, ptr)
+        page.used += size
+        page.record.append(record)
+        page.hashes += digest
+        return ptr
+
+    def finish_chunk(self, placed: Placed) -> None:
+        """Write the images that were handed over, and note the pages on which no image is missing any more."""
+        for ptr, content in zip(placed.ptr, placed.contents, strict=True):
+            self.partial.write(content, ptr)
+        for page in self._pages_of_chunk.pop(placed.chunk):
+            page.unwritten -= 1
+        while len(self._pages) > 1 and not self._pages[0].unwritten:
+            self._note(self._pages.popleft())
+
+    def close(self) -> None:
+        """Note the last page. All images must have been written."""
+        assert not self._pages_of_chunk and len(self._pages) == 1
+        if self._pages[0].record:
+            self._note(self._pages.popleft())
+        self.partial.flush()
+
+    def _note(self, page: _Page) -> None:
+        self.partial.append_page(sha256(page.hashes).hexdigest(), {"samples": page.record}, page.used)
