@@ -8,7 +8,7 @@ from betons import photographs, spoil, write_images
 from ffcv_ops.beton import describe as d
 from ffcv_ops.sources.folder import scan
 from ffcv_ops.writing.plan import WriteSettings
-from ffcv_ops.writing.writer import WriteSettings, write
+from ffcv_ops.writing.writer import write
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from ffcv_ops.beton.verify import verify
 from ffcv_ops.machine import cpus_per_rank
 from ffcv_ops.workers import ranks
 from ffcv_ops.writing.plan import WriteSettings
-from ffcv_ops.writing.writer import WriteSettings, write
+from ffcv_ops.writing.writer import write
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = WriteSettings(mode="raw", max_side=200, page_size=1 << 21)

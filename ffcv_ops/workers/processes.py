@@ -5,11 +5,11 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.context
 import multiprocessing.forkserver
-import multiprocessing.pool
 import os
 import pickle
 import signal
 import sys
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +29,14 @@ _RESULTS_A_WORKER = 8
 
 
 class WorkerKilled(RuntimeError):
-    """A worker process ended that was still needed."""
+    """The end of a worker process that was still needed."""
+
+
+class WorkerTraceback(Exception):
+    """The cause of an error that a worker process raised: the traceback as text."""
+
+    def __str__(self) -> str:
+        return f"\n\n{self.args[0]}"
 
 
 def choose_num_workers(num_workers: int) -> int:
@@ -115,12 +122,12 @@ class Workers:
         connection = self._ready.popleft()
         worker = self._connections.index(connection)
         try:
-            answer, error = _receive(connection)
+            answer, error, text = _receive(connection)
         except (EOFError, OSError):
             raise self._killed(worker) from None
         self._outstanding[worker] -= 1
         if error is not None:
-            raise error
+            raise error from WorkerTraceback(text)
         return worker, answer
 
     def _killed(self, worker: int) -> WorkerKilled:
@@ -177,9 +184,9 @@ def serve(
         while True:
             message = connection.recv()
             try:
-                reply: tuple[Any, Exception | None] = answer(message), None
+                reply: tuple[Any, Exception | None, str] = answer(message), None, ""
             except Exception as error:
-                reply = None, multiprocessing.pool.ExceptionWithTraceback(error, error.__traceback__)
+                reply = None, error, traceback.format_exc()
             _send(connection, reply)
 
 
