@@ -1,6 +1,6 @@
 # make demo    set up, then train on handwritten digits, from image folder to accuracy
 # make test    set up, then run the tests
-# make check   set up, then check format, lint and types
+# make check   set up, then check format, lint, types and spelling
 # make format  set up, then format the code and mend what lint can mend
 # make doctor  print what this machine lacks, and the commands that fix it; DOCTOR_ARGS="--data FILE --json" passes arguments on
 # make ffcv-wheel  build FFCV into dist/ with OpenCV and TurboJPEG inside, for machines without compiler or root
@@ -20,6 +20,7 @@ check: setup
 	$(python) -m ruff format --check .
 	$(python) -m ruff check .
 	$(python) -m mypy
+	.venv/bin/codespell
 
 format: setup
 	$(python) -m ruff format .

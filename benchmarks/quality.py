@@ -76,7 +76,9 @@ def count_differing_crops(path: Path, crops: int) -> str:
     return f"{differing} of {compared} region decodes differ from the full decode"
 
 
-def _equal_planes(part: Any, whole: Any, part_memory: np.ndarray, whole_memory: np.ndarray, eighths: int, size) -> bool:
+def _equal_planes(
+    part: Any, whole: Any, part_memory: np.ndarray, whole_memory: np.ndarray, eighths: int, size: tuple[int, int]
+) -> bool:
     part_at = whole_at = 0
     for step in (1, 2, 2):
         shape, whole_shape = ((found.height // step, found.width // step) for found in (part, whole))
@@ -115,7 +117,9 @@ def compare_with_pillow(path: Path, size: int, interpolation: str) -> str:
     return f"{size} px {interpolation}: " + "; ".join(shown)
 
 
-def _crops_and_references(path: Path, operation: RandomResizedCrop, size: int, interpolation: str):
+def _crops_and_references(
+    path: Path, operation: RandomResizedCrop, size: int, interpolation: str
+) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
     fields = read_beton(path).metadata["f0"]
     heights, widths = (fields[name].astype(np.int64) for name in ("height", "width"))
     boxes, flips = np.empty((len(fields), 4)), np.empty(len(fields), np.bool_)

@@ -73,7 +73,7 @@ __all__ = [
 ]
 
 
-def read_mapped(address, storage_state):
+def read_mapped(address: np.uint64, storage_state: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
     """Return the bytes of the value at an offset of a mapped file, for FFCV's decoders to be compiled with.
 
     Parameters

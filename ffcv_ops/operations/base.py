@@ -28,12 +28,12 @@ _NOTHING_LEFT = np.int64(1) << 62
 
 
 @intrinsic
-def _fetch_and_add_one(typing_context, counter):
+def _fetch_and_add_one(typing_context: Any, counter: Any) -> tuple[Any, Callable[..., Any]]:
     """Atomically add one to ``counter[0]`` and return its value before."""
     if not (isinstance(counter, nb.types.Array) and counter.dtype == nb.int64 and counter.mutable):
         raise nb.errors.TypingError(f"take() needs a writable int64 array, not {counter}")
 
-    def codegen(context, builder, signature, arguments):
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=arguments[0])
         return builder.atomic_rmw("add", array.data, ir.Constant(ir.IntType(64), 1), "monotonic")
 
@@ -52,7 +52,7 @@ if config.DISABLE_JIT:  # type: ignore[attr-defined]
 else:
 
     @kernel
-    def take(counter):
+    def take(counter: np.ndarray) -> int:
         """Take the next sample position: an atomic fetch-and-add, for use inside kernels.
 
         Parameters
