@@ -41,7 +41,7 @@ def test_a_change_in_a_module_that_a_kernel_calls_is_seen(tmp_path):
 
     compiled, boxes = run("rng.py", "\nCROP = ", "\nCROP = 0 + ")
     assert compiled == 0
-    assert run("writer.py", '"""', '"""Not of any kernel. ') == (1, boxes)
+    assert run("units.py", '"""', '"""Not of any kernel. ') == (1, boxes)
     compiled, others = run("rng.py", "\nCROP = 0 + ", "\nCROP = 77 + ")
     assert compiled == 0 and others != boxes
 
