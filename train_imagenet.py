@@ -70,9 +70,10 @@ from imagenet_training import distributed
 from imagenet_training.background import Aside
 from imagenet_training.checkpoint import Checkpoints, TrainState, copied, newest_checkpoint, read_checkpoint
 from imagenet_training.distributed import Failure, World
-from imagenet_training.logs import RunLog, pace
+from imagenet_training.logs import RunLog
 from imagenet_training.loop import DTYPES, Forecast, RunError, SampleMeter, Trainer, allow_tf32, evaluate, train_epoch
 from imagenet_training.loss import build_loss
+from imagenet_training.metrics import pace
 from imagenet_training.model import (
     IMAGENET_MEAN,
     IMAGENET_STD,

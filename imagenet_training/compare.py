@@ -1,33 +1,42 @@
-"""Draw runs together: their curves, their figures, and what their recipes differ in.
+"""Compare runs on one page: their curves, their figures, and the differences of their recipes.
 
-    python -m training.compare RUN RUN ... [--out compare.html]
+    python -m imagenet_training.compare RUN RUN ... [--out compare.html]
 
-A RUN is a run's folder or its record, logs/train_<time>.jsonl. Of a folder that holds several records the newest is
-taken, and said. Prints the table of figures and leaves the page; nothing is trained, and no network is used.
+A RUN is a run's folder or its record, logs/train_<time>.jsonl. If a folder holds several records, the newest one is
+compared, and a note is printed. The command prints a table of figures and writes the page. It needs no network.
 
-Exit status: 0 done, 2 something to put right first.
+Exit status: 0 if the page was written, 2 if the user has to put something right first.
 """
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ffcv_ops.files import replace_text
+from ffcv_ops.errors import UserError
+from ffcv_ops.files import SaveError
 from ffcv_ops.units import show_duration
-from imagenet_training import page
-from imagenet_training.report import OVER_THE_EPOCHS, draw_charts, environment_rows, median_epoch_s
+from imagenet_training.charts import draw_charts
+from imagenet_training.page import percent, show_setting, write_page
+from imagenet_training.report import environment, key_figures
 
-FIGURES = ("run", "epochs", "best top-1", "top-5 there", "epoch", "last top-1", "images/s", "data wait", "an epoch")
+HEADERS = ("run", "epochs", "best top-1", "top-5 there", "epoch", "last top-1", "images/s", "data wait", "epoch time")
+PARTS_OF_FACTS = {
+    "recipe": dict,
+    "versions": dict,
+    "data": dict,
+    "world_size": int,
+    "seed": int,
+    "global_batch_size": int,
+}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as read from disk: its name here, its records, and its facts, {} where they are missing."""
+    """A run as read from disk: its name on the page, its records, and its facts. Without its file, facts is empty."""
 
     name: str
     path: Path
@@ -36,164 +45,166 @@ class Run:
 
 
 def main(argv: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.compare",
+        prog="python -m imagenet_training.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", nargs="+", help="a run's folder or its .jsonl")
     parser.add_argument("--out", type=Path, default=Path("compare.html"), help="the page to write (compare.html)")
     arguments = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a console may lack a character
     try:
         if not arguments.out.absolute().parent.is_dir():
-            raise ValueError(f"--out {arguments.out}: there is no folder {arguments.out.parent}")
+            raise UserError(f"--out {arguments.out}: there is no folder {arguments.out.parent}")
         runs = read_runs(arguments.run)
-        replace_text(arguments.out, compare(runs))
-    except (ValueError, OSError) as error:
+        write_comparison(arguments.out, runs)
+    except (UserError, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(text_table([FIGURES, *map(figures, runs)]))
-    print(f"compared in {arguments.out}")
+    print(text_table([HEADERS, *map(figures, runs)]))
+    print(f"comparison: {arguments.out}")
     return 0
 
 
 def read_runs(given: Sequence[str]) -> list[Run]:
-    """Read runs and name them: by what was given, told apart where two were given alike.
+    """Read runs by the names of their folders or records.
+
+    The name of a run on the page is the last part of what was given. If two runs share that name, each run is named by
+    all that was given.
 
     Raises
     ------
-    ValueError
-        Naming a run that is not there, has no record, or whose record cannot be read.
+    UserError
+        If a run is not there, has no record, or has a record that cannot be read.
     """
     paths = [find_record(Path(text)) for text in given]
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(f"{twice} was given twice: name different runs")
-    labels = [Path(text).absolute().name.removesuffix(".jsonl") for text in given]
-    if len(set(labels)) < len(labels):
-        labels = list(given)
+        raise UserError(f"{twice} was given twice: name different runs")
+    names = [Path(text).absolute().name.removesuffix(".jsonl") for text in given]
+    if len(set(names)) < len(names):
+        names = list(given)
     return [
         Run(name, path, read_records(path), read_facts(path.with_suffix(".recipe.json")))
-        for name, path in zip(labels, paths, strict=True)
+        for name, path in zip(names, paths, strict=True)
     ]
 
 
 def find_record(path: Path) -> Path:
-    """The record of a run, given it or the run's folder."""
+    """Return the path of a run's record, given that path or the run's folder."""
     if path.is_file():
         return path.resolve()
     if not path.is_dir():
-        raise ValueError(f"{path}: no such file or folder; name a run's folder or its logs/train_<time>.jsonl")
-    found = sorted([*path.glob("train_*.jsonl"), *path.glob("logs/train_*.jsonl")], key=lambda one: one.name)
+        raise UserError(f"{path}: no such file or folder; name a run's folder or its logs/train_<time>.jsonl")
+    found = sorted([*path.glob("train_*.jsonl"), *path.glob("logs/train_*.jsonl")], key=lambda record: record.name)
     if not found:
-        raise ValueError(f"{path}: holds no run: there is no logs/train_<time>.jsonl in it")
+        raise UserError(f"{path}: holds no run: there is no logs/train_<time>.jsonl in it")
     if len(found) > 1:
         print(f"note: {path} holds {len(found)} runs; this is the newest, {found[-1]}", file=sys.stderr)
     return found[-1].resolve()
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a run's epochs."""
+    """Return the records of a run's epochs."""
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
         try:
             record = json.loads(line)
-            if not isinstance(record["epoch"], int):
-                raise ValueError("its epoch is not a number")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a record of an epoch ({error})") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not a record of an epoch ({error})") from None
+        if not (isinstance(record, dict) and isinstance(record.get("epoch"), int)):
+            raise UserError(f"{path}, line {number}: not a record of an epoch (it has no epoch)")
         records.append(record)
     if not records:
-        raise ValueError(f"{path}: the run has not finished an epoch yet")
+        raise UserError(f"{path}: the run has not finished an epoch yet")
     return records
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What a run was made with; {} where that was not kept."""
+    """Return the facts stored with a run. If their file is not there, print a note and return an empty dict."""
     if not path.is_file():
         print(f"note: {path} is not there, so this run's recipe is not compared", file=sys.stderr)
         return {}
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        _settings(facts)
-        dict(environment_rows(facts))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: cannot be read as a run's recipe ({error})") from None
+        facts = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: cannot be read as a run's recipe ({error})") from None
+    for name, kind in PARTS_OF_FACTS.items():
+        if not isinstance(facts, dict) or not isinstance(facts.get(name), kind):
+            raise UserError(f"{path}: cannot be read as a run's recipe (it has no {name})")
     return facts
 
 
-def compare(runs: Sequence[Run]) -> str:
-    """The page on several runs."""
-    known = [run for run in runs if run.facts]
-    settings = differing({run.name: _settings(run.facts) for run in known})
-    surroundings = differing({run.name: dict(environment_rows(run.facts)) for run in known})
-    title = f"{len(runs)} runs compared" if len(runs) > 1 else f"the run {runs[0].name}"
-    header = ("", *(run.name for run in known))
-    parts = [
-        page.heading(title, level=1),
-        page.table(FIGURES, map(figures, runs), numbers=range(1, len(FIGURES))),
-        *OVER_THE_EPOCHS,
-        page.charts(draw_charts({run.name: run.records for run in runs}, {})),
-        page.heading("What their recipes differ in"),
-        page.table(header, settings) if settings else page.paragraph("Nothing."),
-        page.heading("What their environments differ in"),
-        page.table(header, surroundings) if surroundings else page.paragraph("Nothing."),
-        page.heading("Records"),
-        page.table(("run", "record"), ((run.name, run.path) for run in runs)),
-    ]
-    return page.page(title, parts)
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def figures(run: Run) -> tuple[str, ...]:
-    """A run in numbers, under the heads of `FIGURES`."""
-    evaluated = [record for record in run.records if "val/acc1" in record]
-    best = max(evaluated, key=lambda record: record["val/acc1"], default={})
-    last = evaluated[-1] if evaluated else {}
-    rates = [record["images_per_s"] for record in run.records if "images_per_s" in record]
-    waits = [record["data_wait"] for record in run.records if "data_wait" in record]
-    epoch_s = median_epoch_s(run.records)
-    return (
-        run.name,
-        str(run.records[-1]["epoch"] + 1),
-        _percent(best.get("val/acc1")),
-        _percent(best.get("val/acc5")),
-        str(best.get("epoch", "-")),
-        _percent(last.get("val/acc1")),
-        f"{statistics.median(rates):,.0f}" if rates else "-",
-        _percent(statistics.median(waits) if waits else None),
-        "-" if epoch_s is None else show_duration(epoch_s),
+def write_comparison(path: Path, runs: Sequence[Run]) -> None:
+    """Write the page that compares runs."""
+    known = {run.name: run.facts for run in runs if run.facts}
+    write_page(
+        path,
+        "compare",
+        title=f"{len(runs)} runs compared" if len(runs) > 1 else f"the run {runs[0].name}",
+        headers=HEADERS,
+        figures=[figures(run) for run in runs],
+        charts=draw_charts({run.name: run.records for run in runs}, {}),
+        names=list(known),
+        differences={
+            "Differences of the recipes": differing({name: _settings(facts) for name, facts in known.items()}),
+            "Differences of the environments": differing({name: environment(facts) for name, facts in known.items()}),
+        },
+        records=[(run.name, str(run.path)) for run in runs],
     )
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else page.percent(value)
+def figures(run: Run) -> tuple[str, ...]:
+    """Return the figures of a run as text, in the order of `HEADERS`."""
+    found = key_figures(run.records)
+    best, last = found["best"] or {}, found["last"] or {}
+    return (
+        run.name,
+        str(run.records[-1]["epoch"] + 1),
+        percent(best.get("val/acc1")),
+        percent(best.get("val/acc5")),
+        str(best.get("epoch", "-")),
+        percent(last.get("val/acc1")),
+        "-" if found["images_per_s"] is None else f"{found['images_per_s']:,.0f}",
+        percent(found["data_wait"]),
+        "-" if found["epoch_s"] is None else show_duration(found["epoch_s"]),
+    )
 
 
 def _settings(facts: Mapping[str, Any]) -> dict[str, str]:
     return {
-        f"{section}.{key}": "none" if value is None else str(value)
+        f"{section}.{key}": show_setting(value)
         for section, values in facts["recipe"].items()
         for key, value in values.items()
     }
 
 
 def differing(columns: Mapping[str, Mapping[str, str]]) -> list[tuple[str, ...]]:
-    """The rows in which columns differ, each row its key and the value of each column, "-" where it has none."""
+    """Return the rows in which columns differ: the key, and the value of each column, "-" if a column has none."""
     keys = dict.fromkeys(key for column in columns.values() for key in column)
     rows = ((key, *(column.get(key, "-") for column in columns.values())) for key in keys)
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
 def text_table(rows: Iterable[Sequence[str]]) -> str:
-    """Rows as aligned text, the first column to the left and the others to the right."""
+    """Return rows as aligned text, with the first column on the left and the numbers on the right."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            f"{cell:<{width}}" if number == 0 else f"{cell:>{width}}" for number, (cell, width) in enumerate(pairs)
-        )
-        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
-    )
+    lines = []
+    for first, *others in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([f"{first:<{widths[0]}}", *cells]))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-import numpy as np
 from tqdm import tqdm
 
-from ffcv_ops.files import replace_text, replacing
+from ffcv_ops.files import replace_text
+from imagenet_training.charts import draw_curve
+from imagenet_training.metrics import ExpectedAccuracy
 
 if TYPE_CHECKING:  # so that reading a run's record does not need torch
     from imagenet_training.checkpoint import TrainState
 
 Batch = TypeVar("Batch")
-Courses = dict[str, dict[int, float]]
-METRICS = {"loss": "loss", "acc1": "top-1", "acc5": "top-5"}
 
 
 class RunLog:
@@ -37,7 +36,7 @@ class RunLog:
         Accuracies to compare with, in percent by epochs finished: for ``train/acc1``, ``val/acc1``, ``val/acc5``.
     """
 
-    def __init__(self, folder: Path, is_main: bool, courses: Courses | None = None):
+    def __init__(self, folder: Path, is_main: bool, courses: ExpectedAccuracy | None = None):
         self.folder = folder
         self.is_main = is_main
         self.courses = courses or {}
@@ -198,72 +197,3 @@ def has_wandb_key() -> bool:
     import wandb
 
     return bool(wandb.login(prompt=False, verify=False))
-
-
-def pace(values: dict[str, float], courses: Courses, num_epochs: int) -> str:
-    """Where accuracies stand against the expected ones, in percent points; "" where nothing is expected.
-
-    Between two stated epochs the expectation lies on the straight line that joins them; before the first, that one is
-    named.
-
-    Parameters
-    ----------
-    values : dict
-        Accuracies in [0, 1] by the names of the courses.
-    courses : dict
-        As for `RunLog`.
-    num_epochs : int
-        Epochs finished.
-    """
-    parts = []
-    for name, course in courses.items():
-        split, metric = name.split("/")
-        label = f"{split} {METRICS[metric]}"
-        epochs = list(course)
-        if num_epochs < epochs[0]:
-            parts.append(f"{label} {course[epochs[0]]:g} % after {epochs[0]} epochs")
-        elif num_epochs <= epochs[-1] and name in values:
-            expected = float(np.interp(num_epochs, epochs, list(course.values())))
-            parts.append(f"{label} {expected:.1f} % ({100 * values[name] - expected:+.1f})")
-    return f"expected {', '.join(parts)}" if parts else ""
-
-
-def draw_curve(records: list[dict[str, Any]], path: Path, courses: Courses) -> None:
-    """Draw loss and accuracies over epochs into a PNG.
-
-    Parameters
-    ----------
-    records : list of dict
-        As in the JSONL file: ``epoch`` and some of ``train/loss``, ``val/acc1``, ...
-    path : Path
-        Of the PNG, replaced whole.
-    courses : dict
-        As for `RunLog`; drawn as crosses.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
-    for axes, names in ((loss_axes, ["loss"]), (accuracy_axes, ["acc1", "acc5"])):
-        for split, style in (("train", "--"), ("val", "-")):
-            for color, name in enumerate(names):
-                points = [(r["epoch"] + 1, r[f"{split}/{name}"]) for r in records if f"{split}/{name}" in r]
-                label, look = f"{split} {METRICS[name]}", {"color": f"C{color}", "linestyle": style}
-                if points:
-                    axes.plot(*zip(*points, strict=True), label=label, marker=".", **look)
-                if course := courses.get(f"{split}/{name}"):
-                    percents = [percent / 100 for percent in course.values()]
-                    axes.plot(list(course), percents, label=f"{label}, expected", marker="x", alpha=0.4, **look)
-        axes.set_xlabel("epochs finished")
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    loss_axes.set_ylabel("loss")
-    accuracy_axes.set_ylabel("accuracy")
-    best = max(records, key=lambda record: record.get("val/acc1", -1.0), default={})
-    if "val/acc1" in best:
-        accuracy_axes.set_title(f"best val top-1 {best['val/acc1']:.2%} after {best['epoch'] + 1} epochs")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)

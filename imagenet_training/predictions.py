@@ -1,4 +1,4 @@
-"""What a model made of every image of a validation split: which it got wrong, and which classes it takes for others."""
+"""The predictions for every image of a validation split: the wrong ones, and the classes that are confused."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +10,19 @@ from ffcv_ops.files import replacing
 
 @dataclass(frozen=True)
 class ClassResult:
-    """How one class fared: images of it, the share of them recognised, what the others were most often taken for.
+    """The result for one class.
 
-    ``confused_with`` is -1 where all were recognised.
+    Attributes
+    ----------
+    label : int
+    num_images : int
+        Images of the class.
+    accuracy : float
+        Share of these images with a correct prediction, in [0, 1].
+    confused_with : int
+        The class that is most often predicted instead.
+    num_confused : int
+        Images for which that class is predicted.
     """
 
     label: int
@@ -29,11 +39,11 @@ class Predictions:
     Attributes
     ----------
     epoch : int
-        Of the weights; -1 where they are of no epoch of the run.
+        Epoch of the weights; -1 if the weights are not from an epoch of the run.
     labels, predicted : ndarray of int64, shape (N,)
-        Class of each image, and the likeliest one.
+        Class of each image, and the class with the highest probability.
     loss, confidence : ndarray of float32, shape (N,)
-        Cross entropy, and the probability of the predicted class.
+        Cross entropy, and the probability of the predicted class in [0, 1].
     """
 
     epoch: int
@@ -43,25 +53,24 @@ class Predictions:
     confidence: np.ndarray
 
     def save(self, path: Path) -> None:
-        """Write them as a NumPy archive of the attributes, which appears whole or not at all."""
+        """Write the attributes as a NumPy archive. An earlier archive is replaced whole."""
         with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **vars(self))
 
     @classmethod
     def read(cls, path: Path) -> "Predictions":
-        """Read what `save` has written."""
-        with np.load(path, allow_pickle=False) as content:
-            return cls(
-                int(content["epoch"]), *(content[name] for name in ("labels", "predicted", "loss", "confidence"))
-            )
+        """Read predictions that `save` has written."""
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = [archive[name] for name in ("labels", "predicted", "loss", "confidence")]
+            return cls(int(archive["epoch"]), *arrays)
 
     def mistakes(self, most: int) -> np.ndarray:
-        """Sample ids of the wrong predictions with the highest loss, worst first."""
+        """Return the sample ids of at most `most` wrong predictions, int64 (M,), with the highest loss first."""
         wrong = np.flatnonzero(self.predicted != self.labels)
         return wrong[np.argsort(-np.nan_to_num(self.loss[wrong], nan=np.inf), kind="stable")][:most]
 
     def worst_classes(self, most: int) -> list[ClassResult]:
-        """The classes with the lowest accuracy that have images, worst first; those without a mistake are left out."""
+        """Return at most `most` classes with a wrong prediction, with the lowest accuracy first."""
         num_classes = int(max(self.labels.max(), self.predicted.max())) + 1
         totals = np.bincount(self.labels, minlength=num_classes)
         hits = np.bincount(self.labels[self.predicted == self.labels], minlength=num_classes)
@@ -73,5 +82,6 @@ class Predictions:
         ]
 
     def _most_confused(self, label: int) -> tuple[int, int]:
-        taken_for = np.bincount(self.predicted[(self.labels == label) & (self.predicted != label)])
-        return int(taken_for.argmax()), int(taken_for.max())
+        """Return the class that is most often predicted for images of another class, and how often."""
+        counts = np.bincount(self.predicted[(self.labels == label) & (self.predicted != label)])
+        return int(counts.argmax()), int(counts.max())

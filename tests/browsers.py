@@ -1,4 +1,4 @@
-"""Read a page as its reader does: its text, and how it looks in headless Chromium, where there is one."""
+"""Read a page: its text, and a picture of the page in headless Chromium, if that is installed."""
 
 import re
 import shutil
@@ -13,7 +13,7 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is ins
 
 
 def screenshot(page, folder, *options):
-    """Open a file in a fresh profile, fail on anything the browser complains about, and return what it looks like."""
+    """Return a picture of a file in a fresh profile of the browser. Fail if the browser logs a complaint."""
     picture = folder / f"{page.stem}{len(options)}.png"
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     command += [
@@ -32,12 +32,12 @@ def screenshot(page, folder, *options):
 
 
 class PageReader(HTMLParser):
-    """Read a page, which must be well-formed and on its own: its text, and how many images there are.
+    """The text and the number of images of a page. The page must be well-formed and must load nothing.
 
     Attributes
     ----------
     text : str
-        All that is shown, and the tips of the charts, with single spaces.
+        The text that is shown, and the tips of the charts, with single spaces.
     num_images : int
     """
 
@@ -47,7 +47,9 @@ class PageReader(HTMLParser):
         super().__init__()
         self.open_tags, self.num_images, self.words = [], 0, []
         source = path.read_text(encoding="utf-8")
-        assert source.startswith("<!DOCTYPE html>") and not re.search(r"(?:src|href)=\"(?!data:)|url\(|@import", source)
+        assert source.startswith("<!DOCTYPE html>") and not re.search(
+            r"(?:src|href)=\"(?!data:|#)|url\((?!#)|@import", source
+        )
         self.feed(source)
         self.close()
         assert not self.open_tags

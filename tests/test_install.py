@@ -83,7 +83,8 @@ def test_a_wheel_holds_what_runs(wheel):
     }
     recipes = {str(path.relative_to(ROOT)) for path in ROOT.glob("*_configs/*.yaml")}
     typed = {"ffcv_ops/py.typed", "imagenet_training/py.typed"}
-    expected = code | recipes | typed | {"train_imagenet.py", "write_beton.py"}
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "imagenet_training/templates").iterdir()}
+    expected = code | recipes | typed | templates | {"train_imagenet.py", "write_beton.py"}
     assert {name for name in names if ".dist-info/" not in name} == expected
 
 

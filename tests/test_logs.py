@@ -12,7 +12,9 @@ import cv2
 import pytest
 from terminals import run_on_terminal, screen
 
-from imagenet_training.logs import RunLog, draw_curve, pace
+from imagenet_training.charts import draw_curve
+from imagenet_training.logs import RunLog
+from imagenet_training.metrics import pace
 
 COURSES = {"train/acc1": {10: 35.0, 25: 55.0}, "val/acc1": {10: 30.0, 25: 60.0, 50: 65.0}}
 
@@ -43,6 +45,13 @@ def test_the_curve_draws_what_is_expected(tmp_path):
         draw_curve(records, tmp_path / f"{name}.png", courses)
     without, expected = (cv2.imread(str(tmp_path / f"{name}.png")) for name in ("without", "with"))
     assert without.shape == expected.shape and (without != expected).any()
+
+
+@pytest.mark.parametrize("accuracies", [[], [0.5], [float("nan"), 0.25, 0.5]])
+def test_a_curve_is_drawn_from_any_record(tmp_path, accuracies):
+    records = [{"epoch": epoch, "val/loss": float("nan"), "val/acc1": top} for epoch, top in enumerate(accuracies)]
+    draw_curve(records, tmp_path / "curve.png", {})
+    assert cv2.imread(str(tmp_path / "curve.png")).std() > 0
 
 
 def test_a_full_disk_leaves_the_record_of_every_epoch_whole(tmp_path):

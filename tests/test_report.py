@@ -1,19 +1,20 @@
-"""The report of a run and the comparison of several: what they tell, what they refuse, and that names stay text."""
+"""The report of a run and the comparison of several: their content, their refusals, and names that stay text."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from betons import photographs
 from browsers import PageReader, needs_chromium, screenshot
 
-from imagenet_training import page
+from imagenet_training.charts import MAX_DOTS, SVG, Chart, Line, draw_charts, draw_svg
 from imagenet_training.compare import main, read_runs
-from imagenet_training.page import Series, line_chart
 from imagenet_training.predictions import ClassResult, Predictions
 from imagenet_training.report import write_report
 
@@ -80,8 +81,8 @@ def test_a_report_tells_what_was_given_and_leaves_nothing_else(report):
     text = PageReader(report).text
     assert [path.name for path in report.parent.iterdir()] == ["report.html"]
     assert "3 of 4 epochs finished" in text and "complete" not in text
-    assert "70.00 % best top-1, epoch 1 90.00 % top-5 there 60.00 % last top-1, epoch 2" in text
-    assert "00:01:00 an epoch" in text
+    assert "70.00 % best top-1, epoch 1 90.00 % top-5 in that epoch 60.00 % last top-1, epoch 2" in text
+    assert "00:01:00 time of an epoch" in text
     assert "val, expected, epoch 2: 71.00 %" in text
     assert "hen 0.0 % 2 café 2" in text, "a class, what it was taken for"
     assert "lr.base_lr 0.25 0.5 more.yaml" in text and "training.loss cross_entropy" in text
@@ -116,18 +117,54 @@ def test_predictions_come_back_as_they_were(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "points",
-    [[(1, 0.5)], [(1, 0.0), (2, 0.0)], [(1, 1e-9), (2, 3e-9)], [(1, -5e6), (2, 5e6)], [(1, float("nan")), (2, 1.0)]],
+    "values",
+    [[0.5], [0.0, 0.0], [1e-9, 3e-9], [-5e6, 5e6], [float("nan"), 1.0], [1.0, float("inf"), 2.0], [-3e38, 3e38]],
 )
-def test_a_chart_holds_whatever_points_there_are(points, tmp_path):
-    path = tmp_path / "chart.html"
-    path.write_text(page.page("chart", [line_chart("chart", [Series("a", points), Series("b", [])])]), encoding="utf-8")
-    PageReader(path)
-    assert "nan" not in path.read_text()
+@pytest.mark.parametrize("is_share", [False, True])
+@pytest.mark.parametrize("style", ["solid", "crosses"])
+def test_a_chart_shows_every_finite_value(values, is_share, style):
+    points = list(enumerate(values, start=1))
+    chart = Chart("chart", [Line("none", [(1, float("nan"))]), Line("$a_b$ <&", points, 9, style)], is_share, True)
+    text = draw_svg(chart)
+    tips = [title.text for title in ElementTree.fromstring(text).iter(f"{SVG}title")]
+    finite = [(epoch, value) for epoch, value in points if np.isfinite(value)]
+    assert tips == [f"$a_b$ <&, epoch {epoch}: {chart.show(value)}" for epoch, value in finite]
+    assert "nan" not in text and "inf" not in text
+    assert text == draw_svg(chart), "the same chart gives the same text"
+    assert "var(--c1)" in text and "#d9541e" not in text, "the style sheet sets the colours"
 
 
-def test_no_points_no_chart():
-    assert line_chart("chart", []) == line_chart("chart", [Series("a", [(1, float("inf"))])]) == ""
+def test_a_long_line_has_a_few_dots_and_the_last_one():
+    points = [(epoch, 0.5) for epoch in range(1, 601)]
+    titles = [
+        title.text for title in ElementTree.fromstring(draw_svg(Chart("", [Line("a", points)]))).iter(f"{SVG}title")
+    ]
+    assert MAX_DOTS <= len(titles) <= MAX_DOTS + 1 and titles[-1] == "a, epoch 600: 0.5"
+
+
+def test_a_chart_without_values_is_left_out():
+    assert draw_charts({"": []}, {}) == draw_charts({"": [{"epoch": 0, "lr": float("inf")}]}, {}) == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_report_is_written_without_an_epoch_and_without_numbers(tmp_path, count):
+    known = ("epoch", "step", "time")
+    broken = [{name: value if name in known else float("nan") for name, value in r.items()} for r in records(count)]
+    perfect = Predictions(-1, *[np.zeros(2, int)] * 2, *[np.zeros(2, np.float32)] * 2)
+    for name, given in (("broken", broken), ("whole", records(count))):
+        path = tmp_path / f"{name}.html"
+        write_report(path, name=name, records=given, facts=FACTS, courses={}, predictions=perfect)
+        text = PageReader(path).text
+        assert ("An evaluation without training." in text) == (count == 0)
+        assert ("100.00 % top-1 2 images 0.0000 loss" in text) == (given is broken or count == 0)
+        assert "No validation image was taken for another class." in text
+
+
+def test_nothing_is_imported_before_a_page_is_written():
+    code = "import sys, imagenet_training.report, imagenet_training.compare; "
+    code += "print(sorted({'matplotlib', 'jinja2', 'torch', 'PIL'} & sys.modules.keys()))"
+    root = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True).stdout == b"[]\n"
 
 
 @pytest.fixture
@@ -154,6 +191,17 @@ def test_runs_are_compared(runs, tmp_path):
     text = PageReader(out).text
     assert "2 runs compared" in text and "lr.base_lr 3 2" in text and "training.epochs" not in text
     assert "first val, epoch 3: 60.00 %" in text and "second val, epoch 2: 70.00 %" in text
+
+
+def test_a_name_that_is_no_text_is_compared_on_any_console(runs, tmp_path):
+    strange = tmp_path / "caf\udce9 \u732b"
+    runs[0].rename(strange)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "imagenet_training.compare", strange, runs[1]]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    assert process.returncode == 0 and process.stderr == b""
+    assert b"caf\\udce9 \\u732b" in process.stdout
+    assert "caf? \u732b val, epoch 3: 60.00 %" in PageReader(tmp_path / "compare.html").text
 
 
 @needs_chromium
