@@ -94,7 +94,7 @@ def commands(block: Block) -> Iterator[Command]:
 
 def named_file(block: Block) -> str | None:
     """The name of the file that a block shows, where its first line is a comment with nothing but the name."""
-    match = re.fullmatch(r"# ([\w.-]+\.ya?ml)", block.lines[0]) if block.lines else None
+    match = re.fullmatch(r"# ([\w./-]+\.(?:ya?ml|py))", block.lines[0]) if block.lines else None
     return match[1] if match else None
 
 
