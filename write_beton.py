@@ -28,20 +28,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 from fastargs import Config, Param, Section
 from tqdm import tqdm
 
 from ffcv_ops import machine
-from ffcv_ops.beton.describe import (
-    Description,
-    choose_samples,
-    decode_samples,
-    describe,
-    fit_into_squares,
-    histogram_lines,
-    lines,
-)
+from ffcv_ops.beton.describe import describe, histogram_lines, lines
 from ffcv_ops.beton.layout import manifest_path
 from ffcv_ops.beton.verify import verify
 from ffcv_ops.errors import UserError, exit_with_user_error
@@ -294,33 +285,10 @@ def run_inspect(chosen: Any) -> int:
     for what, (counts, bounds) in found.histograms().items():
         notice("\n".join(["", *histogram_lines(what, counts, bounds, width)]))
     if sheet is not None:
-        draw_sheet(found, sheet)
+        from imagenet_training.file_sheet import draw_file_sheet  # imports torch, which no other use needs
+
+        notice(f"\n{draw_file_sheet(found, sheet)} images: {sheet}")
     return 0
-
-
-def draw_sheet(found: Description, sheet: Path) -> None:
-    """Draw images of every class, or of evenly spaced classes, over histograms of all images' sizes."""
-    # Here, because it brings torch, which no other use of this script waits for.
-    from imagenet_training.preview import MIN_CELL_PX, NUM_IMAGES, class_names, draw_contact_sheet
-
-    beton = found.beton
-    samples = choose_samples(beton, NUM_IMAGES)
-    decoded = decode_samples(beton, samples)
-    labels = beton.labels if "label" in beton.field_names else None
-    names = class_names(beton.classes, 0) if beton.classes else None
-    images, captions = [], []
-    for sample, image in zip(samples, decoded, strict=True):
-        width, height = int(found.widths[sample]), int(found.heights[sample])
-        size = f"{width} x {height} px, {found.size_bytes[sample] / 1e3:,.1f} kB"
-        if isinstance(image, str):
-            image, size = np.full((min(height, MIN_CELL_PX), min(width, MIN_CELL_PX), 3), 128, np.uint8), "damaged"
-        name = "" if labels is None else names[labels[sample]] if names else f"class {labels[sample]}"
-        images.append(image)
-        captions.append(f"{name[:24]}\n{size}")
-    title = f"{beton.path}: {len(samples)} of {beton.num_samples:,} images, evenly spaced through the classes"
-    squares = fit_into_squares(images, MIN_CELL_PX)
-    draw_contact_sheet(squares, captions, sheet, title=title, histograms=found.histograms())
-    notice(f"\n{len(samples)} images: {sheet}")
 
 
 def notice(text: str) -> None:

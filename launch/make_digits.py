@@ -2,9 +2,10 @@
 
     python launch/make_digits.py FOLDER
 
-Leaves ``FOLDER/train`` (1,433 images) and ``FOLDER/val`` (364), a folder for each digit in both: JPEGs of 32 x 32 px,
-grey as RGB, enlarged from 8 x 8. The images come with scikit-learn (the test part of the UCI set "Optical Recognition
-of Handwritten Digits", 1,797 images), so nothing is downloaded. The same files come out every time.
+The script writes ``FOLDER/train`` (1,433 images) and ``FOLDER/val`` (364), each with a folder for every digit. The
+images are grey JPEGs of 32 x 32 px in RGB, enlarged from 8 x 8. They come with scikit-learn, so nothing is downloaded:
+scikit-learn has the test part of the UCI set "Optical Recognition of Handwritten Digits", 1,797 images. Every run
+writes the same files.
 """
 
 import argparse
@@ -27,17 +28,17 @@ def main() -> None:
 
 
 def make_digits(folder: Path) -> dict[Path, int]:
-    """Write both splits below `folder`.
+    """Write both splits into a folder.
 
     Parameters
     ----------
-    folder
-        Made if need be; its ``train`` and ``val`` are replaced.
+    folder : Path
+        The folder, which may exist. Its ``train`` and ``val`` are replaced.
 
     Returns
     -------
     dict of Path to int
-        The two split folders and how many images each holds. Every fifth image of a class is in ``val``.
+        The folders of both splits, and the number of images in each. Every fifth image of a class is in ``val``.
     """
     digits = load_digits()
     counts = {folder / split: 0 for split in ("train", "val")}
@@ -54,7 +55,7 @@ def make_digits(folder: Path) -> dict[Path, int]:
 
 
 def enlarge(image: np.ndarray) -> Image.Image:
-    """Turn one digit, (8, 8) floats from 0 (paper) to 16 (ink), into an RGB image of `SIDE_PX` a side."""
+    """Turn a digit, float (8, 8) from 0 (paper) to 16 (ink), into an RGB image with sides of `SIDE_PX`."""
     gray = Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8))
     return gray.resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC).convert("RGB")
 

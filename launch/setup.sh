@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
 # Make .venv, with everything the project needs: `make setup`, or bash launch/setup.sh
 #
-# System packages that are missing are installed with apt as root or through sudo. Where that cannot be, the script
-# names them for apt, dnf, brew and conda and stops. It does nothing where .venv already fits pyproject.toml,
-# constraints.txt and this script.
+# The script installs missing system packages with apt, as root or through sudo. If that is impossible, it prints their
+# names for apt, dnf, brew and conda and stops. If .venv already fits pyproject.toml, constraints.txt and this script,
+# nothing is done.
 #
-# Where dist/ has a wheel of FFCV that fits (make ffcv-wheel), it is installed, and nothing needs to be compiled.
+# If dist/ has a wheel of FFCV that fits (make ffcv-wheel), the wheel is installed and nothing needs to be compiled.
 #
-#   PYTHON=python3.12   the interpreter to build on, 3.10 to 3.13; else that of the .venv there is, else the first of
-#                       python3, python3.13 ... python3.10
-#   pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf, ...) hold as always.
+#   PYTHON=python3.12   the interpreter, 3.10 to 3.13. By default that of an existing .venv, else the first of python3,
+#                       python3.13 ... python3.10.
+#   pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf, ...) apply as usual.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 stamp=.venv/setup.stamp
 
-# A need, then what gives it: apt, dnf, brew, conda. VERSION is the interpreter's, '-' means nothing to install.
+# A need, then its packages for apt, dnf, brew, conda. VERSION is the interpreter's. '-' means that none is needed.
 packages='
 python         python3,python3-dev,python3-venv  python3,python3-devel  python@3.12  python=3.12
 venv           pythonVERSION-venv                python3-pip            -            -
@@ -41,10 +41,10 @@ main() {
     printf 'setup: .venv is ready.\n'
 }
 
-# The interpreter and, where there is one that fits it, the wheel of FFCV in dist/.
+# The interpreter and, if one fits it, the wheel of FFCV in dist/.
 python= wheel=
 
-# Install what the machine lacks, or stop.
+# Install the missing packages, or stop.
 meet_needs() {
     local needs
     needs=$(missing "$python")
@@ -55,7 +55,7 @@ meet_needs() {
     [ -z "$needs" ] || give_up "apt installed its packages, but not what is needed" "$python" $needs
 }
 
-# The interpreter to build on, or nothing where apt's python3 may be the remedy.
+# Print the interpreter to use. Print nothing if there is none, but apt may install python3.
 find_python() {
     local candidate
     for candidate in ${PYTHON:-.venv/bin/python python3 python3.13 python3.12 python3.11 python3.10}; do
@@ -69,7 +69,7 @@ find_python() {
         stop "no Python from 3.10 to 3.13 on the PATH: install one and name it, as in make setup PYTHON=python3.12"
 }
 
-# The wheel of FFCV in dist/ for this interpreter, processor and C library, if there is one.
+# Print the wheel of FFCV in dist/ for this interpreter, processor and C library, if there is one.
 find_wheel() {
     "$1" - <<'END'
 import glob, platform, re, sys
@@ -83,7 +83,7 @@ for path in glob.glob(f"dist/ffcv-*-{python}-{python}-manylinux_*_{platform.mach
 END
 }
 
-# What .venv was made from. It is made anew or brought up to date when this changes.
+# Print what .venv depends on. If this changes, .venv is updated or made again.
 fingerprint() {
     cat pyproject.toml constraints.txt launch/setup.sh | cksum
     interpreter "$1"
@@ -98,7 +98,7 @@ fits() {
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint "$1")" ]
 }
 
-# The needs that this machine does not meet, each a word of the table above.
+# Print the needs that this machine does not meet, by their names in the table above.
 missing() {
     local python=$1
     if [ -z "$python" ]; then
@@ -123,12 +123,12 @@ missing() {
     fi
 }
 
-# Whether the interpreter can load a shared library that the opencv-python wheel expects of a Linux desktop.
+# Test whether the interpreter can load a shared library. The opencv-python wheel needs some of a Linux desktop.
 loads() {
     [ "$(uname)" != Linux ] || "$1" -c "import ctypes; ctypes.CDLL('$2')" 2>/dev/null
 }
 
-# The packages of one manager (2 apt, 3 dnf, 4 brew, 5 conda) that meet the needs given.
+# Print the packages of one manager (2 apt, 3 dnf, 4 brew, 5 conda) for the given needs.
 named() {
     local column=$1 python=$2 version
     shift 2
@@ -149,12 +149,12 @@ install_system() {
     fi
     printf 'setup: installing %s with apt\n' "$(named 2 "$python" "$@")"
     $sudo apt-get update -qq || give_up "apt could not read its package lists" "$python" "$@"
-    # shellcheck disable=SC2046 # one word a package
+    # shellcheck disable=SC2046 # each package is a word
     $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
         $(named 2 "$python" "$@") </dev/null >/dev/null || give_up "apt could not install it" "$python" "$@"
 }
 
-# Say what to install by hand, and stop: why it was not installed, the interpreter, the needs.
+# Print what to install by hand, and stop. The arguments are the reason, the interpreter and the needs.
 give_up() {
     local reason=$1 python=$2
     shift 2
@@ -179,7 +179,7 @@ stop() {
     exit 1
 }
 
-# Whether there is a .venv of this interpreter, made in this folder: its scripts hold the path.
+# Test whether there is a .venv of this interpreter that was made in this folder. Its scripts contain the path.
 serves() {
     .venv/bin/python -c 'import pip' 2>/dev/null &&
         [ "$(interpreter .venv/bin/python)" = "$(interpreter "$1")" ] &&
@@ -196,7 +196,7 @@ build_venv() {
     [ -t 1 ] || export PIP_QUIET=1
     .venv/bin/python -m pip install --constraint constraints.txt pip setuptools
     [ -z "$wheel" ] || .venv/bin/python -m pip install --constraint constraints.txt "$wheel"
-    # Link ffcv against the few libraries it calls rather than all of OpenCV: it loads faster and breaks less often.
+    # Link ffcv only against the libraries that it calls, not all of OpenCV. It then loads faster and fails less often.
     [ "$(uname)" != Linux ] || export LDFLAGS="-Wl,--as-needed ${LDFLAGS:-}"
     .venv/bin/python -m pip install --constraint constraints.txt --build-constraint constraints.txt \
         --editable '.[dev]'
@@ -204,5 +204,5 @@ build_venv() {
         stop "the packages are installed, but do not import: see the error above."
 }
 
-# launch/ffcv_wheel.sh takes the functions alone.
+# launch/ffcv_wheel.sh uses only the functions.
 [ "${BASH_SOURCE[0]}" != "$0" ] || main

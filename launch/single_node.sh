@@ -3,18 +3,18 @@
 #
 #   bash launch/single_node.sh --config-file rn50_configs/single_gpu_100ep.yaml [more settings]
 #
-# CUDA_VISIBLE_DEVICES=0,1 picks GPUs, NPROC=2 the number of processes, by default one a GPU. Everything after the
-# script's name goes to train_imagenet.py.
+# CUDA_VISIBLE_DEVICES=0,1 chooses the GPUs. NPROC=2 sets the number of processes, by default one for each GPU. All
+# arguments go to train_imagenet.py.
 #
-# A process that dies is started again, three times at most, with all others and from the last save. SIGTERM, SIGUSR1
-# and Ctrl-C save the run where it stands; the exit status is then 75, after Ctrl-C 130, and the same command with
-# --resume auto goes on. A mistake in the settings ends with 2 before anything is started.
+# If a process dies, all processes are started again from the last checkpoint, at most three times. SIGTERM, SIGUSR1 and
+# Ctrl-C save the run and end it. The exit status is then 75, or 130 after Ctrl-C. The same command with --resume auto
+# resumes the run. A mistake in the settings ends with status 2 before any process is started.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=.venv/bin/python
 [ -x $python ] || { echo "single_node.sh: there is no .venv: run make setup first." >&2; exit 1; }
-$python -m imagenet_training.recipe "$@" # here, since torchrun would start what fails of a mistake again and again
+$python -m imagenet_training.recipe "$@" # checks the settings: torchrun would start a run with a mistake four times
 
 processes=${NPROC:-$($python -c 'import torch; print(torch.cuda.device_count())')}
 if [ "$processes" -eq 0 ]; then
@@ -22,14 +22,14 @@ if [ "$processes" -eq 0 ]; then
     exit 1
 fi
 
-# torchrun ends its processes with status 1 whatever theirs is, so what it was told is remembered here. It is told once:
-# a second signal would make it leave them behind.
+# torchrun exits with status 1 whatever the status of its processes is, so the status is kept here. torchrun gets only
+# the first signal: after a second one, it would exit before its processes.
 stopped=
 stop() {
     [ -n "$stopped" ] || kill -TERM "$torchrun"
     stopped=$1
 }
-set -m # a process group of its own, so that Ctrl-C comes here alone
+set -m # gives torchrun a process group of its own, so that only this script gets Ctrl-C
 $python -m torch.distributed.run --standalone --nproc_per_node="$processes" --max-restarts=3 train_imagenet.py "$@" &
 torchrun=$!
 trap 'stop 75' TERM USR1
@@ -37,7 +37,7 @@ trap 'stop 130' INT
 
 status=0
 wait "$torchrun" || status=$?
-while kill -0 "$torchrun" 2>/dev/null; do # a signal ended the waiting, not torchrun
+while kill -0 "$torchrun" 2>/dev/null; do # a signal has ended the wait, but not torchrun
     status=0
     wait "$torchrun" || status=$?
 done

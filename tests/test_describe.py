@@ -9,6 +9,7 @@ from ffcv_ops.beton import describe as d
 from ffcv_ops.sources.folder import scan
 from ffcv_ops.writing.plan import WriteSettings
 from ffcv_ops.writing.writer import write
+from imagenet_training.file_sheet import choose_samples, decode_samples, fit_into_squares
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_a_file_without_manifest_or_restarts_is_described_too(tmp_path, raw):
     text = "\n".join(d.lines(found))
     assert ("no JPEGs" if raw else "none in 7 JPEGs looked at") in text and "written by stock FFCV" in text
     assert "2, each of 3 to 4 images" in text and "width     64 px" in text
-    for image, original in zip(d.decode_samples(found.beton, np.arange(7)), photographs(7), strict=True):
+    for image, original in zip(decode_samples(found.beton, np.arange(7)), photographs(7), strict=True):
         assert np.abs(image.astype(int) - original).mean() < (1 if raw else 12)
 
 
@@ -67,16 +68,16 @@ def test_a_damaged_image_is_told_and_the_others_are_shown(tmp_path):
     path = write_images(tmp_path / "damaged.beton", photographs(3))
     spoil(path, 1)
     found = d.describe(path)
-    first, second, third = d.decode_samples(found.beton, np.arange(3))
+    first, second, third = decode_samples(found.beton, np.arange(3))
     assert "TurboJPEG" in second and first.shape == third.shape == (64, 64, 3)
 
 
 def test_samples_are_chosen_evenly_through_the_classes(tmp_path):
     labels = np.array([2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1])
     found = d.describe(write_images(tmp_path / "a.beton", photographs(12), labels=labels)).beton
-    chosen = d.choose_samples(found, 6)
+    chosen = choose_samples(found, 6)
     assert labels[chosen].tolist() == [0, 0, 1, 1, 2, 2] and len({*chosen.tolist()}) == 6
-    assert sorted(d.choose_samples(found, 40).tolist()) == list(range(12))
+    assert sorted(choose_samples(found, 40).tolist()) == list(range(12))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_bars_fit_the_terminal():
 
 def test_images_are_shrunk_whole_into_squares():
     wide, small = np.zeros((50, 100, 3), np.uint8), np.full((10, 10, 3), 7, np.uint8)
-    squares = d.fit_into_squares([wide, small], most_px=80)
+    squares = fit_into_squares([wide, small], most_px=80)
     assert squares.shape == (2, 80, 80, 3)
     assert (squares[0, 20:60] == 0).all() and (squares[0, :20] == 255).all() and (squares[0, 60:] == 255).all()
     assert (squares[1] == 7).sum() == 300

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +22,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from ffcv_ops.beton.verify import verify
+from ffcv_ops.errors import UserError
 from ffcv_ops.machine import cpus_per_rank
 from ffcv_ops.workers import ranks
+from ffcv_ops.workers.processes import Workers, WorkerTraceback
 from ffcv_ops.writing.plan import WriteSettings
 from ffcv_ops.writing.writer import write
 
@@ -181,7 +184,7 @@ def test_lent_workers_write_and_verify_and_go(folder, expected, tmp_path, other_
 
 def test_ranks_that_would_make_other_bytes_are_refused(other_rank):
     process = other_rank({"library": "2"})
-    with pytest.raises(ValueError, match="rank 1 on .* would make other bytes .* library is 2 there and 1 here"):
+    with pytest.raises(UserError, match="rank 1 on .* would make other bytes .* library is 2 there and 1 here"):
         with ranks.lead(lambda: {"library": "1"}):
             pass
     assert process.wait(SOON_S) == 1
@@ -193,7 +196,7 @@ def test_rank_0_takes_in_many_and_waits_for_no_stranger(monkeypatch):
     for name, value in (("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks, "_store", lambda: SimpleNamespace(set=store.__setitem__))
-    monkeypatch.setattr(ranks, "_GREETING_S", 0.2)
+    monkeypatch.setattr(ranks, "_CONNECT_S", 0.2)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(before, 256), most))
     try:
         leader = ranks.Leader()
@@ -203,12 +206,28 @@ def test_rank_0_takes_in_many_and_waits_for_no_stranger(monkeypatch):
     host, port, token = json.loads(store[ranks._STORE_KEY])
     with socket.create_connection((host, port)) as stranger:
         stranger.sendall(b"GE")
-        with ranks._dial(ranks._Address(host, port, bytes.fromhex(token))) as connection:
-            connection.send(ranks._Hello(1, "other", 3, {}))
+        with ranks._connect(ranks._Address(host, port, bytes.fromhex(token))) as connection:
+            connection.send(ranks._Greeting(1, "other", 3, {}))
             leader.gather({})
             assert leader.num_workers == 3
             leader.end(True)
             assert connection.recv() is True
+
+
+def add_arrays():
+    """Return the function of a worker with a bug."""
+    return lambda lengths: np.zeros(lengths[0]) + np.zeros(lengths[1])
+
+
+def test_an_error_in_a_worker_comes_with_its_traceback():
+    with closing(Workers(1, add_arrays)) as workers:
+        workers.send(0, (2, 2))
+        assert workers.receive()[1].tolist() == [0, 0]
+        workers.send(0, (2, 3))
+        with pytest.raises(ValueError, match="broadcast") as raised:
+            workers.receive()
+    assert isinstance(raised.value.__cause__, WorkerTraceback)
+    assert "in <lambda>" in str(raised.value.__cause__) and "test_ranks.py" in str(raised.value.__cause__)
 
 
 def test_the_cpus_of_a_machine_are_shared_out(monkeypatch):

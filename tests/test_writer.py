@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import tracemalloc
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -26,6 +27,7 @@ from ffcv_ops.beton.layout import manifest_path, read_beton
 from ffcv_ops.beton.verify import verify
 from ffcv_ops.codec import jpeg
 from ffcv_ops.codec.jpeg import decode
+from ffcv_ops.errors import UserError
 from ffcv_ops.sources import folder as folders
 from ffcv_ops.writing import partial_file, writer
 from ffcv_ops.writing.encode import shrink
@@ -99,6 +101,36 @@ def test_a_folder_is_read_as_torchvision_reads_it(folder):
     assert found.stats[:, 0].tolist() == [os.path.getsize(path) for path, _ in theirs.samples]
 
 
+def test_packed_paths_are_a_sequence_of_text():
+    names = ["a/0.jpg", "a/deep/1.jpg", os.fsdecode(b"b/caf\xe9.jpg"), "c/\u00e9.jpg"]
+    paths = folders.PackedPaths()
+    for part in (names[:2], [], names[2:]):
+        paths.extend(b"".join(os.fsencode(name) + b"\0" for name in part))
+    assert list(paths) == names and len(paths) == 4
+    assert paths[-1] == names[3] and paths[1:3] == names[1:3] and paths[np.uint32(2)] == names[2]
+    assert paths.encoded(2) == b"b/caf\xe9.jpg"
+    with pytest.raises(IndexError):
+        paths[4]
+
+
+def test_a_listing_takes_little_more_memory_than_its_names(tmp_path, monkeypatch):
+    """ImageNet has 1,281,167 images: a byte for each is 1.2 MiB."""
+    count = 50_000
+    (tmp_path / "n01440764").mkdir()
+    names = [f"n01440764_{number:05d}.JPEG" for number in range(count)]
+    monkeypatch.setattr(os, "walk", lambda *args, **options: [(str(tmp_path / "n01440764"), [], names)])
+    monkeypatch.setattr(folders, "stat_image", lambda path: (100_000 + len(path), 1_700_000_000_000_000_000))
+    tracemalloc.start()
+    try:
+        listing = folders.scan(tmp_path)
+        size_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert listing.paths[count - 1] == "n01440764/n01440764_49999.JPEG" and listing.stats.shape == (count, 2)
+    name_bytes = len("n01440764/n01440764_00000.JPEG") + 1
+    assert size_bytes / count < 1.25 * (name_bytes + listing.stats[0].nbytes + 8 + 4)
+
+
 @pytest.mark.parametrize("broken", ["missing", "empty", "class"])
 def test_a_folder_without_images_is_named(tmp_path, broken):
     if broken != "missing":
@@ -106,7 +138,7 @@ def test_a_folder_without_images_is_named(tmp_path, broken):
     if broken == "class":
         (tmp_path / "class" / "cat").mkdir(parents=True)
     messages = {"missing": "no such folder", "empty": "no class folders", "class": "cat: class folder without an image"}
-    with pytest.raises(ValueError, match=messages[broken]):
+    with pytest.raises(UserError, match=messages[broken]):
         quiet(tmp_path / broken, tmp_path / "file.beton")
 
 
@@ -120,7 +152,7 @@ def test_a_folder_that_cannot_be_read_is_named(folder, tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", fail_for_one)
-    with pytest.raises(ValueError, match=r"_class/deep: cannot be read \(Permission denied\)"):
+    with pytest.raises(UserError, match=r"_class/deep: cannot be read \(Permission denied\)"):
         quiet(folder, tmp_path / "file.beton")
 
 
@@ -295,7 +327,7 @@ def test_a_subset_is_spread_over_the_classes(many):
     ],
 )
 def test_settings_that_cannot_be_are_named(folder, tmp_path, change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         quiet(folder, tmp_path / "file.beton", WriteSettings(**change))
 
 
@@ -357,7 +389,7 @@ def test_an_existing_file_stays_until_the_new_one_is_whole(folder, tmp_path, mon
     target = tmp_path / "file.beton"
     quiet(folder, target)
     before = target.read_bytes()
-    with pytest.raises(ValueError, match="use --overwrite"):
+    with pytest.raises(UserError, match="use --overwrite"):
         quiet(folder, target, WriteSettings(quality=50))
     spoil(Path(sources(folder)[7]))
     with pytest.raises(BadImage):
@@ -374,16 +406,16 @@ def test_an_existing_file_stays_until_the_new_one_is_whole(folder, tmp_path, mon
 
 
 def test_targets_that_cannot_be_are_named(folder, tmp_path):
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(UserError, match="is a folder"):
         quiet(folder, tmp_path)
-    with pytest.raises(ValueError, match="no such folder to write"):
+    with pytest.raises(UserError, match="no such folder to write"):
         quiet(folder, tmp_path / "missing" / "file.beton")
 
 
 def test_other_classes_than_expected_are_named(folder, tmp_path):
-    with pytest.raises(ValueError, match="it lacks 3_class; has also 1_class"):
+    with pytest.raises(UserError, match="it lacks 3_class; has also 1_class"):
         quiet(folder, tmp_path / "file.beton", classes=["0_class", "2_class", "3_class"])
-    with pytest.raises(ValueError, match="another order"):
+    with pytest.raises(UserError, match="another order"):
         quiet(folder, tmp_path / "file.beton", classes=["1_class", "0_class", "2_class"])
     assert quiet(folder, tmp_path / "file.beton", classes=["0_class", "1_class", "2_class"])
 
@@ -391,7 +423,7 @@ def test_other_classes_than_expected_are_named(folder, tmp_path):
 def test_no_space_is_said_before_the_work(folder, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ValueError, match="0.0 MB free, about .* needed"):
+    with pytest.raises(UserError, match="0.0 MB free, about .* needed"):
         quiet(folder, tmp_path / "file.beton")
     assert leftovers(tmp_path / "file.beton") == []
 
@@ -482,7 +514,7 @@ def test_images_that_change_under_way_stop_the_run(many, tmp_path, change, on_er
         if not done:
             change(changed)
 
-    with pytest.raises(ValueError, match=f"{changed}: on .* not the file that was listed"):
+    with pytest.raises(UserError, match=f"{changed}: on .* not the file that was listed"):
         quiet(tmp_path / "data", tmp_path / "file.beton", settings, on_error=on_error, progress=progress)
     assert not (tmp_path / "file.beton").exists()
 
@@ -502,7 +534,7 @@ def test_a_run_killed_before_its_manifest_writes_that_alone(folder, tmp_path, mo
     assert {**manifest, "written": ""} == {**whole, "written": ""}
     assert target.stat().st_ino == inode
     assert leftovers(target) == ["file.beton", "file.beton.json"]
-    with pytest.raises(ValueError, match="--overwrite"):
+    with pytest.raises(UserError, match="--overwrite"):
         quiet(folder, target)
 
 
@@ -510,7 +542,7 @@ def test_two_runs_do_not_write_one_file(folder, tmp_path):
     target = tmp_path / "file.beton"
     first = partial_file.PartialFile(target, {}, 0, PAGE_SIZE)
     try:
-        with pytest.raises(ValueError, match="another process is writing"):
+        with pytest.raises(UserError, match="another process is writing"):
             quiet(folder, target)
     finally:
         first.close()
@@ -529,7 +561,7 @@ def test_a_file_that_was_renamed_under_a_runs_hands_is_left_alone(tmp_path, monk
         flock(*args)
 
     monkeypatch.setattr(partial_file.fcntl, "flock", rename_and_lock)
-    with pytest.raises(ValueError, match="another process is writing"):
+    with pytest.raises(UserError, match="another process is writing"):
         partial_file.PartialFile(target, {}, 0, PAGE_SIZE)
     assert target.read_bytes() == b"whole"
 
@@ -596,7 +628,7 @@ def test_a_change_that_decodes_is_found(copy):
 def test_a_manifest_without_its_checksums_is_refused(copy):
     manifest = json.loads(manifest_path(copy).read_text())
     manifest_path(copy).write_text(json.dumps(manifest | {"checksums": manifest["checksums"][:-8]}))
-    with pytest.raises(ValueError, match="its checksums are damaged"):
+    with pytest.raises(UserError, match="its checksums are damaged"):
         verify(copy, num_workers=1)
 
 
@@ -613,7 +645,7 @@ def test_data_where_zeros_should_be_is_reported(copy):
 
 def test_damaged_tables_are_refused(copy):
     overwrite(copy, 40, b"!")
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         verify(copy, num_workers=1)
 
 

@@ -1,11 +1,12 @@
-"""What is in a ``.beton`` file, for people: classes, sizes, how the images are stored, and what the manifest tells."""
+"""Describe a ``.beton`` file for people: classes, sizes, the storage of the images, and the manifest."""
 
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -14,18 +15,24 @@ from ffcv_ops.beton.layout import Beton, read_beton
 from ffcv_ops.codec import jpeg
 from ffcv_ops.units import show_bytes
 
-NUM_LOOKED_AT = 1000
-"""Images whose JPEG is read, evenly spaced; all others are known from the tables."""
-_BACKGROUND = 255
+NUM_JPEGS_READ = 1000
+"""The number of images, evenly spaced, whose JPEGs are read. The tables describe all images."""
 _MOST_BINS = 14
 _WIDE_RANGE = 30
 
 
 @dataclass(frozen=True)
 class Restarts:
-    """Of the JPEGs that were looked at: how many there were, and how many have restart segments, and their index.
+    """The restart segments of some of a file's JPEGs.
 
-    ``segments`` is the median number in an image that has them, ``index_share`` the index's share of all their bytes.
+    Attributes
+    ----------
+    num_jpegs, num_restarted, num_indexed : int
+        The JPEGs that were read; those with restart segments; those with an index of them.
+    segments : float
+        Median number of segments in a JPEG that has segments.
+    index_share : float
+        Share of the indices in the bytes of all the JPEGs, 0 to 1.
     """
 
     num_jpegs: int
@@ -37,17 +44,18 @@ class Restarts:
 
 @dataclass(frozen=True, eq=False)
 class Description:
-    """What `describe` found.
+    """The description of a file.
 
     Attributes
     ----------
     beton : Beton
     class_counts : ndarray of int64, shape (K,)
-        Images of each class; those of the labels that occur where there is no manifest, empty without labels.
+        Number of images of each class. Without a manifest, only the labels that occur count as classes. Without labels,
+        the array is empty.
     widths, heights, size_bytes : ndarray of int64, shape (N,)
-        Of the stored images: px, px, bytes.
+        Sides in px and size in bytes of each stored image.
     raw : ndarray of bool, shape (N,)
-        Which images are pixels, not JPEGs.
+        True for an image that is stored as pixels, false for a JPEG.
     restarts : Restarts
     """
 
@@ -60,14 +68,14 @@ class Description:
     restarts: Restarts
 
     def histograms(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Counts (B,) and the edges of the bins (B + 1,) of what differs between images, by what is counted."""
+        """Return three histograms by their titles: counts (B,), and the edges of the bins (B + 1,)."""
         shorter, longer = np.minimum(self.widths, self.heights), np.maximum(self.widths, self.heights)
         measured = {"shorter side (px)": shorter, "longer side (px)": longer, "stored size (bytes)": self.size_bytes}
         return {what: np.histogram(values, edges(values)) for what, values in measured.items()}
 
 
 def describe(path: str | os.PathLike[str]) -> Description:
-    """Read a file's tables and manifest, and the JPEGs of `NUM_LOOKED_AT` images.
+    """Describe a file from its tables, its manifest, and the JPEGs of `NUM_JPEGS_READ` images.
 
     Parameters
     ----------
@@ -76,8 +84,8 @@ def describe(path: str | os.PathLike[str]) -> Description:
 
     Raises
     ------
-    ValueError
-        What `read_beton` says of a damaged file, or that it has no images.
+    UserError
+        If `read_beton` finds the file damaged, or if the file has no field ``image``.
     """
     found = read_beton(path)
     images = found.column("image")
@@ -93,18 +101,18 @@ def describe(path: str | os.PathLike[str]) -> Description:
         heights=images["height"].astype(np.int64),
         size_bytes=found.sizes_at(images["data_ptr"]).astype(np.int64),
         raw=images["mode"] == beton.MODE_RAW,
-        restarts=_look_at_restarts(found, spread(found.num_samples, NUM_LOOKED_AT)),
+        restarts=_read_restarts(found, spread(found.num_samples, NUM_JPEGS_READ)),
     )
 
 
 def spread(count: int, most: int) -> np.ndarray:
-    """At most so many of the numbers from 0 to `count` - 1, evenly spaced."""
+    """Return at most `most` of the numbers from 0 to `count` - 1, evenly spaced."""
     most = min(most, count)
     return np.arange(most) * count // max(most, 1)
 
 
 def read_stored(found: Beton, samples: np.ndarray) -> list[np.ndarray]:
-    """The bytes of images as they are stored, uint8 (size_bytes,) each."""
+    """Return the stored bytes of some images, uint8 (size_bytes,) each."""
     ptr = found.column("image")["data_ptr"][samples]
     contents = []
     with open(found.path, "rb") as file:
@@ -114,7 +122,7 @@ def read_stored(found: Beton, samples: np.ndarray) -> list[np.ndarray]:
     return contents
 
 
-def _look_at_restarts(found: Beton, samples: np.ndarray) -> Restarts:
+def _read_restarts(found: Beton, samples: np.ndarray) -> Restarts:
     images = found.column("image")[samples]
     jpegs = samples[images["mode"] == beton.MODE_JPG]
     segments, index_bytes, num_bytes = [], [], 0
@@ -122,7 +130,7 @@ def _look_at_restarts(found: Beton, samples: np.ndarray) -> Restarts:
         num_bytes += content.size
         try:
             _, interval = jpeg.scan_start(content)
-        except IndexError:  # damaged before its data begin
+        except IndexError:  # a damaged header
             continue
         if interval:
             row = found.column("image")[sample]
@@ -135,7 +143,9 @@ def _look_at_restarts(found: Beton, samples: np.ndarray) -> Restarts:
 
 
 def edges(values: np.ndarray) -> np.ndarray:
-    """Round edges of at most 14 bins or so that hold all values: evenly spaced, or 1, 2, 5, 10, ... over a wide range.
+    """Return the edges of about 14 bins that hold all values.
+
+    The edges are round numbers. They are evenly spaced, or over a wide range the series 1, 2, 5, 10, 20, ...
 
     Parameters
     ----------
@@ -155,7 +165,7 @@ def edges(values: np.ndarray) -> np.ndarray:
 
 
 def lines(found: Description) -> list[str]:
-    """A description in lines of text: ``name   what``."""
+    """Return the lines of a description, each with a name and a text."""
     file, manifest = found.beton, found.beton.manifest
     fields = zip(file.field_names, file.field_types, strict=True)
     rows = [
@@ -185,7 +195,7 @@ def lines(found: Description) -> list[str]:
 
 
 def histogram_lines(what: str, counts: np.ndarray, bounds: np.ndarray, width: int) -> list[str]:
-    """A histogram as bars of text, `width` characters at most."""
+    """Return the lines of a histogram. Its bars are text, and a line has at most `width` characters."""
     names = [f"{low:,} to {high - 1:,}" if high - low > 1 else f"{low:,}" for low, high in pairwise(bounds.tolist())]
     numbers = [f"{count:,}" for count in counts]
     name_width, number_width = max(map(len, names)), max(map(len, numbers))
@@ -236,49 +246,5 @@ def _pages(found: Description) -> str:
     return f"{num_pages:,} of {file.page_size:,} bytes, {filled:.1%} filled"
 
 
-def _pairs(values: dict) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items()) or "not told"
-
-
-def choose_samples(found: Beton, count: int) -> np.ndarray:
-    """Samples for a look at a file: evenly spaced through the classes, then through each class; the same every time."""
-    ids = np.arange(found.num_samples)
-    if "label" in found.field_names:
-        ids = np.argsort(found.labels, kind="stable")
-    return ids[spread(len(ids), count)]
-
-
-def decode_samples(found: Beton, samples: np.ndarray) -> list[np.ndarray | str]:
-    """Whole images, uint8 (H, W, 3) each, or what is wrong with one."""
-    images = found.column("image")
-    decoded: list[np.ndarray | str] = []
-    for sample, content in zip(samples, read_stored(found, samples), strict=True):
-        row = images[sample]
-        if row["mode"] == beton.MODE_RAW:
-            decoded.append(content.reshape(int(row["height"]), int(row["width"]), 3))
-            continue
-        try:
-            decoded.append(jpeg.decode(content))
-        except (ValueError, MemoryError) as error:
-            decoded.append(str(error) or "its header asks for more memory than there is")
-    return decoded
-
-
-def fit_into_squares(images: Sequence[np.ndarray], most_px: int) -> np.ndarray:
-    """Images (H, W, 3) shrunk to fit squares and centred on white, uint8 (N, S, S, 3).
-
-    S is the longest side of all, or `most_px` where that is less.
-    """
-    import cv2
-
-    side = min(most_px, max(max(image.shape[:2]) for image in images))
-    squares = np.full((len(images), side, side, 3), _BACKGROUND, np.uint8)
-    for square, image in zip(squares, images, strict=True):
-        height, width = image.shape[:2]
-        ratio = min(1.0, side / max(height, width))
-        size = max(1, round(width * ratio)), max(1, round(height * ratio))
-        if ratio < 1:
-            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        top, left = (side - size[1]) // 2, (side - size[0]) // 2
-        square[top : top + size[1], left : left + size[0]] = image
-    return squares
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items()) or "unknown"

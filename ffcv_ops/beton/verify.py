@@ -1,4 +1,4 @@
-"""Check a ``.beton`` file whole: header and tables, the decode of every sample, the digest of every page."""
+"""Check a whole ``.beton`` file: header and tables, the decoding of every image, the digest of every page."""
 
 import itertools
 import os
@@ -16,6 +16,7 @@ import numpy as np
 
 from ffcv_ops.beton import layout as beton
 from ffcv_ops.beton.layout import Beton, read_beton
+from ffcv_ops.errors import UserError
 from ffcv_ops.workers.processes import Workers, choose_num_workers, map_in_order
 from ffcv_ops.workers.ranks import Leader
 
@@ -30,19 +31,20 @@ _IMAGE_TYPE = np.dtype(
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes
     ----------
     beton : Beton
     bad : dict of int to str
-        The samples that do not decode, or have other bytes than the manifest knows them by, and what is wrong.
+        The bad samples and what is wrong with each. A bad sample does not decode, or its bytes are not those that the
+        manifest knows.
     problems : list of str
-        What is wrong with the file as a whole, such as a digest that is not the manifest's.
+        The faults of the file as a whole, such as a digest that differs from the manifest's.
     digest : str
-        Of the file as it is.
+        The digest of the file as it is.
     class_counts : dict of int to int
-        Images of every class that has any.
+        Number of images of every class that has any.
     """
 
     beton: Beton
@@ -53,33 +55,8 @@ class Report:
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is wrong."""
+        """Return whether nothing is wrong."""
         return not self.bad and not self.problems
-
-
-@dataclass(frozen=True)
-class Page:
-    """One page: where it is, the values on it (n,) in order, their checksums, the images on it as `_IMAGE_TYPE`."""
-
-    start: int
-    stop: int
-    values: np.ndarray
-    checksums: np.ndarray | None
-    images: np.ndarray
-
-    def check(self, content: bytes) -> tuple[str, list[int], bool]:
-        """Return the hash of the page, the samples that the manifest knows by other bytes, and if all else is zero."""
-        page_hash, end, clean = sha256(), 0, True
-        changed = []
-        for number, (sample_id, ptr, size) in enumerate(self.values.tolist()):
-            start = ptr - self.start
-            clean &= _is_zero(content[end:start])
-            end = start + size
-            digest = sha256(content[start:end]).digest()
-            page_hash.update(digest)
-            if self.checksums is not None and np.frombuffer(digest, beton.CHECKSUM_TYPE)[0] != self.checksums[number]:
-                changed.append(sample_id)
-        return page_hash.hexdigest(), changed, clean and _is_zero(content[end:])
 
 
 def verify(
@@ -89,20 +66,20 @@ def verify(
     leader: Leader | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-    """Read a file from its first byte to its last and decode every image in it.
+    """Read every byte of a file and decode every image in it.
 
-    A JPEG counts as bad if TurboJPEG reports an error or a warning, such as a premature end, or if it is of another
-    size than its metadata says. Files of stock ffcv have no manifest to compare a digest with; all else is checked.
+    A JPEG is bad if TurboJPEG reports an error or a warning, such as a premature end. It is also bad if its size is not
+    the one in the metadata. A file of stock ffcv has no manifest, so there is no digest to compare with.
 
     Parameters
     ----------
     path : path
     num_workers : int
-        Processes of this one that decode; -1: as many as CPUs allowed.
+        Processes of this rank that decode; -1: as many as CPUs allowed.
     leader : Leader, optional
-        Of the other ranks, which lend their workers (see `ffcv_ops.workers.ranks`).
+        The other ranks, which lend their workers (see `ffcv_ops.workers.ranks`).
     progress : callable
-        Is called with the images checked and the images in all.
+        Called with the number of images checked and the number of all images.
 
     Returns
     -------
@@ -110,53 +87,92 @@ def verify(
 
     Raises
     ------
-    ValueError
-        What `read_beton` says of a file whose header or tables are damaged, or that there are to be no workers.
+    UserError
+        If `read_beton` finds header, tables or manifest damaged, or if `num_workers` is 0.
     """
     num_workers = choose_num_workers(num_workers)
     found = read_beton(path)
     bad: dict[int, str] = {}
-    pages: list[str] = []
+    page_hashes: list[str] = []
     problems: list[str] = []
-    done = 0
+    num_done = 0
     stat = os.stat(path)
     identity = stat.st_size, stat.st_mtime_ns
-    with closing(Workers(num_workers, _Checker, found.path.absolute(), identity, leader=leader)) as workers:
-        asked, told = itertools.tee(pages_of(found))
-        for page, (page_hash, failures, clean) in zip(told, map_in_order(workers, asked), strict=True):
-            if not clean:
-                problems.append(f"page {len(pages)} has data between its values")
-            pages.append(page_hash)
-            bad |= failures
-            done += len(page.images)
-            progress(done, found.num_samples)
-    return _report(found, bad, pages, problems)
+    with closing(Workers(num_workers, _PageChecker, found.path.absolute(), identity, leader=leader)) as workers:
+        pages, sent = itertools.tee(_pages_of(found))
+        for page, checked in zip(pages, map_in_order(workers, sent), strict=True):
+            if not checked.rest_is_zero:
+                problems.append(f"page {len(page_hashes)} has data between its values")
+            page_hashes.append(checked.sha256)
+            bad |= checked.bad
+            num_done += len(page.images)
+            progress(num_done, found.num_samples)
+    return _report(found, bad, page_hashes, problems)
 
 
-def _expected_checksums(found: Beton) -> np.ndarray | None:
-    """The manifest's checksums, (num_samples,), where there is a manifest."""
-    if found.manifest is None:
-        return None
-    try:
-        expected = np.frombuffer(b64decode(found.manifest["checksums"]), beton.CHECKSUM_TYPE)
-    except ValueError:
-        expected = np.zeros(0, beton.CHECKSUM_TYPE)
-    if len(expected) != found.num_samples:
-        raise ValueError(f"{beton.manifest_path(found.path)}: its checksums are damaged; restore it, or delete it")
-    return expected
+def _report(found: Beton, bad: dict[int, str], page_hashes: list[str], problems: list[str]) -> Report:
+    with open(found.path, "rb") as file:
+        head = file.read(found.metadata_end)
+        if not _only_zeros(file, found.data_start):
+            problems.append("there is data between metadata and first page")
+    digest = beton.file_digest(beton.tables_digest(head, found.alloc_table), page_hashes)
+    if found.digest is not None and digest != found.digest:
+        problems.append(f"the digest is {digest}, the manifest's {found.digest}")
+    labels = found.labels if "label" in found.field_names else np.zeros(0, np.int64)
+    counts = dict(zip(*(column.tolist() for column in np.unique(labels, return_counts=True)), strict=True))
+    return Report(found, bad, problems, digest, counts)
 
 
-def pages_of(found: Beton) -> Iterator[Page]:
-    """Yield the pages of a file, in order; ValueError where the manifest's checksums are damaged."""
+def _only_zeros(file: BinaryIO, end: int) -> bool:
+    """Return whether a file has only zeros from its position to an offset."""
+    for _ in range(file.tell(), end, _READ_BYTES):
+        if not _is_zero(file.read(min(_READ_BYTES, end - file.tell()))):
+            return False
+    return True
+
+
+def _is_zero(content: bytes) -> bool:
+    return content.count(0) == len(content)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables, page by page
+
+
+@dataclass(frozen=True)
+class _PageTable:
+    """The values and images on one page, in the order in which they are stored.
+
+    Attributes
+    ----------
+    start, stop : int
+        Offsets of the page in bytes.
+    values : structured array, shape (n,)
+        Rows of the allocation table.
+    checksums : ndarray of uint32, shape (n,), or None
+        The manifest's checksum of each value; None without a manifest.
+    images : structured array, shape (m,)
+        The images among the values, as `_IMAGE_TYPE`.
+    """
+
+    start: int
+    stop: int
+    values: np.ndarray
+    checksums: np.ndarray | None
+    images: np.ndarray
+
+
+def _pages_of(found: Beton) -> Iterator[_PageTable]:
+    """Yield the tables of a file, page by page. Raise UserError if the manifest's checksums are damaged."""
     expected = _expected_checksums(found)
     values = found.alloc_table[np.argsort(found.alloc_table["ptr"], kind="stable")]
-    images = _images(found)
+    images = _images_of(found)
     checksums = None if expected is None else expected[values["sample_id"].astype(np.int64)]
     starts = np.arange(found.data_start, found.alloc_table_ptr + 1, found.page_size, dtype=np.uint64)
     of_values, of_images = (np.searchsorted(np.ascontiguousarray(rows["ptr"]), starts) for rows in (values, images))
     for number, start in enumerate(starts[:-1].tolist()):
         on_page = slice(of_values[number], of_values[number + 1])
-        yield Page(
+        yield _PageTable(
             start,
             start + found.page_size,
             values[on_page],
@@ -165,8 +181,21 @@ def pages_of(found: Beton) -> Iterator[Page]:
         )
 
 
-def _images(found: Beton) -> np.ndarray:
-    """All images of a file, in the order in which they are stored."""
+def _expected_checksums(found: Beton) -> np.ndarray | None:
+    """Return the manifest's checksums, uint32 (num_samples,); None without a manifest."""
+    if found.manifest is None:
+        return None
+    try:
+        expected = np.frombuffer(b64decode(found.manifest["checksums"]), beton.CHECKSUM_TYPE)
+    except ValueError:
+        expected = np.zeros(0, beton.CHECKSUM_TYPE)
+    if len(expected) != found.num_samples:
+        raise UserError(f"{beton.manifest_path(found.path)}: its checksums are damaged; restore it, or delete it")
+    return expected
+
+
+def _images_of(found: Beton) -> np.ndarray:
+    """Return all images of a file as `_IMAGE_TYPE`, in the order in which they are stored."""
     types = zip(found.field_names, found.field_types, strict=True)
     columns = [found.column(name) for name, type_id in types if type_id == beton.IMAGE_FIELD]
     rows = np.concatenate([np.zeros(0, beton.IMAGE_TYPE), *columns])
@@ -179,39 +208,76 @@ def _images(found: Beton) -> np.ndarray:
     return images[np.argsort(images["ptr"], kind="stable")]
 
 
-class _Checker:
-    """Reads pages in a worker process; answers with the page's hash, its bad samples, and if all else on it is zero."""
+# ---------------------------------------------------------------------------------------------------------------------
+# In the workers
+
+
+@dataclass(frozen=True)
+class _CheckedPage:
+    """The result for one page: its SHA-256, its bad samples, and whether all bytes between the values are zero."""
+
+    sha256: str
+    bad: dict[int, str]
+    rest_is_zero: bool
+
+
+class _PageChecker:
+    """A worker's function: it reads a page and checks each value on it.
+
+    Parameters
+    ----------
+    path : Path
+        The file, which may be on another machine than the one that asks.
+    identity : tuple of int
+        Size in bytes and time of change in ns of the file that is to be checked.
+    """
 
     def __init__(self, path: Path, identity: tuple[int, int]):
         self.path, self.identity = path, identity
 
     @cached_property
     def _file(self) -> BinaryIO:
-        """The file, opened for the first page so that who asked for it learns what is wrong."""
+        # The file is opened for the first page, so that an error is the answer for that page.
         file = open(self.path, "rb")
         stat = os.fstat(file.fileno())
         if (stat.st_size, stat.st_mtime_ns) != self.identity:
             raise OSError(f"{self.path}: another file on {socket.gethostname()}; all machines must see the same one")
         return file
 
-    def __call__(self, page: Page) -> tuple[str, dict[int, str], bool]:
+    def __call__(self, page: _PageTable) -> _CheckedPage:
         self._file.seek(page.start)
         content = self._file.read(page.stop - page.start)
-        page_hash, changed, clean = page.check(content)
-        bad = dict.fromkeys(changed, "its bytes are not those that were written")
-        for sample_id, ptr, size, mode, width, height in page.images.tolist():
-            if mode == beton.MODE_JPG:
-                message = _check_jpeg(np.frombuffer(content, np.uint8, size, ptr - page.start), width, height)
-                if message:
-                    bad[sample_id] = message
-        return page_hash, bad, clean
+        digests = [
+            sha256(content[ptr - page.start : ptr - page.start + size]).digest()
+            for _, ptr, size in page.values.tolist()
+        ]
+        bad = _changed_samples(page, digests) | _undecodable_samples(page, content)
+        return _CheckedPage(sha256(b"".join(digests)).hexdigest(), bad, _rest_is_zero(page, content))
 
 
-def _is_zero(content: bytes) -> bool:
-    return content.count(0) == len(content)
+def _changed_samples(page: _PageTable, digests: list[bytes]) -> dict[int, str]:
+    """Return the samples whose SHA-256 does not begin with the manifest's checksum."""
+    if page.checksums is None:
+        return {}
+    size_bytes = beton.CHECKSUM_TYPE.itemsize
+    found = np.frombuffer(b"".join(digest[:size_bytes] for digest in digests), beton.CHECKSUM_TYPE)
+    changed = page.values["sample_id"][found != page.checksums]
+    return dict.fromkeys(changed.tolist(), "its bytes are not those that were written")
+
+
+def _undecodable_samples(page: _PageTable, content: bytes) -> dict[int, str]:
+    """Return the samples whose JPEG is bad, and the reasons."""
+    bad = {}
+    for sample_id, ptr, size, mode, width, height in page.images.tolist():
+        if mode == beton.MODE_JPG:
+            reason = _check_jpeg(np.frombuffer(content, np.uint8, size, ptr - page.start), width, height)
+            if reason:
+                bad[sample_id] = reason
+    return bad
 
 
 def _check_jpeg(jpeg: np.ndarray, width: int, height: int) -> str | None:
+    """Return what is wrong with a JPEG of which the metadata gives the size in px; None if nothing is."""
     from ffcv_ops.codec.jpeg import check
 
     try:
@@ -223,21 +289,9 @@ def _check_jpeg(jpeg: np.ndarray, width: int, height: int) -> str | None:
     return None
 
 
-def _report(found: Beton, bad: dict[int, str], pages: list[str], problems: list[str]) -> Report:
-    with open(found.path, "rb") as file:
-        head = file.read(found.metadata_end)
-        if not _only_zeros(file, found.data_start):
-            problems.append("there is data between metadata and first page")
-    digest = beton.file_digest(beton.tables_digest(head, found.alloc_table), pages)
-    if found.digest is not None and digest != found.digest:
-        problems.append(f"the digest is {digest}, the manifest's {found.digest}")
-    labels = found.labels if "label" in found.field_names else np.zeros(0, np.int64)
-    counts = dict(zip(*(column.tolist() for column in np.unique(labels, return_counts=True)), strict=True))
-    return Report(found, bad, problems, digest, counts)
-
-
-def _only_zeros(file: BinaryIO, end: int) -> bool:
-    for _ in range(file.tell(), end, _READ_BYTES):
-        if not _is_zero(file.read(min(_READ_BYTES, end - file.tell()))):
-            return False
-    return True
+def _rest_is_zero(page: _PageTable, content: bytes) -> bool:
+    """Return whether all bytes of a page are zero that belong to no value."""
+    starts = (page.values["ptr"] - np.uint64(page.start)).tolist()
+    ends = [start + size for start, size in zip(starts, page.values["size"].tolist(), strict=True)]
+    gaps = zip([0, *ends], [*starts, len(content)], strict=True)
+    return all(_is_zero(content[start:stop]) for start, stop in gaps)

@@ -1,1 +1,1 @@
-"""Where images come from."""
+"""Read images from the places that they come from."""

@@ -1,1 +1,1 @@
-"""Processes and machines that share the work of writing and checking."""
+"""Share the work of writing and checking among processes and machines."""

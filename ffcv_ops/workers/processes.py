@@ -1,4 +1,4 @@
-"""Worker processes that answer messages, and that end with the run they work for, however it ends."""
+"""Run worker processes that answer messages. They end with the run they work for, even if it is killed."""
 
 import contextlib
 import multiprocessing
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ffcv_ops.errors import UserError
 from ffcv_ops.files import write_all
 from ffcv_ops.machine import cpus_per_rank
 
 if TYPE_CHECKING:
     from ffcv_ops.workers import ranks
 
-# One message to work on and one to begin with when that is answered.
+# A worker has one message to work on, and one to begin with after its answer.
 MESSAGES_A_WORKER = 2
 _RESULTS_A_WORKER = 8
 
@@ -40,28 +41,27 @@ class WorkerTraceback(Exception):
 
 
 def choose_num_workers(num_workers: int) -> int:
-    """The number of workers that a setting means, -1 being as many as `cpus_per_rank`; ValueError if it means none."""
+    """Return the number of workers for a setting; -1 stands for `cpus_per_rank`. Raise UserError for 0 workers."""
     if num_workers != -1 and num_workers < 1:
-        raise ValueError(f"num_workers must be -1 (all CPUs) or at least 1, not {num_workers}")
+        raise UserError(f"num_workers must be -1 (all CPUs) or at least 1, not {num_workers}")
     return cpus_per_rank() if num_workers == -1 else num_workers
 
 
 class Workers:
-    """Processes that each call one function on message after message and send back what it returns.
+    """Processes that each call one function on message after message and send back its results.
 
-    They are started by a fork server, so that they share nothing with this process but a pipe, whose end is theirs:
-    ``kill -9`` of this process ends them, and `receive` raises as soon as one of them is gone. Ctrl-C is for this
-    process alone.
+    A fork server starts the processes, so they share only a pipe with this process. If this process is killed, its end
+    of the pipe closes and the workers end. If a worker ends, `receive` raises at once. Workers ignore Ctrl-C.
 
     Parameters
     ----------
     num_workers : int
     build : callable
-        Called once in each process with `args`; returns the function of messages. Both are importable by name.
+        Called once in each process with `args`. It returns the function of messages. Both are importable by name.
     leader : Leader, optional
-        Of other ranks, whose workers count as well, behind the `num_workers` of this process.
+        The other ranks. Their workers count too, after the `num_workers` of this process.
     preload : sequence of str
-        Modules that the fork server imports for all of them, where it has not been started yet.
+        Modules that the fork server imports once for all workers, if the server does not run yet.
     """
 
     def __init__(
@@ -84,27 +84,27 @@ class Workers:
             theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
-        lent = leader.hire(build, args, preload) if leader else []
+        lent = leader.start_workers(build, args, preload) if leader else []
         self._lenders = [lender for lender, _ in lent]
         self._connections += [connection for _, connection in lent]
         self._outstanding = [0] * len(self._connections)
 
     @property
     def num_workers(self) -> int:
-        """How many processes there are, those of other ranks included."""
+        """Return the number of processes, including those of other ranks."""
         return len(self._connections)
 
     def is_lent(self, worker: int) -> bool:
-        """Whether a worker is another rank's, on another machine perhaps."""
+        """Return whether a worker belongs to another rank, which may be on another machine."""
         return worker >= len(self._processes)
 
     def idle(self) -> int | None:
-        """The worker with the fewest messages to answer; None if all have enough."""
+        """Return the worker with the fewest messages to answer; None if every worker has enough."""
         worker = min(range(len(self._outstanding)), key=self._outstanding.__getitem__)
         return worker if self._outstanding[worker] < MESSAGES_A_WORKER else None
 
     def send(self, worker: int, message: Any) -> None:
-        """Give a worker a message; it answers its messages in their order."""
+        """Send a message to a worker. A worker answers its messages in their order."""
         try:
             self._connections[worker].send(message)
         except OSError:
@@ -112,7 +112,15 @@ class Workers:
         self._outstanding[worker] += 1
 
     def receive(self) -> tuple[int, Any]:
-        """Wait for the next answer of any worker; raises what its function raised, or WorkerKilled."""
+        """Wait for the next answer and return the worker and the answer.
+
+        Raises
+        ------
+        Exception
+            If the worker's function raised it. The cause is a `WorkerTraceback`.
+        WorkerKilled
+            If a worker has ended.
+        """
         if not self._ready:
             others = [connection for _, connection in self._leader.ranks] if self._leader else []
             ready = multiprocessing.connection.wait([*self._connections, *others])
@@ -137,7 +145,7 @@ class Workers:
         return WorkerKilled(f"a worker process ended with exit code {self._processes[worker].exitcode}")
 
     def close(self) -> None:
-        """End the processes, whatever they are doing."""
+        """End the processes, even in the middle of a message."""
         for connection in self._connections:
             connection.close()
         for process in self._processes:
@@ -147,10 +155,10 @@ class Workers:
 
 
 def fork_server(build: Callable[..., Any], preload: Sequence[str]) -> multiprocessing.context.ForkServerContext:
-    """Return what starts processes that call `build`, with its module, the codecs and `preload` imported already."""
+    """Start the fork server if it does not run. It imports the module of `build`, the codecs and `preload`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([build.__module__, "cv2", "PIL.Image", "ffcv_ops.codec.jpeg", *preload])
-    # It is to find the modules that this process has found, not others of the same name: not every Python sees to that.
+    # Some Python versions do not pass the module path on. The server could then import other modules of the same name.
     with _environment(PYTHONPATH=os.pathsep.join(map(str, sys.path)), PYTHONSAFEPATH="1"):
         multiprocessing.forkserver.ensure_running()
     return context
@@ -158,6 +166,7 @@ def fork_server(build: Callable[..., Any], preload: Sequence[str]) -> multiproce
 
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
+    """Set environment variables for a while."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -173,9 +182,9 @@ def _environment(**values: str) -> Iterator[None]:
 def serve(
     connection: multiprocessing.connection.Connection, build: Callable[..., Callable[[Any], Any]], args: tuple[Any, ...]
 ) -> None:
-    """Answer messages with the function that `build` returns, until the connection's other end is closed."""
+    """Answer messages with the function that `build` returns, until the other end of the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("ignore")  # Pillow's, about metadata that nobody reads
+    warnings.simplefilter("ignore")  # Pillow warns about metadata that nobody reads
     import cv2
 
     cv2.setNumThreads(1)
@@ -191,7 +200,7 @@ def serve(
 
 
 def _send(connection: multiprocessing.connection.Connection, message: Any) -> None:
-    """Send a message, the buffers in it (`pickle.PickleBuffer`) behind it: not copied on the way, they cost half."""
+    """Send a message, then the buffers in it (`pickle.PickleBuffer`). To copy them would double their cost."""
     buffers: list[pickle.PickleBuffer] = []
     content = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
     views = [buffer.raw() for buffer in buffers]
@@ -201,6 +210,7 @@ def _send(connection: multiprocessing.connection.Connection, message: Any) -> No
 
 
 def _receive(connection: multiprocessing.connection.Connection) -> Any:
+    """Receive a message and its buffers from `_send`."""
     content, sizes = connection.recv()
     ends = np.cumsum(sizes, dtype=np.int64).tolist()
     buffer = np.empty(sum(sizes), np.uint8).data
@@ -214,25 +224,25 @@ def _receive(connection: multiprocessing.connection.Connection) -> Any:
 
 
 def map_in_order(workers: Workers, messages: Iterable[Any]) -> Iterator[Any]:
-    """Yield the answers to messages in their order, with a bounded number of them waiting for their turn."""
+    """Yield the answers to messages in their order. A bounded number of answers waits for its turn."""
     rest = enumerate(messages)
-    asked: list[deque[int]] = [deque() for _ in range(workers.num_workers)]
+    sent_to: list[deque[int]] = [deque() for _ in range(workers.num_workers)]
     answers: dict[int, Any] = {}
-    sent = done = 0
+    num_sent = num_done = 0
     exhausted = False
-    while not exhausted or done < sent:
+    while not exhausted or num_done < num_sent:
         worker = workers.idle()
-        if worker is not None and not exhausted and sent - done < _RESULTS_A_WORKER * len(asked):
+        if worker is not None and not exhausted and num_sent - num_done < _RESULTS_A_WORKER * len(sent_to):
             number, message = next(rest, (-1, None))
             if number < 0:
                 exhausted = True
                 continue
             workers.send(worker, message)
-            asked[worker].append(number)
-            sent += 1
+            sent_to[worker].append(number)
+            num_sent += 1
             continue
         worker, answer = workers.receive()
-        answers[asked[worker].popleft()] = answer
-        while done in answers:
-            yield answers.pop(done)
-            done += 1
+        answers[sent_to[worker].popleft()] = answer
+        while num_done in answers:
+            yield answers.pop(num_done)
+            num_done += 1

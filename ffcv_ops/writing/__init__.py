@@ -1,1 +1,1 @@
-"""Images to one ``.beton`` file."""
+"""Write images as one ``.beton`` file."""
