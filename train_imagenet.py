@@ -38,7 +38,7 @@ from typing import Any, NoReturn
 from ffcv_ops.errors import UserError, exit_with_user_error
 from ffcv_ops.machine import cpus_per_rank, is_launched
 from ffcv_ops.units import show_duration
-from imagenet_training.recipe import AUTO, courses, read_recipe
+from imagenet_training.recipe import AUTO, Recipe, courses, read_recipe
 
 if __name__ == "__main__":
     read_recipe(sys.argv[1:])  # so that a mistake, or --help, does not wait for imports that take seconds
@@ -65,7 +65,6 @@ from ffcv_ops import (
 )
 from ffcv_ops._ffcv import ToDevice, ToTensor
 from ffcv_ops.files import SaveError
-from ffcv_ops.settings.collect import Settings
 from imagenet_training import distributed
 from imagenet_training.background import Aside
 from imagenet_training.checkpoint import Checkpoints, TrainState, copied, newest_checkpoint, read_checkpoint
@@ -90,7 +89,7 @@ from imagenet_training.preemption import SECONDS_TO_END, Stopped, StopRequest
 from imagenet_training.preview import caption, class_names, denormalized, draw_contact_sheet, take_images
 from imagenet_training.report import NUM_MISTAKES_SHOWN, write_report
 from imagenet_training.schedule import build_resolution, build_schedule
-from imagenet_training.summary import summary
+from imagenet_training.summary import resolved_recipe, summary
 
 IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL = 1_281_167, 50_000
 # For DistributedDataParallel; PyTorch 2.14 warns of the old name.
@@ -161,7 +160,7 @@ def end_failed(run: "Run", error: Exception) -> NoReturn:
     os._exit(1)  # leaving the process group would wait for ranks that are gone
 
 
-def check_names(recipe: Settings) -> None:
+def check_names(recipe: Recipe) -> None:
     """Refuse an architecture or an augmentation that does not exist, and drop path where there is none."""
     model_on_paper(recipe)
     try:
@@ -171,7 +170,7 @@ def check_names(recipe: Settings) -> None:
         raise ValueError(f"{key} ({recipe.source(key)}): {error}") from None
 
 
-def model_on_paper(recipe: Settings) -> torch.nn.Module:
+def model_on_paper(recipe: Recipe) -> torch.nn.Module:
     """The recipe's model on the meta device: its shapes alone."""
     model = recipe.model
     with torch.device("meta"):
@@ -180,16 +179,16 @@ def model_on_paper(recipe: Settings) -> torch.nn.Module:
             library=model.library,
             num_classes=model.num_classes,
             drop_path=model.drop_path,
-            use_blurpool=bool(recipe.training.use_blurpool),
+            use_blurpool=recipe.training.use_blurpool,
         )
 
 
-def size_on_paper(recipe: Settings) -> str:
+def size_on_paper(recipe: Recipe) -> str:
     """The size of the recipe's model, at the resolution of the validation."""
     return model_size(model_on_paper(recipe), recipe.validation.resolution)
 
 
-def show_plan(recipe: Settings) -> None:
+def show_plan(recipe: Recipe) -> None:
     """Print the resolved recipe and its arithmetic. Needs no data, no GPU, and creates nothing."""
     sizes, assumed = [], []
     for path, imagenet_size in (
@@ -203,18 +202,18 @@ def show_plan(recipe: Settings) -> None:
             assumed.append(f"{path} does not exist: assuming ImageNet's {imagenet_size:,} images")
     world_size = distributed.planned_world_size(recipe.training.distributed, recipe.dist.world_size)
     planned = plan(recipe, world_size=world_size, num_train=sizes[0], num_val=sizes[1])
-    print(summary(recipe, planned, size_on_paper(recipe)))
+    print(summary(recipe, planned, size_on_paper(recipe)), resolved_recipe(recipe), sep="\n\n")
     for line in [*recipe.notices, *planned.notices, *assumed]:
         print(f"note: {line}")
 
 
-def draw_preview(recipe: Settings) -> None:
+def draw_preview(recipe: Recipe) -> None:
     """Draw the first training images of epoch 0 as the model gets them. Needs training data, and trains nothing."""
-    path, world = Path(recipe.training.preview), distributed.start()
+    path, world = Path(str(recipe.training.preview)), distributed.start()
     if not path.parent.is_dir():
         raise ValueError(f"training.preview={path}: there is no folder {path.parent}")
     data = open_data(recipe.data.train_dataset, recipe, "train")
-    recipe.training.batch_size = min(recipe.training.batch_size, data.num_samples // world.world_size)
+    recipe = with_training(recipe, batch_size=min(recipe.training.batch_size, data.num_samples // world.world_size))
     crop = random_crop(recipe, build_resolution(recipe)(0))
     dtype = DTYPES[recipe.training.precision if world.device.type == "cuda" else "32"]
     with train_loader(recipe, world, num_workers(recipe, world), dtype, crop) as loader:
@@ -228,23 +227,34 @@ def draw_preview(recipe: Settings) -> None:
     distributed.stop()
 
 
-def join(recipe: Settings) -> World:
+def join(recipe: Recipe) -> World:
     """Become one rank of the run; under no launcher, start one where the recipe asks for several processes."""
     if is_launched():
-        asked = recipe.dist.world_size if recipe.training.distributed else None
-        world = distributed.start()
-        if asked not in (None, world.world_size):
-            recipe.notices.append(f"dist.world_size={asked}, but torchrun started {world.world_size}: torchrun wins")
-        return world
+        return distributed.start()
     if recipe.training.distributed and recipe.dist.world_size > 1:
         distributed.relaunch(recipe.dist.world_size, recipe.dist.address, recipe.dist.port)
     return distributed.start()
 
 
+def noticed(recipe: Recipe, *notices: str) -> Recipe:
+    """Return a recipe with more notices."""
+    return dataclasses.replace(recipe, notices=(*recipe.notices, *notices))
+
+
+def with_training(recipe: Recipe, **values: Any) -> Recipe:
+    """Return a recipe with other values in its section training."""
+    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **values))
+
+
 class Run:
     """One run: everything is checked and built here, before anything is created on disk."""
 
-    def __init__(self, recipe: Settings, world: World):
+    def __init__(self, recipe: Recipe, world: World):
+        if is_launched() and recipe.training.distributed and recipe.dist.world_size != world.world_size:
+            recipe = noticed(
+                recipe,
+                f"dist.world_size={recipe.dist.world_size}, but torchrun started {world.world_size}: torchrun wins",
+            )
         self.recipe, self.world = recipe, world
         self.log = RunLog(Path(recipe.logging.folder) / "logs", world.is_main, courses(recipe))
         self.board = distributed.Board(world)
@@ -255,7 +265,7 @@ class Run:
         self.aside = Aside()
         self.precision = recipe.training.precision
         if world.device.type == "cpu" and self.precision != "32":
-            recipe.notices.append(f"no GPU is visible: training on the CPU, in 32-bit instead of {self.precision}")
+            recipe = noticed(recipe, f"no GPU is visible: training on the CPU, in 32-bit instead of {self.precision}")
             self.precision = "32"
 
         self.val = open_data(recipe.data.val_dataset, recipe, "val")
@@ -264,16 +274,16 @@ class Run:
         )
         check_same_classes(self.train_data, self.val)
         self.begun: dict[str, Any] = json.loads(self.board.read("run") or "{}")
-        recipe.training.resume, notices = distributed.decided_by_main(self.choose_checkpoint)
-        recipe.notices.extend(notices)
+        resume, notices = distributed.decided_by_main(self.choose_checkpoint)
+        recipe = noticed(with_training(recipe, resume=resume), *notices)
         checkpoint = read_checkpoint(recipe.training.resume) if recipe.training.resume else None
         self.asked_batch = [recipe.training.batch_size, recipe.training.accumulation]
         if checkpoint is not None and not recipe.training.eval_only:
-            keep_global_batch(recipe, checkpoint, world_size=world.world_size)
+            recipe = keep_global_batch(recipe, checkpoint, world_size=world.world_size)
         self.plan = plan(
             recipe, world_size=world.world_size, num_train=self.train_data.num_samples, num_val=self.val.num_samples
         )
-        recipe.notices.extend(self.plan.notices)
+        self.recipe = noticed(recipe, *self.plan.notices)
         self.build(checkpoint)
 
     def choose_checkpoint(self) -> tuple[str | None, list[str]]:
@@ -304,10 +314,10 @@ class Run:
             recipe.model.arch,
             library=recipe.model.library,
             num_classes=recipe.model.num_classes,
-            pretrained=bool(recipe.model.pretrained) and checkpoint is None,
+            pretrained=recipe.model.pretrained and checkpoint is None,
             weights=recipe.model.weights if checkpoint is None else None,
             drop_path=recipe.model.drop_path,
-            use_blurpool=bool(training.use_blurpool),
+            use_blurpool=training.use_blurpool,
         ).to(world.device)
         if training.channels_last:
             model = model.to(memory_format=torch.channels_last)
@@ -320,7 +330,7 @@ class Run:
                 training.optimizer,
                 lr=self.plan.lr,
                 momentum=training.momentum,
-                nesterov=bool(training.nesterov),
+                nesterov=training.nesterov,
                 weight_decay=training.weight_decay,
                 bn_wd=training.bn_wd,
             ),
@@ -333,7 +343,7 @@ class Run:
             grad_clip=training.grad_clip,
             agc=training.agc,
             ema_every=training.ema_every,
-            channels_last=bool(training.channels_last),
+            channels_last=training.channels_last,
             seed=training.seed,
         )
         self.checkpoints = Checkpoints(
@@ -350,11 +360,11 @@ class Run:
         )
         self.state = TrainState(**self.begun)
         if checkpoint is not None:
-            self.state = self.checkpoints.restore(checkpoint, weights_only=bool(training.eval_only))
-            recipe.notices.extend(differences(checkpoint, self.checkpoints.facts))
+            self.state = self.checkpoints.restore(checkpoint, weights_only=training.eval_only)
+            recipe = noticed(recipe, *differences(checkpoint, self.checkpoints.facts))
         self.eval_model = self.trainer.ema.module if self.trainer.ema is not None else model
         self.trainer.model = self.wrapped(model)
-        recipe.notices.extend(self.speed_notices())
+        self.recipe = noticed(recipe, *self.speed_notices())
         resolutions = [self.schedule.resolution(epoch) for epoch in range(training.epochs)]
         eval_steps = self.val.num_samples / self.plan.global_batch_size
         self.forecast = Forecast(resolutions, self.plan.steps_per_epoch, eval_steps)
@@ -595,7 +605,8 @@ class Run:
 
     def open_logs(self) -> None:
         """Say what is about to run, and open its files."""
-        self.log.say(summary(self.recipe, self.plan, size_on_paper(self.recipe)))
+        table = summary(self.recipe, self.plan, size_on_paper(self.recipe))
+        self.log.say(f"{table}\n\n{resolved_recipe(self.recipe)}")
         for notice in self.recipe.notices:
             self.log.say(f"note: {notice}")
         self.checkpoints.remove_unfinished()
@@ -609,7 +620,7 @@ class Run:
         self.log.open(
             self.state,
             self.checkpoints.facts,
-            {"enable": bool(wandb_settings.enable), "project": wandb_settings.project, "name": wandb_settings.name},
+            {"enable": wandb_settings.enable, "project": wandb_settings.project, "name": wandb_settings.name},
         )
         if self.world.is_main:
             begun = {"run_name": self.state.run_name, "wandb_id": self.state.wandb_id}
@@ -655,7 +666,7 @@ class Run:
         log.say(f"  use weights  {use}")
 
 
-def open_data(path: str, recipe: Settings, split: str) -> Beton:
+def open_data(path: str, recipe: Recipe, split: str) -> Beton:
     """Open a ``.beton`` and check that its classes are as many as the model's."""
     beton = read_beton(path)
     if beton.num_classes != recipe.model.num_classes:
@@ -681,13 +692,13 @@ def on_device(world: World) -> list[Any]:
     return [ToDevice(world.device, non_blocking=True)] if world.device.type == "cuda" else []
 
 
-def num_workers(recipe: Settings, world: World) -> int:
+def num_workers(recipe: Recipe, world: World) -> int:
     """Threads that load for this rank."""
     asked = recipe.data.num_workers
     return asked if asked > 0 else cpus_per_rank()
 
 
-def random_crop(recipe: Settings, size: int) -> RandomResizedCrop:
+def random_crop(recipe: Recipe, size: int) -> RandomResizedCrop:
     """The decoder of training images, perhaps mirrored, of a side in px."""
     augmentation = recipe.augmentation
     return RandomResizedCrop(
@@ -699,7 +710,7 @@ def random_crop(recipe: Settings, size: int) -> RandomResizedCrop:
     )
 
 
-def augmentations(recipe: Settings) -> list[Any]:
+def augmentations(recipe: Recipe) -> list[Any]:
     """What changes the cropped 8-bit images before they are mixed."""
     augmentation = recipe.augmentation
     operations: list[Any] = []
@@ -712,7 +723,7 @@ def augmentations(recipe: Settings) -> list[Any]:
     return operations
 
 
-def train_loader(recipe: Settings, world: World, threads: int, dtype: torch.dtype, crop: RandomResizedCrop) -> Loader:
+def train_loader(recipe: Recipe, world: World, threads: int, dtype: torch.dtype, crop: RandomResizedCrop) -> Loader:
     """Batches of normalised float images (N, 3, H, W) and dense targets (N, K) for this rank."""
     augmentation = recipe.augmentation
     mix = Mix(
@@ -729,7 +740,7 @@ def train_loader(recipe: Settings, world: World, threads: int, dtype: torch.dtyp
         recipe.data.train_dataset,
         batch_size=recipe.training.batch_size,
         num_workers=threads,
-        os_cache=bool(recipe.data.in_memory),
+        os_cache=recipe.data.in_memory,
         order=OrderOption[recipe.data.order.upper()],
         distributed=world.world_size > 1,
         rank=world.rank,
@@ -745,7 +756,7 @@ def train_loader(recipe: Settings, world: World, threads: int, dtype: torch.dtyp
 
 
 def val_loader(
-    recipe: Settings, world: World, threads: int, dtype: torch.dtype, indices: Sequence[int] | None = None
+    recipe: Recipe, world: World, threads: int, dtype: torch.dtype, indices: Sequence[int] | None = None
 ) -> Loader:
     """Batches of normalised float images (N, 3, H, W) and labels (N,): this rank's share, each sample once.
 
@@ -762,7 +773,7 @@ def val_loader(
         recipe.data.val_dataset,
         batch_size=validation.batch_size,
         num_workers=threads,
-        os_cache=bool(recipe.data.in_memory),
+        os_cache=recipe.data.in_memory,
         order=OrderOption.SEQUENTIAL,
         distributed=world.world_size > 1,
         rank=world.rank,
@@ -814,7 +825,7 @@ def epoch_line(values: dict[str, float], epoch: int, epochs: int, resolution: in
     return f"{line}  {expected}" if expected else line
 
 
-def preview_title(recipe: Settings, size: int) -> str:
+def preview_title(recipe: Recipe, size: int) -> str:
     """What the images of a preview went through."""
     augmentation, names = recipe.augmentation, ", ".join(str(path) for path in recipe.files) or "no recipe"
     mixing = f"Mixup {augmentation.mixup_alpha:g}, CutMix {augmentation.cutmix_alpha:g}"
@@ -825,7 +836,7 @@ def preview_title(recipe: Settings, size: int) -> str:
     )
 
 
-def out_of_memory_message(recipe: Settings, planned: Plan) -> str:
+def out_of_memory_message(recipe: Recipe, planned: Plan) -> str:
     """The batch size to try after the GPU's memory ran out, and the learning rate it scales to."""
     batch_size = max(1, recipe.training.batch_size // 2)
     global_batch_size = planned.global_batch_size // recipe.training.batch_size * batch_size

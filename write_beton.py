@@ -24,11 +24,10 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Literal, NoReturn
 
-from fastargs import Config, Param, Section
 from tqdm import tqdm
 
 from ffcv_ops import machine
@@ -36,9 +35,8 @@ from ffcv_ops.beton.describe import describe, histogram_lines, lines
 from ffcv_ops.beton.layout import manifest_path
 from ffcv_ops.beton.verify import verify
 from ffcv_ops.errors import UserError, exit_with_user_error
-from ffcv_ops.settings.collect import read_settings
+from ffcv_ops.settings import Settings, ShippedFiles, read_settings, setting
 from ffcv_ops.settings.fields import Choice, Integer, Number, Switch, Text
-from ffcv_ops.settings.yaml_files import ShippedFiles
 from ffcv_ops.units import show_bytes
 from ffcv_ops.workers import ranks
 from ffcv_ops.workers.processes import WorkerKilled, choose_num_workers
@@ -50,48 +48,58 @@ ROOT = Path("/fsx/ns1")
 RECIPES = ShippedFiles(Path(__file__).resolve().parent, "*_configs/*.yaml")
 PLAIN_PROGRESS_EVERY_S = 10.0
 
-CONFIG = Config()
-Section("write", "what is written, from what, how", config_descriptor=CONFIG).params(
-    split=Param(Choice("train", "val"), "which split; a val folder must have the classes of the train manifest"),
-    source=Param(Text(), f"folder with one subfolder of images a class; None: {ROOT}/SPLIT"),
-    target=Param(Text(), "file to write; None: the source folder's path with .beton behind it"),
-    train_manifest=Param(
-        Text(),
-        "with --split val: manifest whose classes the folder must have; None: train.beton.json beside the target",
-    ),
-    mode=Param(
-        Choice(*MODES),
-        "jpg: JPEG. raw: pixels. proportion: a share raw, the rest JPEG. smart: JPEG where the pixels take more bytes "
-        "than --smart_threshold, else raw",
-        default="jpg",
-    ),
-    max_side=Param(Integer(min=0), "shrink images whose longer side exceeds this (px); 0: keep sizes", default=500),
-    quality=Param(Integer(min=1), "JPEG quality, 1 to 100", default=90),
-    num_workers=Param(
-        Integer(min=-1), "processes that encode or verify, in each rank; -1: all CPUs allowed", default=-1
-    ),
-    raw_share=Param(Number(min=0, max=1), "with --mode proportion: share of the images kept raw", default=0.5),
-    smart_threshold=Param(Integer(min=0), "with --mode smart: bytes of pixels above which an image becomes JPEG"),
-    subset=Param(
-        Integer(min=-1), "write this many images, evenly spaced through the sorted folder; -1: all", default=-1
-    ),
-    seed=Param(
-        Integer(min=0), "seed of the order in which images are stored, and of the draws of proportion", default=0
-    ),
-    page_size=Param(
-        Integer(min=1),
-        "bytes a page, a power of two from 2097152; what quasi-random order reads at once",
-        default=1 << 23,
-    ),
-    on_error=Param(
-        Choice("stop", "skip"), "a bad image: stop and leave nothing, or leave it out and list it", default="stop"
-    ),
-    overwrite=Param(Switch(), "replace an existing target, once the new file is whole", default=0),
-    verify=Param(Text(), "check this .beton file instead of writing one"),
-    inspect=Param(Text(), "tell what is in this .beton file instead of writing one"),
-    sheet=Param(Text(), "with --inspect: draw images of the file and histograms of their sizes into this PNG"),
-)
-FLAGS: dict[str, str | tuple[str, str]] = {name: f"{section}.{name}" for section, name in CONFIG.entries}
+
+@dataclass(frozen=True)
+class Write:
+    """What to write, from which images, and how."""
+
+    split: Literal["train", "val"] | None = setting(Choice("train", "val"))
+    """Split to write. A val folder must have the classes of the train manifest."""
+    source: str | None = setting(Text())
+    """Folder with one subfolder of images for each class. None: /fsx/ns1/SPLIT."""
+    target: str | None = setting(Text())
+    """File to write. None: the path of the source folder with .beton after it."""
+    train_manifest: str | None = setting(Text())
+    """With --split val: manifest whose classes the folder must have. None: train.beton.json beside the target."""
+    mode: str = setting(Choice(*MODES), default="jpg")
+    """Storage of the images. jpg: JPEG. raw: pixels. proportion: a share as pixels, the rest as JPEG. smart: pixels up
+    to --smart_threshold bytes, JPEG above."""
+    max_side: int = setting(Integer(min=0), default=500)
+    """Shrink images whose longer side exceeds this (px). 0: keep all sizes."""
+    quality: int = setting(Integer(min=1), default=90)
+    """JPEG quality, 1 to 100."""
+    num_workers: int = setting(Integer(min=-1), default=-1)
+    """Processes of each rank that encode or verify. -1: all CPUs."""
+    raw_share: float = setting(Number(min=0, max=1), default=0.5)
+    """With --mode proportion: share of the images stored as pixels."""
+    smart_threshold: int | None = setting(Integer(min=0))
+    """With --mode smart: if an image has more bytes of pixels than this, it is stored as JPEG."""
+    subset: int = setting(Integer(min=-1), default=-1)
+    """Write only this many images, evenly spaced through the sorted folder. -1: all."""
+    seed: int = setting(Integer(min=0), default=0)
+    """Seed of the order in which images are stored, and of the random choice of --mode proportion."""
+    page_size: int = setting(Integer(min=1), default=1 << 23)
+    """Bytes of a page, a power of two from 2097152. Quasi-random order reads one page at a time."""
+    on_error: Literal["stop", "skip"] = setting(Choice("stop", "skip"), default="stop")
+    """If an image is bad: stop and write no file, or leave the image out and list it."""
+    overwrite: bool = setting(Switch(), default=False)
+    """Replace an existing target once the new file is complete."""
+    verify: str | None = setting(Text())
+    """Check this .beton file instead of writing one."""
+    inspect: str | None = setting(Text())
+    """Describe this .beton file instead of writing one."""
+    sheet: str | None = setting(Text())
+    """With --inspect: draw images of the file and histograms of their sizes into this PNG file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteBeton(Settings):
+    """The settings of this script."""
+
+    write: Write
+
+
+FLAGS: dict[str, str | tuple[str, str]] = {field.name: f"write.{field.name}" for field in fields(Write)}
 FLAGS["overwrite"] = "write.overwrite", "1"
 
 
@@ -133,7 +141,7 @@ def terminate(*_: object) -> NoReturn:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    chosen = read_settings(CONFIG, argv, flags=FLAGS, description=__doc__ or "", shipped=RECIPES).write
+    chosen = read_settings(WriteBeton, argv, flags=FLAGS, description=__doc__ or "", shipped=RECIPES).write
     signal.signal(signal.SIGTERM, terminate)
     progress = Progress()
     try:
@@ -165,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the process ends anyway, and without a traceback
 
 
-def run_write(chosen: Any, leader: ranks.Leader | None, progress: Progress) -> int:
+def run_write(chosen: Write, leader: ranks.Leader | None, progress: Progress) -> int:
     """Write one split and sum up what was made."""
     source, target = paths(chosen)
     settings = WriteSettings(**{field.name: getattr(chosen, field.name) for field in fields(WriteSettings)})
@@ -214,11 +222,14 @@ def say_next(target: Path, split: str | None) -> None:
         notice(f"  train  python train_imagenet.py --config-file {recipe} --data.{split}_dataset={path}")
 
 
-def paths(chosen: Any) -> tuple[Path, Path]:
+def paths(chosen: Write) -> tuple[Path, Path]:
     """Where to read from and write to, by the rules of ``--help``."""
-    if chosen.split is None and chosen.source is None:
+    if chosen.source:
+        source = Path(chosen.source)
+    elif chosen.split:
+        source = ROOT / chosen.split
+    else:
         raise ValueError("say what to write: --split train, --split val, or --source FOLDER")
-    source = Path(chosen.source) if chosen.source else ROOT / chosen.split
     if not source.is_dir():
         raise ValueError(f"{source}: no such folder; --source names the one with a subfolder of images for each class")
     absolute = Path(os.path.abspath(source))
@@ -230,7 +241,7 @@ def paths(chosen: Any) -> tuple[Path, Path]:
     return source, target
 
 
-def train_classes(chosen: Any, target: Path) -> list[str] | None:
+def train_classes(chosen: Write, target: Path) -> list[str] | None:
     """The classes of the training split, which number those of all splits; None if there is nothing to agree with."""
     if chosen.split != "val":
         return None
@@ -244,9 +255,9 @@ def train_classes(chosen: Any, target: Path) -> list[str] | None:
         raise ValueError(f"{path}: not a readable manifest; name the training split's with --train_manifest") from None
 
 
-def run_verify(chosen: Any, leader: ranks.Leader | None, progress: Progress) -> int:
+def run_verify(chosen: Write, leader: ranks.Leader | None, progress: Progress) -> int:
     """Check a file whole and say what is wrong with it."""
-    path = Path(chosen.verify)
+    path = Path(str(chosen.verify))
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     start_s = time.monotonic()
@@ -273,12 +284,12 @@ def run_verify(chosen: Any, leader: ranks.Leader | None, progress: Progress) -> 
     return 0
 
 
-def run_inspect(chosen: Any) -> int:
+def run_inspect(chosen: Write) -> int:
     """Say what is in a file, and draw some of it where a sheet was asked for."""
     sheet = Path(chosen.sheet) if chosen.sheet else None
     if sheet is not None and not sheet.absolute().parent.is_dir():
         raise ValueError(f"--sheet {sheet}: there is no folder {sheet.parent}")
-    found = describe(chosen.inspect)
+    found = describe(str(chosen.inspect))
     for line in lines(found):
         notice(line)
     width = min(shutil.get_terminal_size().columns, 100)

@@ -29,9 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 import train_imagenet  # noqa: E402
 from ffcv_ops import OrderOption, read_beton  # noqa: E402
-from ffcv_ops.settings.collect import Settings  # noqa: E402
 from imagenet_training.model import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
-from imagenet_training.recipe import read_recipe  # noqa: E402
+from imagenet_training.recipe import Recipe, read_recipe  # noqa: E402
 
 # isort: split
 # behind ffcv_ops, which makes ffcv importable
@@ -66,12 +65,12 @@ class StockBatches:
 
     Parameters
     ----------
-    recipe : Settings
+    recipe : Recipe
     train : bool
         Random crops, flips and dense targets; else centre crops and labels, in order.
     """
 
-    def __init__(self, recipe: Settings, *, train: bool):
+    def __init__(self, recipe: Recipe, *, train: bool):
         self.smoothing, self.num_classes = recipe.training.label_smoothing if train else None, recipe.model.num_classes
         size = recipe.resolution.max_res
         crop: Any = CenterCropRGBImageDecoder((size, size), ratio=recipe.validation.crop_ratio)

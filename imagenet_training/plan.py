@@ -1,12 +1,12 @@
 """The arithmetic of a run: batches, steps and learning rate, from a recipe, its data and its processes."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ffcv_ops.errors import UserError
-from ffcv_ops.settings.collect import Settings
 from ffcv_ops.settings.fields import show
+from imagenet_training.recipe import Recipe
 
 LR_BATCH_SIZE = 256
 # Under repeated augmentation an epoch is a multiple of this many images, as that of timm's RepeatAugSampler.
@@ -52,7 +52,7 @@ class Plan:
     notices: tuple[str, ...]
 
 
-def plan(recipe: Settings, *, world_size: int, num_train: int, num_val: int) -> Plan:
+def plan(recipe: Recipe, *, world_size: int, num_train: int, num_val: int) -> Plan:
     """Work out a run's batches, steps and learning rate.
 
     The learning rate scales linearly (Goyal et al. 2017, arXiv 1706.02677): ``base_lr * global_batch_size / 256``,
@@ -60,7 +60,7 @@ def plan(recipe: Settings, *, world_size: int, num_train: int, num_val: int) -> 
 
     Parameters
     ----------
-    recipe : Settings
+    recipe : Recipe
     world_size : int
         Processes that train.
     num_train, num_val : int
@@ -115,7 +115,7 @@ def plan(recipe: Settings, *, world_size: int, num_train: int, num_val: int) -> 
     )
 
 
-def keep_global_batch(recipe: Settings, before: Mapping[str, Any], *, world_size: int) -> None:
+def keep_global_batch(recipe: Recipe, before: Mapping[str, Any], *, world_size: int) -> Recipe:
     """Give a run that goes on with other processes the global batch it had, by other batches and accumulation.
 
     The recipe's batch size per process stays where it divides, and is never exceeded. A batch size or an accumulation
@@ -123,8 +123,8 @@ def keep_global_batch(recipe: Settings, before: Mapping[str, Any], *, world_size
 
     Parameters
     ----------
-    recipe : Settings
-        Changed in place, with a notice of the arithmetic.
+    recipe : Recipe
+        Stays as it is. The recipe that is returned has a notice of the arithmetic.
     before : mapping
         The checkpoint's ``recipe``, ``asked_batch`` (its batch size and accumulation as asked for), ``world_size`` and
         ``global_batch_size``.
@@ -139,7 +139,7 @@ def keep_global_batch(recipe: Settings, before: Mapping[str, Any], *, world_size
     training, wanted, was = recipe.training, before["global_batch_size"], before["recipe"]["training"]
     asked = [training.batch_size, training.accumulation]
     if before.get("asked_batch", asked) != asked or training.batch_size * training.accumulation * world_size == wanted:
-        return
+        return recipe
     shared = _shared_out(wanted, world_size, training.batch_size)
     arithmetic = batch_arithmetic(was["batch_size"], before["world_size"], was["accumulation"])
     if shared is None:
@@ -150,11 +150,12 @@ def keep_global_batch(recipe: Settings, before: Mapping[str, Any], *, world_size
             f"share in batches near {training.batch_size}: start {' or '.join(map(str, near))} processes; another "
             "--batch_size changes the global batch, and with it learning rate and steps"
         )
-    training.batch_size, training.accumulation = shared
-    recipe.notices.append(
+    notice = (
         f"the run was saved at a global batch of {arithmetic} = {wanted}; this one keeps it with "
-        f"{batch_arithmetic(training.batch_size, world_size, training.accumulation)}"
+        f"{batch_arithmetic(shared[0], world_size, shared[1])}"
     )
+    training = replace(training, batch_size=shared[0], accumulation=shared[1])
+    return replace(recipe, training=training, notices=(*recipe.notices, notice))
 
 
 def _shared_out(global_batch_size: int, world_size: int, batch_size: int) -> tuple[int, int] | None:
@@ -178,7 +179,7 @@ def rescaled_ema_decay(decay: float, *, every: int, global_batch_size: int, epoc
     return 1.0 - min(1.0, (1.0 - decay) * global_batch_size * every / epochs)
 
 
-def _batch_notices(recipe: Settings, world_size: int, global_batch_size: int) -> Iterable[str]:
+def _batch_notices(recipe: Recipe, world_size: int, global_batch_size: int) -> Iterable[str]:
     """Whether the global batch is the one that the recipe was published with, and what would make it so."""
     training, published = recipe.training, recipe.expected.global_batch_size
     if published in (None, global_batch_size) or training.eval_only:

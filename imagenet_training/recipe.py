@@ -1,31 +1,32 @@
-"""The keys of a training recipe, and the checks that take several keys or the disk.
+"""The training recipe: its settings by section, and the checks that take several settings or the disk.
 
     python -m imagenet_training.recipe --config-file FILE ...
 
-checks a command line of ``train_imagenet.py`` within a second, with exit status 2 for a mistake.
+checks a command line of ``train_imagenet.py`` within a second, and exits with status 2 if anything is wrong.
+
+To add a setting, add a field with a docstring to a section below, then use it. The key, its place in ``--help`` and the
+check of its value follow from the field. `check_recipe` holds the checks that take several settings.
 """
 
 import re
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from fastargs import Config, Param, Section, validation
+from typing import Any, Literal
 
 from ffcv_ops.errors import UserError, exit_with_user_error
-from ffcv_ops.settings.collect import Settings, read_settings
-from ffcv_ops.settings.fields import Auto, Choice, Course, Integer, Number, Range, Switch, Text, show
-from ffcv_ops.settings.yaml_files import ShippedFiles
+from ffcv_ops.settings import Flags, Settings, ShippedFiles, read_settings, setting
+from ffcv_ops.settings.fields import Auto, Checker, Choice, Course, Integer, Number, Range, Switch, Text
 
 # --resume auto
 AUTO = "auto"
-# Recipes lie beside the packages, in a checkout as where they are installed.
+# Recipes are beside the packages, both in a checkout and in an installation.
 RECIPES = ShippedFiles(Path(__file__).resolve().parents[1], "*_configs/*.yaml")
 
 
-class AutoAugment(validation.Checker):
-    """``trivial``, or timm's string for RandAugment, whose parts are read by those who augment."""
+class AutoAugment(Checker[str]):
+    """``trivial``, or timm's string for RandAugment, whose parts are read by the operation."""
 
     def check(self, value: Any) -> str:
         if value != "trivial" and not re.fullmatch(r"rand(-[\w.]+)*", str(value)):
@@ -36,176 +37,264 @@ class AutoAugment(validation.Checker):
         return "trivial, or timm's string such as rand-m7-mstd0.5-inc1"
 
 
-RECIPE = Config()
+@dataclass(frozen=True)
+class Model:
+    """The network."""
+
+    arch: str = setting(Text(), default="resnet50")
+    """Architecture, by its torchvision or timm name."""
+    pretrained: bool = setting(Switch(), default=False)
+    """Start from the ImageNet weights of torchvision or timm, which are downloaded."""
+    weights: str | None = setting(Text())
+    """Start from this file of weights or checkpoint."""
+    library: Literal["auto", "torchvision", "timm"] = setting(Choice("auto", "torchvision", "timm"), default="auto")
+    """Library that builds the architecture. auto: torchvision if it has the name, otherwise timm."""
+    num_classes: int = setting(Integer(min=1), default=1000)
+    """Number of classes. The data must have as many."""
+    drop_path: float = setting(Number(min=0, below=1), default=0.0)
+    """Rate of stochastic depth: a share of the residual branches is skipped in training. Only timm's architectures."""
 
 
-def _section(name: str, description: str, /, **parameters: Param) -> None:
-    Section(name, description, config_descriptor=RECIPE).params(**parameters)
+@dataclass(frozen=True)
+class Resolution:
+    """Side of the training crops, by epoch."""
+
+    min_res: int = setting(Integer(min=1), default=160)
+    """Side up to epoch start_ramp (px)."""
+    max_res: int = setting(Integer(min=1), default=160)
+    """Side from epoch end_ramp on (px)."""
+    start_ramp: int = setting(Integer(), default=0)
+    """Last epoch at min_res. After it, the side grows linearly, in multiples of 32 px."""
+    end_ramp: int = setting(Integer(), default=0)
+    """First epoch at max_res."""
 
 
-_section(
-    "model",
-    "the network",
-    arch=Param(Text(), "architecture, by its torchvision or timm name", default="resnet50"),
-    pretrained=Param(Switch(), "start from the library's ImageNet weights (downloaded)", default=0),
-    weights=Param(Text(), "start from a local weights file or checkpoint"),
-    library=Param(
-        Choice("auto", "torchvision", "timm"),
-        "who builds the architecture; auto: torchvision if it has the name, else timm",
-        default="auto",
-    ),
-    num_classes=Param(Integer(min=1), "size of the head; the data must have as many classes", default=1000),
-    drop_path=Param(Number(min=0, below=1), "rate of stochastic depth (timm architectures)", default=0.0),
-)
-_section(
-    "resolution",
-    "side of the training crops, by epoch",
-    min_res=Param(Integer(min=1), "until and at epoch start_ramp (px)", default=160),
-    max_res=Param(Integer(min=1), "from epoch end_ramp on (px)", default=160),
-    start_ramp=Param(Integer(), "last epoch at min_res; from here linear, in multiples of 32 px", default=0),
-    end_ramp=Param(Integer(), "first epoch at max_res", default=0),
-)
-_section(
-    "data",
-    "what is read",
-    train_dataset=Param(Text(), ".beton file of the training split", default="/fsx/ns1/train.beton"),
-    val_dataset=Param(Text(), ".beton file of the validation split", default="/fsx/ns1/val.beton"),
-    num_workers=Param(
-        Integer(min=-1), "threads a rank; -1: all CPUs allowed, shared by the ranks of the node", default=-1
-    ),
-    in_memory=Param(Switch(), "the dataset fits in memory: leave caching to the operating system", default=1),
-    order=Param(
-        Choice("random", "quasi_random"),
-        "order of the training samples; quasi_random reads a page at a time, for files larger than memory",
-        default="random",
-    ),
-    gpu=Param(Integer(), "accepted, with a notice, because ffcv-imagenet's rn18 recipes set it; nothing reads it"),
-)
-_section(
-    "augmentation",
-    "what happens to training images",
-    crop_scale=Param(Range(max=1), "area of a random crop, as a share of the image", default="0.08,1"),
-    crop_ratio=Param(Range(), "width / height of a random crop", default="0.75,1.3333"),
-    flip=Param(Number(min=0, max=1), "probability of a horizontal flip", default=0.5),
-    interpolation=Param(Choice("bilinear", "bicubic"), "of the resampling to size", default="bilinear"),
-    mixup_alpha=Param(Number(min=0), "Mixup's lambda is drawn from Beta(alpha, alpha); 0: no Mixup", default=0.0),
-    cutmix_alpha=Param(Number(min=0), "CutMix's lambda is drawn from Beta(alpha, alpha); 0: no CutMix", default=0.0),
-    mix_prob=Param(Number(min=0, max=1), "probability that a batch is mixed at all", default=1.0),
-    switch_prob=Param(Number(min=0, max=1), "probability of CutMix where both are on", default=0.5),
-    mix_per=Param(
-        Choice("batch", "element"), "one draw of lambda and box for each batch or each image", default="batch"
-    ),
-    auto_augment=Param(AutoAugment(), "TrivialAugmentWide, or RandAugment, between crop and mixing; None: neither"),
-    erasing=Param(Number(min=0, max=1), "probability that a random rectangle of an image is erased", default=0.0),
-    repeats=Param(
-        Integer(min=1), "copies of an image, augmented differently, in and across the ranks' batches", default=1
-    ),
-)
-_section(
-    "lr",
-    "learning rate",
-    lr=Param(Number(min=0), "peak learning rate, whatever the batch size; None: scaled linearly from base_lr"),
-    base_lr=Param(Number(min=0), "peak learning rate for every 256 images of the global batch", default=0.5),
-    lr_schedule_type=Param(Choice("cyclic", "step", "cosine"), "shape over the epochs", default="cyclic"),
-    lr_peak_epoch=Param(Integer(min=0), "cyclic: linear to the peak at this epoch, then linear to 0", default=2),
-    step_ratio=Param(Number(min=0), "step: factor after every step_length epochs", default=0.1),
-    step_length=Param(Integer(min=1), "step: epochs between factors", default=30),
-    warmup_epochs=Param(Number(min=0), "cosine and step: epochs of linear warm-up", default=0.0),
-    warmup_lr=Param(Number(min=0, max=1), "warm-up starts at this share of the peak", default=0.0),
-    min_lr=Param(Number(min=0), "cosine: learning rate at the end", default=0.0),
-)
-_section(
-    "training",
-    "optimisation",
-    eval_only=Param(Switch(), "evaluate the weights at hand and stop", default=0),
-    preview=Param(Text(), "draw training images as the model gets them into this PNG and stop"),
-    report=Param(Text(), "with eval_only: write a report of the evaluation, an HTML page, into this file"),
-    dry_run=Param(Switch(), "show the resolved recipe and its arithmetic and stop; needs no data", default=0),
-    batch_size=Param(Integer(min=1), "images per GPU and batch", default=512),
-    accumulation=Param(Integer(min=1), "batches per optimizer step", default=1),
-    loss=Param(
-        Choice("cross_entropy", "bce"), "cross entropy, or binary cross entropy of each class", default="cross_entropy"
-    ),
-    bce_threshold=Param(Number(min=0, below=1), "bce: targets above it count as 1, others as 0; None: as they are"),
-    optimizer=Param(Choice("sgd", "lamb", "adamw"), "optimizer", default="sgd"),
-    momentum=Param(Number(min=0, below=1), "SGD's momentum", default=0.9),
-    nesterov=Param(Switch(), "SGD's momentum is Nesterov's", default=0),
-    weight_decay=Param(Number(min=0), "weight decay", default=4e-5),
-    bn_wd=Param(Number(min=0), "weight decay of one-dimensional parameters (norm, bias); None: as weight_decay"),
-    epochs=Param(Integer(min=1), "passes over the training split", default=30),
-    label_smoothing=Param(Number(min=0, below=1), "share of the target spread over all classes", default=0.1),
-    distributed=Param(Switch(), "start dist.world_size processes, where torchrun has not", default=0),
-    use_blurpool=Param(Switch(), "blur before strided convolutions", default=0),
-    precision=Param(Choice("16-mixed", "bf16-mixed", "32"), "arithmetic", default="16-mixed"),
-    tf32=Param(
-        Switch(), "products of 32-bit numbers in TF32 (10 bits of mantissa) where the GPU's tensor cores can", default=1
-    ),
-    compile=Param(
-        Auto(), "torch.compile the model; auto: on a GPU, for runs long enough to gain from it", default="auto"
-    ),
-    grad_clip=Param(Number(min=0), "largest norm of the gradient; 0: no clipping", default=0.0),
-    agc=Param(
-        Number(min=0),
-        "adaptive clipping: largest norm of each unit's gradient, as a share of its weights'; 0: no clipping",
-        default=0.0,
-    ),
-    ema_decay=Param(
-        Number(min=0, below=1), "decay of the moving average of weights, which is then evaluated; 0: none", default=0.0
-    ),
-    ema_every=Param(Integer(min=1), "optimizer steps between updates of the moving average", default=1),
-    ema_rescale=Param(
-        Switch(), "1 - ema_decay is stated for one image and one epoch, and scaled as torchvision does", default=0
-    ),
-    channels_last=Param(Switch(), "memory format of images and weights", default=1),
-    seed=Param(Integer(min=0, max=2**63 - 1), "of initial weights, order, crops, mixing", default=0),
-    resume=Param(
-        Text(), "checkpoint to go on from, such as checkpoints/last.ckpt; auto: the newest in logging.folder, if any"
-    ),
-    save_every_steps=Param(Integer(min=0), "save within an epoch every so many steps; 0: at its end only", default=0),
-)
-_section(
-    "validation",
-    "evaluation after each epoch",
-    batch_size=Param(Integer(min=1), "images per GPU and batch", default=512),
-    resolution=Param(Integer(min=1), "side of the centre crop as the network sees it (px)", default=224),
-    lr_tta=Param(Switch(), "average the logits of each image and its mirror image", default=1),
-    crop_ratio=Param(
-        Number(min=0.01, max=1), "side of the centre crop, as a share of the image's shorter side", default=0.875
-    ),
-    resize=Param(Integer(min=1), "instead of crop_ratio: the shorter side before the centre crop (px), as torchvision"),
-    interpolation=Param(Choice("bilinear", "bicubic"), "of the resampling to size", default="bilinear"),
-)
-_section(
-    "logging",
-    "what a run leaves behind",
-    folder=Param(Text(), "holds logs/ and checkpoints/", default="."),
-    log_level=Param(Integer(min=0), "0: evaluate and log at the end only; 1: every epoch", default=1),
-    log_every=Param(Integer(min=1), "optimizer steps between progress lines", default=50),
-)
-_section(
-    "expected",
-    "what the recipe's source reports, for comparison: top-1 and top-5 in percent after so many epochs",
-    train_acc1=Param(Course(), "top-1 on the training split"),
-    val_acc1=Param(Course(), "top-1 on the validation split"),
-    val_acc5=Param(Course(), "top-5 on the validation split"),
-    global_batch_size=Param(Integer(min=1), "images per optimizer step there"),
-)
-_section(
-    "wandb",
-    "Weights & Biases",
-    enable=Param(Switch(), "log there; offline where no key is found", default=1),
-    project=Param(Text(), "project", default="imagenet"),
-    name=Param(Text(), "name of the run; None: chosen by W&B"),
-)
-_section(
-    "dist",
-    "processes, where training.distributed is on and torchrun has not started them",
-    world_size=Param(Integer(min=1), "number of processes, one a GPU", default=1),
-    address=Param(Text(), "address of the first node", default="localhost"),
-    port=Param(Integer(min=1, max=65535), "port there", default=12355),
-)
+@dataclass(frozen=True)
+class Data:
+    """The files to read, and how they are read."""
 
-FLAGS: dict[str, str | tuple[str, str]] = {
+    train_dataset: str = setting(Text(), default="/fsx/ns1/train.beton")
+    """The .beton file of the training split."""
+    val_dataset: str = setting(Text(), default="/fsx/ns1/val.beton")
+    """The .beton file of the validation split."""
+    num_workers: int = setting(Integer(min=-1), default=-1)
+    """Threads that load the data of one rank. -1: all CPUs, shared equally by the ranks of the node."""
+    in_memory: bool = setting(Switch(), default=True)
+    """The file fits in memory: the operating system caches it. 0: read it page by page in each epoch."""
+    order: Literal["random", "quasi_random"] = setting(Choice("random", "quasi_random"), default="random")
+    """Order of the training samples. quasi_random reads one page at a time, for files larger than memory."""
+    gpu: int | None = setting(Integer())
+    """Has no effect. It is accepted because ffcv-imagenet's recipes for ResNet-18 set it."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of the training images."""
+
+    crop_scale: tuple[float, float] = setting(Range(max=1), default=(0.08, 1.0))
+    """Area of a random crop, as a share of the image."""
+    crop_ratio: tuple[float, float] = setting(Range(), default=(0.75, 1.3333))
+    """Width / height of a random crop."""
+    flip: float = setting(Number(min=0, max=1), default=0.5)
+    """Probability that an image is mirrored."""
+    interpolation: Literal["bilinear", "bicubic"] = setting(Choice("bilinear", "bicubic"), default="bilinear")
+    """Interpolation that scales a crop to its final size."""
+    mixup_alpha: float = setting(Number(min=0), default=0.0)
+    """Mixup draws its weight lambda from Beta(alpha, alpha). 0: no Mixup."""
+    cutmix_alpha: float = setting(Number(min=0), default=0.0)
+    """CutMix draws its share lambda from Beta(alpha, alpha). 0: no CutMix."""
+    mix_prob: float = setting(Number(min=0, max=1), default=1.0)
+    """Probability that a batch is mixed."""
+    switch_prob: float = setting(Number(min=0, max=1), default=0.5)
+    """If both Mixup and CutMix are on: probability of CutMix."""
+    mix_per: Literal["batch", "element"] = setting(Choice("batch", "element"), default="batch")
+    """Draw lambda and the box once for each batch, or once for each image."""
+    auto_augment: str | None = setting(AutoAugment())
+    """TrivialAugmentWide or RandAugment, after the crop and before mixing. None: neither."""
+    erasing: float = setting(Number(min=0, max=1), default=0.0)
+    """Probability that a random rectangle of an image is erased."""
+    repeats: int = setting(Integer(min=1), default=1)
+    """Copies of each image, each with its own random changes, spread over the batches of all ranks."""
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Learning rate."""
+
+    lr: float | None = setting(Number(min=0))
+    """Peak learning rate for any batch size. None: base_lr, scaled linearly."""
+    base_lr: float = setting(Number(min=0), default=0.5)
+    """Peak learning rate for each 256 images of the global batch."""
+    lr_schedule_type: Literal["cyclic", "step", "cosine"] = setting(
+        Choice("cyclic", "step", "cosine"), default="cyclic"
+    )
+    """Shape of the schedule over the epochs."""
+    lr_peak_epoch: int = setting(Integer(min=0), default=2)
+    """cyclic: the rate rises linearly to its peak at this epoch, then falls linearly to 0."""
+    step_ratio: float = setting(Number(min=0), default=0.1)
+    """step: the rate is multiplied by this factor after every step_length epochs."""
+    step_length: int = setting(Integer(min=1), default=30)
+    """step: epochs between two factors."""
+    warmup_epochs: float = setting(Number(min=0), default=0.0)
+    """cosine and step: epochs of linear warm-up."""
+    warmup_lr: float = setting(Number(min=0, max=1), default=0.0)
+    """The warm-up starts at this share of the peak."""
+    min_lr: float = setting(Number(min=0), default=0.0)
+    """cosine: learning rate at the end."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Optimisation."""
+
+    eval_only: bool = setting(Switch(), default=False)
+    """Only evaluate: the pretrained model, model.weights, or the checkpoint of training.resume."""
+    preview: str | None = setting(Text())
+    """Only draw training images as the model receives them, into this PNG file."""
+    report: str | None = setting(Text())
+    """With eval_only: write a report of the evaluation into this HTML file."""
+    dry_run: bool = setting(Switch(), default=False)
+    """Only print the plan of the run and the resolved recipe. Needs no data."""
+    batch_size: int = setting(Integer(min=1), default=512)
+    """Images of one batch of one GPU."""
+    accumulation: int = setting(Integer(min=1), default=1)
+    """Batches for each optimizer step."""
+    loss: Literal["cross_entropy", "bce"] = setting(Choice("cross_entropy", "bce"), default="cross_entropy")
+    """Loss: cross entropy, or binary cross entropy of each class."""
+    bce_threshold: float | None = setting(Number(min=0, below=1))
+    """bce: targets above the threshold become 1, all others 0. None: targets stay as they are."""
+    optimizer: Literal["sgd", "lamb", "adamw"] = setting(Choice("sgd", "lamb", "adamw"), default="sgd")
+    """Optimizer: SGD with momentum, timm's LAMB, or AdamW."""
+    momentum: float = setting(Number(min=0, below=1), default=0.9)
+    """sgd: momentum."""
+    nesterov: bool = setting(Switch(), default=False)
+    """sgd: use Nesterov's momentum."""
+    weight_decay: float = setting(Number(min=0), default=4e-5)
+    """Weight decay."""
+    bn_wd: float | None = setting(Number(min=0))
+    """Weight decay of one-dimensional parameters: those of normalisation layers, and biases. None: as weight_decay."""
+    epochs: int = setting(Integer(min=1), default=30)
+    """Passes over the training split."""
+    label_smoothing: float = setting(Number(min=0, below=1), default=0.1)
+    """Share of each target that is spread equally over all classes."""
+    distributed: bool = setting(Switch(), default=False)
+    """Start dist.world_size processes. Under torchrun it has no effect: torchrun has started them."""
+    use_blurpool: bool = setting(Switch(), default=False)
+    """Blur the input of strided convolutions (BlurPool)."""
+    precision: Literal["16-mixed", "bf16-mixed", "32"] = setting(
+        Choice("16-mixed", "bf16-mixed", "32"), default="16-mixed"
+    )
+    """Floating-point numbers of the model: float16 or bfloat16 mixed with float32, or only float32."""
+    tf32: bool = setting(Switch(), default=True)
+    """Multiply float32 matrices in TF32 (10 bits of mantissa) on GPUs that can. It is faster."""
+    compile: bool | Literal["auto"] = setting(Auto(), default="auto")
+    """Use torch.compile. auto: on a GPU, if the run is long enough to gain more time than compiling takes."""
+    grad_clip: float = setting(Number(min=0), default=0.0)
+    """Largest norm of the gradient. 0: no limit."""
+    agc: float = setting(Number(min=0), default=0.0)
+    """Adaptive clipping: largest norm of a unit's gradient, as a share of the norm of its weights. 0: no limit."""
+    ema_decay: float = setting(Number(min=0, below=1), default=0.0)
+    """Decay of a moving average of the weights, which is then evaluated instead of the model. 0: no average."""
+    ema_every: int = setting(Integer(min=1), default=1)
+    """Optimizer steps between two updates of the moving average."""
+    ema_rescale: bool = setting(Switch(), default=False)
+    """1 - ema_decay is meant for one image and one epoch, and is scaled to the run as torchvision does."""
+    channels_last: bool = setting(Switch(), default=True)
+    """Store images and weights in PyTorch's channels_last memory format, which GPUs process faster."""
+    seed: int = setting(Integer(min=0, max=2**63 - 1), default=0)
+    """Seed of the initial weights, the order of the samples, and all random changes of images."""
+    resume: str | None = setting(Text())
+    """Checkpoint to continue from, such as checkpoints/last.ckpt. auto: the newest one in logging.folder, if any."""
+    save_every_steps: int = setting(Integer(min=0), default=0)
+    """Also save a checkpoint within an epoch, after every so many steps. 0: only at the end of each epoch."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Evaluation after each epoch."""
+
+    batch_size: int = setting(Integer(min=1), default=512)
+    """Images of one batch of one GPU."""
+    resolution: int = setting(Integer(min=1), default=224)
+    """Side of the centre crop that the model receives (px)."""
+    lr_tta: bool = setting(Switch(), default=True)
+    """Average the logits of each image and its mirror image."""
+    crop_ratio: float = setting(Number(min=0.01, max=1), default=0.875)
+    """Side of the centre crop, as a share of the shorter side of the image."""
+    resize: int | None = setting(Integer(min=1))
+    """Instead of crop_ratio: scale the shorter side to this size before the centre crop, as torchvision does (px)."""
+    interpolation: Literal["bilinear", "bicubic"] = setting(Choice("bilinear", "bicubic"), default="bilinear")
+    """Interpolation that scales a crop to its final size."""
+
+
+@dataclass(frozen=True)
+class Logging:
+    """The files of a run."""
+
+    folder: str = setting(Text(), default=".")
+    """Folder of the run. It gets logs/ and checkpoints/."""
+    log_level: int = setting(Integer(min=0), default=1)
+    """1: evaluate and log after every epoch. 0: only at the end."""
+    log_every: int = setting(Integer(min=1), default=50)
+    """Optimizer steps between two lines of progress."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Accuracies that the source of the recipe reports, in percent after so many epochs, for comparison."""
+
+    train_acc1: dict[int, float] | None = setting(Course())
+    """Top-1 on the training split."""
+    val_acc1: dict[int, float] | None = setting(Course())
+    """Top-1 on the validation split."""
+    val_acc5: dict[int, float] | None = setting(Course())
+    """Top-5 on the validation split."""
+    global_batch_size: int | None = setting(Integer(min=1))
+    """Images of one optimizer step of the source."""
+
+
+@dataclass(frozen=True)
+class WandB:
+    """Weights & Biases."""
+
+    enable: bool = setting(Switch(), default=True)
+    """Log to Weights & Biases; offline if there is no API key."""
+    project: str = setting(Text(), default="imagenet")
+    """Project."""
+    name: str | None = setting(Text())
+    """Name of the run. None: Weights & Biases chooses one."""
+
+
+@dataclass(frozen=True)
+class Dist:
+    """Processes to start if training.distributed is on. Under torchrun they have no effect."""
+
+    world_size: int = setting(Integer(min=1), default=1)
+    """Number of processes, one for each GPU."""
+    address: str = setting(Text(), default="localhost")
+    """Address of the first node."""
+    port: int = setting(Integer(min=1, max=65535), default=12355)
+    """Port of the first node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Settings):
+    """All settings of a training run. It never changes; what a run makes of it is in its `imagenet_training.plan`."""
+
+    model: Model
+    resolution: Resolution
+    data: Data
+    augmentation: Augmentation
+    lr: LearningRate
+    training: Training
+    validation: Validation
+    logging: Logging
+    expected: Expected
+    wandb: WandB
+    dist: Dist
+
+
+FLAGS: Flags = {
     "batch_size": "training.batch_size",
     "lr": "lr.lr",
     "epochs": "training.epochs",
@@ -226,110 +315,127 @@ python train_imagenet.py --config-file rn50_configs/single_gpu_100ep.yaml
 torchrun --nproc_per_node=8 train_imagenet.py --config-file rn50_configs/single_gpu_100ep.yaml"""
 
 
-def read_recipe(argv: list[str]) -> Settings:
-    """Read the training recipe: `read_settings` of `RECIPE`, then the checks that take two keys or the disk.
+def read_recipe(argv: list[str]) -> Recipe:
+    """Read the training recipe with `read_settings`, then check what takes several settings or the disk.
 
     Raises
     ------
     SystemExit
-        With status 2 after one message on stderr, for any mistake; with status 0 after ``--help``.
+        With status 2 and one message on stderr if anything is wrong; with status 0 after ``--help``.
     """
-    recipe = read_settings(RECIPE, argv, flags=FLAGS, description=DESCRIPTION, shipped=RECIPES)
+    recipe = read_settings(Recipe, argv, flags=FLAGS, description=DESCRIPTION, shipped=RECIPES)
     try:
         check_recipe(recipe)
     except UserError as error:
         exit_with_user_error(error)
-    recipe.notices.extend(_find_notices(recipe))
-    return recipe
+    return replace(recipe, notices=tuple(_find_notices(recipe)))
 
 
-def check_recipe(recipe: Settings) -> None:
-    """Check what no single key shows.
+def check_recipe(recipe: Recipe) -> None:
+    """Check what takes several settings, and that the files named in the recipe exist.
 
     Raises
     ------
-    ValueError
-        Naming the keys at odds and where their values came from.
+    UserError
+        Names the settings that do not fit together, with their sources.
     """
+    _check_schedule(recipe)
+    _check_optimisation(recipe)
+    _check_images(recipe)
+    _check_files(recipe)
 
-    def said(key: str) -> str:
-        return f"{key}={show(recipe.flat()[key])} ({recipe.source(key)})"
 
-    lr, training, model, resolution = recipe.lr, recipe.training, recipe.model, recipe.resolution
-    if resolution.min_res > resolution.max_res:
-        raise UserError(f"{said('resolution.min_res')} is larger than {said('resolution.max_res')}")
+def _check_schedule(recipe: Recipe) -> None:
+    lr, epochs, shown = recipe.lr, recipe.training.epochs, recipe.shown
     if lr.warmup_epochs and lr.lr_schedule_type == "cyclic":
         raise UserError(
-            f"{said('lr.warmup_epochs')} has no place in {said('lr.lr_schedule_type')}, which warms up until "
-            "lr.lr_peak_epoch: set one of the two, or --lr.warmup_epochs=0"
+            f"{shown('lr.warmup_epochs')} does not fit {shown('lr.lr_schedule_type')}, which warms "
+            "up until lr.lr_peak_epoch: set one of the two, or pass --lr.warmup_epochs=0"
         )
-    if lr.warmup_epochs and lr.warmup_epochs >= training.epochs:
+    if lr.warmup_epochs and lr.warmup_epochs >= epochs:
         raise UserError(
-            f"{said('lr.warmup_epochs')} must be less than {said('training.epochs')}: pass --lr.warmup_epochs=0"
+            f"{shown('lr.warmup_epochs')} must be less than {shown('training.epochs')}: pass --lr.warmup_epochs=0"
         )
+
+
+def _check_optimisation(recipe: Recipe) -> None:
+    training, shown = recipe.training, recipe.shown
     if training.nesterov and training.optimizer != "sgd":
-        raise UserError(f"{said('training.nesterov')} has no place in {said('training.optimizer')}: it is SGD's")
+        raise UserError(f"{shown('training.nesterov')} needs training.optimizer=sgd, not {shown('training.optimizer')}")
     if training.nesterov and not training.momentum:
-        raise UserError(f"{said('training.nesterov')} needs a momentum, not {said('training.momentum')}")
+        raise UserError(f"{shown('training.nesterov')} needs a momentum, not {shown('training.momentum')}")
     if training.bce_threshold is not None and training.loss != "bce":
-        raise UserError(f"{said('training.bce_threshold')} has no place in {said('training.loss')}: it is bce's")
+        raise UserError(f"{shown('training.bce_threshold')} needs training.loss=bce, not {shown('training.loss')}")
     if training.ema_rescale and not training.ema_decay:
-        raise UserError(f"{said('training.ema_rescale')} needs a moving average: set training.ema_decay")
+        raise UserError(f"{shown('training.ema_rescale')} needs a moving average: set training.ema_decay")
+
+
+def _check_images(recipe: Recipe) -> None:
+    shown = recipe.shown
+    if recipe.resolution.min_res > recipe.resolution.max_res:
+        raise UserError(f"{shown('resolution.min_res')} is larger than {shown('resolution.max_res')}")
     if recipe.augmentation.repeats > 1 and recipe.data.order != "random":
-        raise UserError(f"{said('augmentation.repeats')} needs --data.order=random, not {said('data.order')}")
-    if recipe.validation.resize is not None and recipe.validation.resize < recipe.validation.resolution:
+        raise UserError(f"{shown('augmentation.repeats')} needs --data.order=random, not {shown('data.order')}")
+    resize = recipe.validation.resize
+    if resize is not None and resize < recipe.validation.resolution:
         raise UserError(
-            f"{said('validation.resize')} is smaller than {said('validation.resolution')}, the crop from it"
+            f"{shown('validation.resize')} is smaller than {shown('validation.resolution')}, the side of its crop"
         )
+
+
+def _check_files(recipe: Recipe) -> None:
+    training, model, shown = recipe.training, recipe.model, recipe.shown
     if training.report and not training.eval_only:
         raise UserError(
-            f"{said('training.report')} needs --eval_only; a run that trains leaves report.html in its folder"
+            f"{shown('training.report')} needs --eval_only; a training run writes report.html into its folder"
         )
     if training.report and not Path(training.report).absolute().parent.is_dir():
-        raise UserError(f"{said('training.report')}: there is no folder {Path(training.report).parent}")
+        raise UserError(f"{shown('training.report')}: there is no folder {Path(training.report).parent}")
     if model.pretrained and model.weights:
-        raise UserError(f"{said('model.pretrained')} and {said('model.weights')} exclude each other: set one")
-    for key in ("model.weights", "training.resume"):
-        path = recipe.flat()[key]
-        if path is not None and (key, path) != ("training.resume", AUTO) and not Path(path).is_file():
-            raise UserError(f"{said(key)}: no such file")
+        raise UserError(f"{shown('model.pretrained')} and {shown('model.weights')} exclude each other: set one")
+    if model.weights and not Path(model.weights).is_file():
+        raise UserError(f"{shown('model.weights')}: no such file")
+    if training.resume not in (None, AUTO) and not Path(training.resume).is_file():
+        raise UserError(f"{shown('training.resume')}: no such file")
 
 
-def _find_notices(recipe: Settings) -> Iterable[str]:
+def _find_notices(recipe: Recipe) -> Iterable[str]:
     lr, training, model = recipe.lr, recipe.training, recipe.model
-    expected = _expected(recipe)
-    if expected and not courses(recipe):
+    stated = _stated_accuracy(recipe)
+    if stated and not courses(recipe):
         yield (
-            f"the expected accuracies are those of {max(map(max, expected.values()))} epochs; this run has "
+            f"the expected accuracies are those of {max(map(max, stated.values()))} epochs; this run has "
             f"{training.epochs} and is not compared with them"
         )
     if recipe.data.gpu is not None:
-        yield f"data.gpu={recipe.data.gpu} ({recipe.source('data.gpu')}) has no effect here"
+        yield f"{recipe.shown('data.gpu')} has no effect"
     if lr.lr_schedule_type == "cyclic" and lr.lr_peak_epoch >= training.epochs:
         yield (
-            f"the learning rate will not come down from its peak: lr.lr_peak_epoch={lr.lr_peak_epoch} is not before "
+            f"the learning rate will not fall from its peak: lr.lr_peak_epoch={lr.lr_peak_epoch} is not before "
             f"training.epochs={training.epochs}"
         )
     if training.eval_only and not (model.pretrained or model.weights or training.resume):
-        yield "evaluating untrained weights: model.weights, model.pretrained or --resume give others"
+        yield "the weights to evaluate are untrained: set model.weights, model.pretrained or --resume"
 
 
-def _expected(recipe: Settings) -> dict[str, dict[int, float]]:
-    expected = {
+def _stated_accuracy(recipe: Recipe) -> dict[str, dict[int, float]]:
+    """Return the accuracies that the recipe states, in percent by epochs finished, under the names of the metrics."""
+    stated = {
         "train/acc1": recipe.expected.train_acc1,
         "val/acc1": recipe.expected.val_acc1,
         "val/acc5": recipe.expected.val_acc5,
     }
-    return {name: course for name, course in expected.items() if course}
+    return {name: course for name, course in stated.items() if course}
 
 
-def courses(recipe: Settings) -> dict[str, dict[int, float]]:
-    """The accuracies to compare a run with, in percent by epochs finished, under the names of the run's metrics.
+def courses(recipe: Recipe) -> dict[str, dict[int, float]]:
+    """Return the accuracies to compare a run with, in percent by epochs finished, under the names of the metrics.
 
-    None where they go beyond the run's epochs: a shorter schedule passes through other values.
+    If the stated accuracies go beyond the epochs of the run, there are none to compare with, since a shorter schedule
+    passes through other values.
     """
-    expected = _expected(recipe)
-    return {} if any(max(course) > recipe.training.epochs for course in expected.values()) else expected
+    stated = _stated_accuracy(recipe)
+    return {} if any(max(course) > recipe.training.epochs for course in stated.values()) else stated
 
 
 if __name__ == "__main__":

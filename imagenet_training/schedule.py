@@ -5,8 +5,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ffcv_ops.settings.collect import Settings
 from imagenet_training.plan import Plan
+from imagenet_training.recipe import Recipe
 
 
 def cyclic_lr(epoch: int, *, lr: float, peak_epoch: int, epochs: int) -> float:
@@ -68,7 +68,7 @@ class Schedule:
     resolution: Callable[[int], int]
 
 
-def build_resolution(recipe: Settings) -> Callable[[int], int]:
+def build_resolution(recipe: Recipe) -> Callable[[int], int]:
     """The side of the training crops in px, of an epoch, counted from 0; see `resolution_at`."""
     resolution = recipe.resolution
     return functools.partial(
@@ -80,7 +80,7 @@ def build_resolution(recipe: Settings) -> Callable[[int], int]:
     )
 
 
-def build_schedule(recipe: Settings, plan: Plan) -> Schedule:
+def build_schedule(recipe: Recipe, plan: Plan) -> Schedule:
     """The schedules that a recipe asks for.
 
     ``cyclic`` and ``step`` follow ffcv-imagenet: their values at the starts of epochs, joined by straight lines, so
@@ -90,7 +90,7 @@ def build_schedule(recipe: Settings, plan: Plan) -> Schedule:
 
     Parameters
     ----------
-    recipe : Settings
+    recipe : Recipe
     plan : Plan
         Peak learning rate, epochs, steps an epoch.
     """

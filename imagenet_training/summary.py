@@ -1,23 +1,32 @@
-"""The summary of a run, printed before it begins."""
+"""What is printed before a run begins: a table of what it will do, and the resolved recipe."""
 
 import math
 from collections.abc import Iterable
 
 import yaml
 
-from ffcv_ops.settings.collect import DEFAULT, Settings
+from ffcv_ops.settings.collect import DEFAULT
 from ffcv_ops.settings.fields import show
 from imagenet_training.plan import Plan, batch_arithmetic
+from imagenet_training.recipe import Recipe
+
+# Settings that belong to one command, not to a recipe.
+OF_ONE_COMMAND = ("training.dry_run", "training.preview", "training.report")
 
 
-def summary(recipe: Settings, plan: Plan, size: str = "") -> str:
-    """What a run is going to do, and the resolved recipe with the source of every value that is not a default.
+def summary(recipe: Recipe, plan: Plan, size: str = "") -> str:
+    """Return a table of what a run will do.
 
-    The second half is YAML that reads back as the same recipe. ``size`` is the model's, in words.
+    Parameters
+    ----------
+    recipe : Recipe
+    plan : Plan
+    size : str
+        Parameters and cost of the model, in words.
     """
-    files = ", then ".join(str(path) for path in recipe.files) or "no file: defaults"
+    training, batches = recipe.training, batch_arithmetic(plan.batch_size, plan.world_size, plan.accumulation)
     rows = [
-        ("recipe", files),
+        ("recipe", ", then ".join(str(path) for path in recipe.files) or "no file: defaults"),
         *(("  override", line) for line in recipe.overrides()),
         ("model", _model_line(recipe, plan)),
         *([("size", size)] if size else []),
@@ -27,88 +36,96 @@ def summary(recipe: Settings, plan: Plan, size: str = "") -> str:
         ("augmentation", _augmentation_line(recipe)),
         ("mixing", _mixing_line(recipe)),
         ("loss", _loss_line(recipe)),
-        (
-            "global batch",
-            f"{batch_arithmetic(plan.batch_size, plan.world_size, plan.accumulation)} = {plan.global_batch_size}",
-        ),
+        ("global batch", f"{batches} = {plan.global_batch_size}"),
         ("lr", plan.lr_arithmetic),
         ("schedule", _schedule_line(recipe)),
         ("optimizer", _optimizer_line(recipe)),
         ("length", f"{plan.epochs} epochs x {plan.steps_per_epoch:,} steps = {plan.total_steps:,} steps"),
-        ("precision", recipe.training.precision),
+        ("precision", training.precision),
     ]
-    table = [f"{name:<14}{line}" for name, line in rows]
-    return "\n".join([*table, "", "# resolved recipe", *_resolved_lines(recipe)])
+    return "\n".join(f"{name:<14}{line}" for name, line in rows)
 
 
-def _resolved_lines(recipe: Settings) -> Iterable[str]:
+def resolved_recipe(recipe: Recipe) -> str:
+    """Return all settings as YAML that reads back as the same recipe, with the source of each that is no default."""
+    return "\n".join(["# resolved recipe", *_resolved_lines(recipe)])
+
+
+def _resolved_lines(recipe: Recipe) -> Iterable[str]:
     for section, values in recipe.to_dict().items():
         yield f"{section}:"
         for name, value in values.items():
-            if (section, name) in (("training", "dry_run"), ("training", "preview"), ("training", "report")):
+            key = f"{section}.{name}"
+            if key in OF_ONE_COMMAND:
                 continue
             text = yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n...\n").strip()
-            source = recipe.source(f"{section}.{name}")
+            source = recipe.source(key)
             yield f"  {name}: {text}" if source == DEFAULT else f"  {f'{name}: {text}':<40}  # {source}"
 
 
-def _model_line(recipe: Settings, plan: Plan) -> str:
+def _model_line(recipe: Recipe, plan: Plan) -> str:
     model, training = recipe.model, recipe.training
     start = "pretrained" if model.pretrained else f"weights of {model.weights}" if model.weights else "from scratch"
-    parts = [
-        model.arch,
-        f"{model.num_classes} classes",
-        f"resumed from {training.resume}" if training.resume else start,
-    ]
-    parts += ["BlurPool"] * training.use_blurpool
-    parts += [f"drop path {show(model.drop_path)}"] * bool(model.drop_path)
-    parts += [f"moving average {plan.ema_decay:.6g} every {training.ema_every} steps"] * bool(training.ema_decay)
+    parts = [model.arch, f"{model.num_classes} classes"]
+    parts.append(f"resumed from {training.resume}" if training.resume else start)
+    if training.use_blurpool:
+        parts.append("BlurPool")
+    if model.drop_path:
+        parts.append(f"drop path {show(model.drop_path)}")
+    if training.ema_decay:
+        parts.append(f"moving average {plan.ema_decay:.6g} every {training.ema_every} steps")
     return ", ".join(parts)
 
 
-def _crops_line(recipe: Settings) -> str:
-    resolution, augmentation, validation_ = recipe.resolution, recipe.augmentation, recipe.validation
+def _crops_line(recipe: Recipe) -> str:
+    resolution, augmentation, validation = recipe.resolution, recipe.augmentation, recipe.validation
     size = f"{resolution.min_res} px"
     if resolution.min_res < resolution.max_res:
         size += f" to epoch {resolution.start_ramp}, {resolution.max_res} px from epoch {resolution.end_ramp}"
-    ratio = f"ratio {show(validation_.crop_ratio)}"
-    if validation_.resize is not None:
-        ratio = f"from {validation_.resize} px"
-    return (
+    parts = [
         f"{size}, {augmentation.interpolation}, scale {show(augmentation.crop_scale)}, flip {show(augmentation.flip)}; "
-        f"validation {validation_.resolution} px, {ratio}, {validation_.interpolation}"
-        + ", both flips"
-        * validation_.lr_tta
-    )
+        f"validation {validation.resolution} px",
+        f"ratio {show(validation.crop_ratio)}" if validation.resize is None else f"from {validation.resize} px",
+        validation.interpolation,
+    ]
+    if validation.lr_tta:
+        parts.append("both flips")
+    return ", ".join(parts)
 
 
-def _augmentation_line(recipe: Settings) -> str:
+def _augmentation_line(recipe: Recipe) -> str:
     augmentation = recipe.augmentation
-    named = {None: [], "trivial": ["TrivialAugmentWide"]}
-    parts = list(named.get(augmentation.auto_augment, [f"RandAugment {augmentation.auto_augment}"]))
-    parts += [f"erasing {show(augmentation.erasing)}"] * bool(augmentation.erasing)
-    parts += [f"{augmentation.repeats} copies of each image"] * (augmentation.repeats > 1)
+    parts = []
+    if augmentation.auto_augment == "trivial":
+        parts.append("TrivialAugmentWide")
+    elif augmentation.auto_augment:
+        parts.append(f"RandAugment {augmentation.auto_augment}")
+    if augmentation.erasing:
+        parts.append(f"erasing {show(augmentation.erasing)}")
+    if augmentation.repeats > 1:
+        parts.append(f"{augmentation.repeats} copies of each image")
     return ", ".join(parts or ["none"])
 
 
-def _loss_line(recipe: Settings) -> str:
+def _loss_line(recipe: Recipe) -> str:
     training = recipe.training
     if training.loss == "cross_entropy":
         return "cross entropy"
-    threshold = f", targets above {show(training.bce_threshold)} count as 1" * (training.bce_threshold is not None)
-    return f"binary cross entropy{threshold}"
+    if training.bce_threshold is None:
+        return "binary cross entropy"
+    return f"binary cross entropy, targets above {show(training.bce_threshold)} count as 1"
 
 
-def _mixing_line(recipe: Settings) -> str:
+def _mixing_line(recipe: Recipe) -> str:
     augmentation = recipe.augmentation
     alphas = (("Mixup", augmentation.mixup_alpha), ("CutMix", augmentation.cutmix_alpha))
-    parts = [f"{name} {show(alpha)}" for name, alpha in alphas if alpha] or ["none"]
-    if parts != ["none"]:
+    parts = [f"{name} {show(alpha)}" for name, alpha in alphas if alpha]
+    if parts:
         parts.append(f"probability {show(augmentation.mix_prob)} per {augmentation.mix_per}")
-    return ", ".join([*parts, f"label smoothing {show(recipe.training.label_smoothing)}"])
+    return ", ".join([*(parts or ["none"]), f"label smoothing {show(recipe.training.label_smoothing)}"])
 
 
-def _schedule_line(recipe: Settings) -> str:
+def _schedule_line(recipe: Recipe) -> str:
     lr = recipe.lr
     warmup = f" after {show(lr.warmup_epochs)} warm-up epochs" if lr.warmup_epochs else ""
     return {
@@ -118,12 +135,16 @@ def _schedule_line(recipe: Settings) -> str:
     }[lr.lr_schedule_type]
 
 
-def _optimizer_line(recipe: Settings) -> str:
+def _optimizer_line(recipe: Recipe) -> str:
     training = recipe.training
-    parts = [training.optimizer]
-    parts += [f"momentum {show(training.momentum)}" + " (Nesterov)" * training.nesterov] * (parts == ["sgd"])
+    parts: list[str] = [training.optimizer]
+    if training.optimizer == "sgd":
+        parts.append(f"momentum {show(training.momentum)}" + (" (Nesterov)" if training.nesterov else ""))
     parts.append(f"weight decay {show(training.weight_decay)}")
-    parts += [f"{show(training.bn_wd)} on one-dimensional parameters"] * (training.bn_wd is not None)
-    parts += [f"gradient clipped to {show(training.grad_clip)}"] * bool(training.grad_clip)
-    parts += [f"each unit's to {show(training.agc)} of its weights"] * bool(training.agc)
+    if training.bn_wd is not None:
+        parts.append(f"{show(training.bn_wd)} on one-dimensional parameters")
+    if training.grad_clip:
+        parts.append(f"gradient clipped to {show(training.grad_clip)}")
+    if training.agc:
+        parts.append(f"gradient of each unit clipped to {show(training.agc)} of its weights")
     return ", ".join(parts)

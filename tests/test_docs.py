@@ -28,7 +28,8 @@ from torch.distributed.run import get_args_parser
 
 import write_beton
 from ffcv_ops.settings.collect import read_settings
-from imagenet_training.recipe import FLAGS, RECIPE, read_recipe
+from ffcv_ops.settings.declare import parameters_of
+from imagenet_training.recipe import FLAGS, Recipe, read_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -276,7 +277,7 @@ def check_settings(command: Command, target: str, argv: list[str]) -> None:
             if target == "train_imagenet.py":
                 read_recipe(there)
             else:
-                read_settings(write_beton.CONFIG, there, flags=write_beton.FLAGS, description="")
+                read_settings(write_beton.WriteBeton, there, flags=write_beton.FLAGS, description="")
         except SystemExit as error:
             assert not error.code, f"{command.where}: {target} refuses `{command.text}`; its message is above"
         return
@@ -403,7 +404,7 @@ def test_every_command_in_a_sentence_names_what_exists() -> None:
 
 @cache
 def known_settings() -> set[str]:
-    return {".".join(path) for config in (RECIPE, write_beton.CONFIG) for path in config.entries}
+    return {key for declared in (Recipe, write_beton.WriteBeton) for key in parameters_of(declared)}
 
 
 @cache

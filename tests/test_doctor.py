@@ -20,7 +20,7 @@ import write_beton
 from ffcv_ops import _kernels, read_beton
 from imagenet_training import doctor, logs
 from imagenet_training import doctor_checks as checks
-from imagenet_training.recipe import RECIPE
+from imagenet_training.recipe import Data
 
 ROOT = Path(__file__).resolve().parents[1]
 STDLIB_ONLY = [
@@ -301,8 +301,7 @@ def test_the_requirements_are_those_of_the_project():
 
 
 def test_the_default_data_is_that_of_the_scripts():
-    recipe = {".".join(path): param.default for path, param in RECIPE.entries.items()}
-    assert checks.DATA == (recipe["data.train_dataset"], recipe["data.val_dataset"])
+    assert checks.DATA == (Data.train_dataset, Data.val_dataset)
     assert [Path(path).parent for path in checks.DATA] == [write_beton.ROOT] * 2
 
 

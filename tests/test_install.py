@@ -101,11 +101,11 @@ def test_a_source_distribution_holds_what_builds_and_tests(tmp_path, monkeypatch
 def test_a_recipe_of_the_current_folder_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = "rn50_configs/rsb_a1.yaml"
-    assert recipe_module.read_recipe(["--config-file", name]).files == [ROOT / name]
+    assert recipe_module.read_recipe(["--config-file", name]).files == (ROOT / name,)
     (tmp_path / "rn50_configs").mkdir()
     (tmp_path / name).write_text("training: {epochs: 7}\n")
     recipe = recipe_module.read_recipe(["--config-file", name])
-    assert (recipe.files, recipe.training.epochs) == ([Path(name)], 7)
+    assert (recipe.files, recipe.training.epochs) == ((Path(name),), 7)
 
 
 @pytest.mark.parametrize(

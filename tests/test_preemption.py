@@ -465,7 +465,7 @@ def test_the_global_batch_is_kept_by_accumulation_or_smaller_batches(batch_size,
         "world_size": 8,
         "global_batch_size": 1024,
     }
-    keep_global_batch(recipe, before, world_size=world_size)
+    recipe = keep_global_batch(recipe, before, world_size=world_size)
     assert (recipe.training.batch_size, recipe.training.accumulation) == expected
     assert len(recipe.notices) == (world_size != 8)
 
@@ -480,5 +480,5 @@ def test_a_global_batch_that_cannot_be_shared_names_the_processes_that_can():
     with pytest.raises(ValueError, match="1024, which 6 processes cannot .* start 2 or 4 or 8 processes"):
         keep_global_batch(recipe_of("--batch_size=128"), before, world_size=6)
     recipe = recipe_of("--batch_size=100")
-    keep_global_batch(recipe, before, world_size=6)
+    recipe = keep_global_batch(recipe, before, world_size=6)
     assert recipe.training.batch_size == 100, "what the user has changed stays"

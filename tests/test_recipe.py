@@ -7,6 +7,7 @@ published recipes, which a test compares with the numbers below.
 """
 
 import copy
+import dataclasses
 import json
 import pickle
 import re
@@ -15,18 +16,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-import fastargs
 import pytest
 import yaml
-from fastargs import validation
 
-from ffcv_ops.settings.collect import read_settings
-from ffcv_ops.settings.fields import show
+from ffcv_ops.settings import Settings, read_settings, setting
+from ffcv_ops.settings.declare import parameters_of
+from ffcv_ops.settings.fields import Choice, Integer, Number, Switch, show
 from ffcv_ops.settings.suggestions import did_you_mean
 from imagenet_training.plan import plan, rescaled_ema_decay
-from imagenet_training.recipe import FLAGS, RECIPE, courses, read_recipe
+from imagenet_training.recipe import FLAGS, Recipe, courses, read_recipe
 from imagenet_training.schedule import build_schedule
-from imagenet_training.summary import summary
+from imagenet_training.summary import resolved_recipe, summary
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(ROOT.glob("rn*_configs/*.yaml"))
@@ -194,7 +194,7 @@ def test_defaults_are_ffcv_imagenets_where_it_has_the_key():
     assert (recipe.dist.world_size, recipe.dist.address, recipe.dist.port) == (1, "localhost", 12355)
     assert recipe.lr.lr is None and recipe.training.bn_wd is None
     assert recipe.augmentation.crop_scale == (0.08, 1.0) and recipe.augmentation.crop_ratio == (0.75, 1.3333)
-    assert recipe.notices == [] and recipe.files == []
+    assert recipe.notices == () and recipe.files == ()
     assert {recipe.source(key) for key in recipe.flat()} == {"default"}
 
 
@@ -204,7 +204,7 @@ def test_later_files_and_then_the_command_line_win(write):
     recipe = read_recipe(["--epochs=30", "--config-file", first, "-C", second, "--lr.base_lr", "0.3"])
     assert (recipe.training.epochs, recipe.training.batch_size) == (30, 64)
     assert (recipe.lr.base_lr, recipe.lr.min_lr) == (0.3, 0.01)
-    assert recipe.files == [Path(first), Path(second)]
+    assert recipe.files == (Path(first), Path(second))
     assert recipe.source("training.epochs") == "command line"
     assert recipe.source("training.batch_size") == first
     assert recipe.source("training.momentum") == "default"
@@ -266,8 +266,18 @@ def test_settings_are_plain_data(write):
     assert recipe.to_dict()["augmentation"]["crop_scale"] == [0.2, 1.0]
     assert json.loads(json.dumps(recipe.to_dict())) == recipe.to_dict()
     assert copy.deepcopy(recipe).flat() == pickle.loads(pickle.dumps(recipe)).flat() == recipe.flat()
-    with pytest.raises(AttributeError, match="no section trainning"):
+    with pytest.raises(AttributeError, match="trainning"):
         _ = recipe.trainning
+
+
+def test_a_recipe_never_changes():
+    recipe = read_recipe([])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.training.epochs = 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.training = recipe.training
+    longer = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, epochs=31))
+    assert (longer.flat()["training.epochs"], recipe.training.epochs) == (31, 30)
 
 
 def test_import_is_light():
@@ -378,27 +388,58 @@ def test_bad_values_are_refused(write, refusal, key, text):
     assert "\n" not in message
 
 
-def test_fastargs_own_checkers_are_strict(refusal):
-    config = fastargs.Config()
-    fastargs.Section("cfg", "a section", config_descriptor=config).params(
-        count=fastargs.Param(int, "a count", required=True),
-        share=fastargs.Param(validation.And(float, validation.InRange(0, 1)), "a share", default=0.5),
-        mode=fastargs.Param(validation.OneOf(["jpg", "raw"]), "a mode", default="jpg"),
-        flag=fastargs.Param(bool, "a flag", default=False),
-        either=fastargs.Param(validation.Or(int, validation.OneOf(["all"])), "a number or all", default="all"),
-    )
+@dataclasses.dataclass(frozen=True)
+class Cfg:
+    """A section."""
 
+    count: int = setting(Integer(), required=True)
+    """A count."""
+    share: float = setting(Number(min=0, max=1), default=0.5)
+    """A share, explained in two lines,
+    of which this is the second."""
+    mode: str = setting(Choice("jpg", "raw"), default="jpg")
+    """A mode."""
+    flag: bool = setting(Switch(), default=False)
+    """A flag."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program(Settings):
+    cfg: Cfg
+
+
+def test_settings_of_another_program(refusal, capsys):
     def read(argv):
-        return read_settings(config, argv, flags={"fast": ("cfg.flag", "1"), "n": "cfg.count"}, description="Test.")
+        return read_settings(Program, argv, flags={"fast": ("cfg.flag", "1"), "n": "cfg.count"}, description="Test.")
 
-    settings = read(["--n", "3", "--cfg.share=1", "--fast", "--cfg.either=7"])
-    assert settings.to_dict() == {"cfg": {"count": 3, "share": 1.0, "mode": "jpg", "flag": True, "either": 7}}
+    settings = read(["--n", "3", "--cfg.share=1", "--fast"])
+    assert settings.to_dict() == {"cfg": {"count": 3, "share": 1.0, "mode": "jpg", "flag": True}}
     assert read(["--n=3", "--cfg.flag=False"]).cfg.flag is False
-    assert "cfg.count is not set: pass --cfg.count=VALUE" in refusal(read=read)
+    assert "cfg.count is not set: pass --cfg.count=VALUE or set it in a --config-file (A count.)" in refusal(read=read)
     assert "cfg.count is not set" in refusal("--n=None", read=read)
     assert "one of jpg, raw, not 'jpeg'; did you mean jpg?" in refusal("--n=3", "--cfg.mode=jpeg", read=read)
-    for bad in ("--cfg.share=1.5", "--cfg.flag=maybe", "--cfg.count=1.5", "--cfg.either=some"):
+    for bad in ("--cfg.share=1.5", "--cfg.flag=maybe", "--cfg.count=1.5"):
         assert "must be" in refusal("--n=3", bad, read=read)
+    with pytest.raises(SystemExit):
+        read(["--help"])
+    out = capsys.readouterr().out
+    assert "cfg: A section.\n  --cfg.count, --n: an integer; required\n      A count.\n" in out
+    assert "A share, explained in two lines, of which this is the second." in out
+
+
+def test_a_setting_without_an_explanation_is_a_mistake_of_the_program():
+    @dataclasses.dataclass(frozen=True)
+    class Silent:
+        """A section."""
+
+        count: int = setting(Integer(), default=1)
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mute(Settings):
+        silent: Silent
+
+    with pytest.raises(TypeError, match="Silent.count needs a docstring below it"):
+        read_settings(Mute, [], flags={}, description="")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,16 +526,19 @@ def test_files_that_are_no_text_are_refused(tmp_path, refusal):
             ["--lr.lr_schedule_type=cosine", "--lr.warmup_epochs=5", "--epochs=5"],
             "lr.warmup_epochs=5 (command line) must be less than training.epochs=5 (command line)",
         ),
-        (["--lr.warmup_epochs=5"], "has no place in lr.lr_schedule_type=cyclic (default)"),
+        (["--lr.warmup_epochs=5"], "does not fit lr.lr_schedule_type=cyclic (default)"),
         (["--training.nesterov=1", "--training.momentum=0"], "needs a momentum"),
         (["--resume=no/last.ckpt"], "training.resume=no/last.ckpt (command line): no such file"),
         (["--model.weights=no/weights.pt"], "model.weights=no/weights.pt (command line): no such file"),
         ([f"--model.weights={__file__}", "--model.pretrained=1"], "exclude each other"),
-        (["--training.optimizer=lamb", "--training.nesterov=1"], "has no place in training.optimizer=lamb"),
-        (["--training.bce_threshold=0.2"], "has no place in training.loss=cross_entropy (default): it is bce's"),
+        (
+            ["--training.optimizer=lamb", "--training.nesterov=1"],
+            "needs training.optimizer=sgd, not training.optimizer=lamb (command line)",
+        ),
+        (["--training.bce_threshold=0.2"], "needs training.loss=bce, not training.loss=cross_entropy (default)"),
         (["--training.ema_rescale=1"], "needs a moving average: set training.ema_decay"),
         (["--augmentation.repeats=3", "--data.order=quasi_random"], "needs --data.order=random"),
-        (["--validation.resize=200"], "is smaller than validation.resolution=224 (default), the crop from it"),
+        (["--validation.resize=200"], "is smaller than validation.resolution=224 (default), the side of its crop"),
     ],
 )
 def test_settings_at_odds_are_refused(refusal, argv, expected):
@@ -523,7 +567,7 @@ def test_help_lists_everything(capsys):
         assert f"--{key}" in out
     for flag in FLAGS:
         assert re.search(rf"--{flag}\b", out)
-    assert all(param.desc.split()[0] in out for param in RECIPE.entries.values())
+    assert all(param.desc.split()[0] in out for param in parameters_of(Recipe).values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -596,10 +640,10 @@ def test_recipes_are_documents_that_resolve(path, write):
     assert f"[{path.stem}]" in (ROOT / "docs/RECIPES.md").read_text()
 
     recipe = read_recipe(["-C", str(path)])
-    assert recipe.notices == []
+    assert recipe.notices == ()
     planned = plan(recipe, world_size=1, **IMAGENET)
-    resolved = summary(recipe, planned).split("# resolved recipe\n")[1]
-    assert read_recipe(["-C", write(resolved)]).flat() == recipe.flat()
+    assert "\n\n" not in summary(recipe, planned)
+    assert read_recipe(["-C", write(resolved_recipe(recipe))]).flat() == recipe.flat()
 
 
 def test_the_asked_for_recipes_have_their_numbers():
@@ -619,20 +663,20 @@ def test_the_asked_for_recipes_have_their_numbers():
 
 def test_a_short_run_of_a_cyclic_recipe_is_noticed_not_refused(write):
     recipe = read_recipe(["-C", write(ffcv_imagenet_yaml("rn50", 16)), "--epochs=1"])
-    assert "will not come down from its peak" in recipe.notices[0]
+    assert "will not fall from its peak" in recipe.notices[0]
 
 
 def test_evaluating_untrained_weights_is_noticed(tmp_path):
     weights = tmp_path / "weights.pt"
     weights.touch()
-    assert "untrained weights" in read_recipe(["--eval_only"]).notices[0]
-    assert read_recipe(["--eval_only", f"--model.weights={weights}"]).notices == []
+    assert "weights to evaluate are untrained" in read_recipe(["--eval_only"]).notices[0]
+    assert read_recipe(["--eval_only", f"--model.weights={weights}"]).notices == ()
 
 
 def test_expected_accuracies_are_read_alike_from_files_and_the_command_line(write):
     recipe = read_recipe(["-C", write("expected:\n  val_acc1: {25: 50, 10: 3e1}\n  train_acc1: null\n"), "--epochs=25"])
     assert courses(recipe) == {"val/acc1": {10: 30.0, 25: 50.0}} and list(recipe.expected.val_acc1) == [10, 25]
-    assert recipe.notices == []
+    assert recipe.notices == ()
     other = read_recipe(["--expected.val_acc1=10:30,25:50", "--epochs=25"])
     assert other.flat() == recipe.flat() and show(other.expected.val_acc1) == "10:30,25:50"
 
@@ -712,7 +756,7 @@ def settings_table():
     """Every setting of the recipe as a Markdown table."""
     short = {target if isinstance(target, str) else target[0]: flag for flag, target in FLAGS.items()}
     rows = ["| setting | default | values | meaning |", "|---|---|---|---|"]
-    for (key, default), param in zip(read_recipe([]).flat().items(), RECIPE.entries.values(), strict=True):
+    for (key, default), param in zip(read_recipe([]).flat().items(), parameters_of(Recipe).values(), strict=True):
         names = f"`{key}`" + (f", `--{short[key]}`" if key in short else "")
         rows.append(f"| {names} | {show(default)} | {param.checker.help()} | {param.desc} |")
     return "\n".join(rows)

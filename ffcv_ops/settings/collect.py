@@ -1,15 +1,16 @@
 """Settings collected from defaults, then files, then the command line."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
-from fastargs import Config, Param
+from fastargs import Param
 
 from ffcv_ops.errors import UserError, exit_with_user_error
 from ffcv_ops.settings.command_line import COMMAND_LINE, Flags, read_command_line
-from ffcv_ops.settings.fields import Choice, default_of, parameters_of, show, strict
+from ffcv_ops.settings.declare import parameters_of, sections_of
+from ffcv_ops.settings.fields import Choice, show
 from ffcv_ops.settings.help import help_text
 from ffcv_ops.settings.suggestions import did_you_mean
 from ffcv_ops.settings.yaml_files import ShippedFiles, read_file
@@ -18,131 +19,144 @@ DEFAULT = "default"
 NO_FILES = ShippedFiles()
 
 
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Checked settings: ``settings.lr.base_lr``, and where each value came from.
+    """Base class of a program's settings. A subclass adds one field for each section.
 
     Attributes
     ----------
-    files : list of Path
+    files : tuple of Path
         The configuration files in the order given.
-    notices : list of str
-        What the user should know though nothing is wrong.
+    notices : tuple of str
+        Facts that the user should know though nothing is wrong.
+    given : mapping
+        For each ``section.key``, its default and all values that were given in order, each with its source.
     """
 
-    def __init__(self, history: Mapping[str, list[tuple[Any, str]]], files: Iterable[Path]):
-        self.files = list(files)
-        self.notices: list[str] = []
-        self._history = dict(history)
-        for key, given in history.items():
-            section, name = key.split(".", 1)
-            if section in ("files", "notices") or hasattr(type(self), section):
-                raise TypeError(f"a section cannot be named {section}: Settings has an attribute of that name")
-            setattr(self.__dict__.setdefault(section, SimpleNamespace()), name, given[-1][0])
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"these settings have no section {name}")
+    files: tuple[Path, ...] = ()
+    notices: tuple[str, ...] = ()
+    given: Mapping[str, Sequence[tuple[Any, str]]] = field(default_factory=dict, repr=False)
 
     def flat(self) -> dict[str, Any]:
-        """All settings as ``{"section.key": value}``."""
-        keys = (key.split(".", 1) for key in self._history)
-        return {f"{section}.{name}": getattr(getattr(self, section), name) for section, name in keys}
+        """Return all settings as ``{"section.key": value}``."""
+        sections = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {
+            f"{name}.{key}": value
+            for name, section in sections.items()
+            if is_dataclass(section)
+            for key, value in vars(section).items()
+        }
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """All settings as ``{"section": {"key": value}}`` of plain YAML and JSON types."""
+        """Return all settings as ``{"section": {"key": value}}`` with the plain types of YAML and JSON."""
         nested: dict[str, dict[str, Any]] = {}
         for key, value in self.flat().items():
             section, name = key.split(".", 1)
-            nested.setdefault(section, {})[name] = list(value) if isinstance(value, tuple) else value
+            nested.setdefault(section, {})[name] = _plain(value)
         return nested
 
     def source(self, key: str) -> str:
-        """Where a setting's value came from: ``"default"``, a file's name as given, or ``"command line"``."""
-        return self._history[key][-1][1]
+        """Return the source of a value: ``"default"``, the name of a file as given, or ``"command line"``."""
+        return self.given[key][-1][1]
+
+    def shown(self, key: str) -> str:
+        """Return a setting with its value and source, such as ``training.epochs=3 (command line)``."""
+        return f"{key}={show(self.flat()[key])} ({self.source(key)})"
 
     def history(self) -> dict[str, list[list[Any]]]:
-        """For each setting that was given, its default and all it was given in order: ``[value, source]`` each."""
+        """Return, for each setting that was given, ``[value, source]`` of its default and of all values in order."""
         return {
-            key: [[list(value) if isinstance(value, tuple) else value, source] for value, source in given]
-            for key, given in self._history.items()
+            key: [[_plain(value), source] for value, source in given]
+            for key, given in self.given.items()
             if len(given) > 1
         }
 
     def overrides(self) -> list[str]:
-        """One line for each setting given several values: the values in order, each with its source."""
+        """Return a line for each setting that was given different values: the values in order, with their sources."""
         return [
             f"{key}: " + " -> ".join(f"{show(value)} ({source})" for value, source in given[1:])
-            for key, given in self._history.items()
+            for key, given in self.given.items()
             if any(value != given[1][0] for value, _ in given[2:])
         ]
 
 
+S = TypeVar("S", bound=Settings)
+
+
 def read_settings(
-    config: Config,
+    declared: type[S],
     argv: list[str],
     *,
     flags: Flags,
     description: str,
     shipped: ShippedFiles = NO_FILES,
-) -> Settings:
-    """Collect settings from files and a command line, strictly.
+) -> S:
+    """Read settings from files and a command line, strictly.
 
-    Later wins: the defaults, each ``--config-file FILE`` in order, then ``--section.key VALUE`` and short flags in
-    order (``--name=VALUE`` and ``--name VALUE`` are the same). ``None`` or ``null`` sets a key back to its default.
+    If a setting is given several times, the last value counts: the defaults, then each ``--config-file FILE``, then
+    ``--section.key VALUE`` and short flags, each in order. ``--name=VALUE`` and ``--name VALUE`` are the same. ``None``
+    or ``null`` restores the default of a setting.
 
     Parameters
     ----------
-    config : fastargs.Config
-        Declares the keys. fastargs' own checkers are applied strictly: see `Integer`, `Number`, `Switch`, `Text`.
+    declared : type
+        A frozen dataclass that extends `Settings`; see `ffcv_ops.settings`.
     argv : list of str
         The command line without the program's name.
     flags : mapping
-        Short flags: name to key, or, for a flag that takes no value, name to (key, value).
+        Short flags: name to key or, for a flag that takes no value, name to (key, value).
     description : str
-        Shown by ``--help``, above the table of keys.
+        Printed by ``--help`` above the keys.
     shipped : ShippedFiles
-        If a configuration file is not in the current folder, it is taken from these files.
-
-    Returns
-    -------
-    Settings
+        If a configuration file is not in the current folder, it is searched among these files.
 
     Raises
     ------
     SystemExit
-        With status 2 after one message on stderr, for any mistake; with status 0 after ``--help``.
+        With status 2 and one message on stderr if anything is wrong; with status 0 after ``--help``.
     """
     if "--help" in argv or "-h" in argv:
-        print(help_text(config, flags, description))
+        print(help_text(declared, flags, description))
         raise SystemExit(0)
     try:
-        return _collect(parameters_of(config), argv, flags, shipped)
+        return _collect(declared, argv, flags, shipped)
     except UserError as error:
         exit_with_user_error(error)
 
 
-def _collect(parameters: Mapping[str, Param], argv: list[str], flags: Flags, shipped: ShippedFiles) -> Settings:
+def _collect(declared: type[S], argv: list[str], flags: Flags, shipped: ShippedFiles) -> S:
+    parameters = parameters_of(declared)
     named, from_command_line = read_command_line(parameters, argv, flags)
     files = [shipped.find(path) for path in named]
-    history = {key: [(default_of(key, param), DEFAULT)] for key, param in parameters.items()}
-    given = [(key, raw, str(file), where) for file in files for key, raw, where in read_file(parameters, file, shipped)]
-    given += [(key, raw, COMMAND_LINE, where) for key, raw, where in from_command_line]
-    for key, raw, source, where in given:
-        history[key].append((_parse(key, parameters[key], raw, where), source))
+    entries = [
+        (key, raw, str(file), where) for file in files for key, raw, where in read_file(parameters, file, shipped)
+    ]
+    entries += [(key, raw, COMMAND_LINE, where) for key, raw, where in from_command_line]
+    given = {key: [(param.default, DEFAULT)] for key, param in parameters.items()}
+    for key, raw, source, where in entries:
+        given[key].append((_parse(key, parameters[key], raw, where), source))
     for key, param in parameters.items():
-        if param.required and history[key][-1][0] is None:
+        if param.required and given[key][-1][0] is None:
             raise UserError(f"{key} is not set: pass --{key}=VALUE or set it in a --config-file ({param.desc})")
-    return Settings(history, files)
+    sections = {
+        name: section(**{each.name: given[f"{name}.{each.name}"][-1][0] for each in fields(section)})
+        for name, section in sections_of(declared).items()
+    }
+    return declared(files=tuple(files), given=given, **sections)
 
 
 def _parse(key: str, param: Param, raw: Any, where: str) -> Any:
-    """Check one value; ``None`` and ``null`` stand for the default."""
+    """Check one value. ``None`` and ``null`` stand for the default."""
     if raw is None or (isinstance(raw, str) and raw.strip().lower() in ("none", "null", "~")):
-        return default_of(key, param)
-    checker = strict(param.checker)
+        return param.default
     try:
-        return checker.check(raw)
+        return param.checker.check(raw)
     except (ValueError, TypeError, OverflowError):
-        message = f"{where}: {key} must be {checker.help()}, not {raw!r}"
-    if isinstance(checker, Choice):
-        message += did_you_mean(str(raw), [str(value) for value in checker.values])
+        message = f"{where}: {key} must be {param.checker.help()}, not {raw!r}"
+    if isinstance(param.checker, Choice):
+        message += did_you_mean(str(raw), [str(value) for value in param.checker.values])
     raise UserError(message)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

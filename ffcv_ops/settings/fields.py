@@ -1,16 +1,44 @@
-"""Checkers of settings: each turns the text of a file or of the command line into a value, or refuses it."""
+"""Checkers of settings. Each turns what YAML or the command line gave into a value, or raises ValueError."""
 
 import math
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
-from fastargs import Config, Param, validation
+from fastargs import validation
+
+Value = TypeVar("Value")
+Value_co = TypeVar("Value_co", covariant=True)
+
+
+class Checker(ABC, Generic[Value_co]):
+    """Base class of the checkers. fastargs takes them for its own, and mypy knows what they return."""
+
+    takes_mapping: ClassVar[bool] = False
+    """If true, a YAML mapping is given to `check` as a list of pairs. Otherwise a mapping is an error."""
+
+    @abstractmethod
+    def check(self, value: Any) -> Value_co:
+        """Return the value of a setting.
+
+        Raises
+        ------
+        ValueError, TypeError, OverflowError
+            If the value is of another kind or out of bounds. The caller reports the setting and its place.
+        """
+
+    @abstractmethod
+    def help(self) -> str:
+        """Return the kind of value in words, as in "lr.lr must be a number >= 0"."""
+
+
+validation.Checker.register(Checker)  # fastargs has no types, so a subclass of its class would have none either
 
 
 @dataclass(frozen=True)
-class Integer(validation.Checker):
-    """An integer within bounds; text such as ``"12"`` counts, ``True`` and 1.5 do not."""
+class Integer(Checker[int]):
+    """An integer within bounds. Text such as ``"12"`` is accepted, ``True`` and 1.5 are not."""
 
     min: int | None = None
     max: int | None = None
@@ -30,8 +58,8 @@ class Integer(validation.Checker):
 
 
 @dataclass(frozen=True)
-class Number(validation.Checker):
-    """A finite number within bounds; text such as ``"1e-4"``, which YAML does not take for a number, counts."""
+class Number(Checker[float]):
+    """A finite number within bounds. Text such as ``"1e-4"`` is accepted, since YAML reads it as text."""
 
     min: float | None = None
     max: float | None = None
@@ -56,8 +84,8 @@ class Number(validation.Checker):
 
 
 @dataclass(frozen=True)
-class Switch(validation.Checker):
-    """On or off: 1/0, true/false, yes/no, on/off in any case. ``"False"`` is off, other text is an error."""
+class Switch(Checker[bool]):
+    """On or off: 1/0, true/false, yes/no, on/off in any case. ``"False"`` is off. Other text is an error."""
 
     def check(self, value: Any) -> bool:
         word = str(value).strip().lower()
@@ -71,19 +99,20 @@ class Switch(validation.Checker):
         return "1 or 0"
 
 
-class Auto(Switch):
-    """``auto``, or a `Switch`."""
+@dataclass(frozen=True)
+class Auto(Checker[bool | Literal["auto"]]):
+    """The word ``auto``, or a `Switch`."""
 
-    def check(self, value: Any) -> Any:
-        return "auto" if str(value).strip().lower() == "auto" else super().check(value)
+    def check(self, value: Any) -> bool | Literal["auto"]:
+        return "auto" if str(value).strip().lower() == "auto" else Switch().check(value)
 
     def help(self) -> str:
         return "auto, 1 or 0"
 
 
 @dataclass(frozen=True)
-class Text(validation.Checker):
-    """Text that is not empty. An integer counts (YAML takes a bare 12355 for one); other YAML types do not."""
+class Text(Checker[str]):
+    """Text that is not empty. An integer is accepted (YAML reads a bare 12355 as one), other YAML types are not."""
 
     def check(self, value: Any) -> str:
         if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
@@ -94,13 +123,13 @@ class Text(validation.Checker):
         return "text"
 
 
-class Choice(validation.Checker):
-    """One of a few values, told by their text: ``32`` in YAML chooses ``"32"``."""
+class Choice(Checker[Value]):
+    """One of a few values, compared by their text: ``32`` in YAML chooses ``"32"``."""
 
-    def __init__(self, *values: Any):
+    def __init__(self, *values: Value):
         self.values = values
 
-    def check(self, value: Any) -> Any:
+    def check(self, value: Any) -> Value:
         for choice in self.values:
             if str(choice) == str(value):
                 return choice
@@ -111,8 +140,8 @@ class Choice(validation.Checker):
 
 
 @dataclass(frozen=True)
-class Range(validation.Checker):
-    """Two numbers, 0 < low <= high <= max: a YAML list, or ``0.08,1`` on the command line. Gives a tuple."""
+class Range(Checker[tuple[float, float]]):
+    """Two numbers, 0 < low <= high <= max: a YAML list, or ``0.08,1`` on the command line."""
 
     max: float | None = None
 
@@ -129,8 +158,10 @@ class Range(validation.Checker):
         return "two numbers LOW,HIGH with 0 < LOW <= HIGH" + ("" if self.max is None else f" <= {self.max:g}")
 
 
-class Course(validation.Checker):
-    """Percentages at epochs: a YAML mapping, or ``10:30,25:50`` on the command line. Gives a dict in epoch order."""
+class Course(Checker[dict[int, float]]):
+    """Percentages at epochs, in the order of the epochs: a YAML mapping, or ``10:30,25:50`` on the command line."""
+
+    takes_mapping = True
 
     def check(self, value: Any) -> dict[int, float]:
         pairs = [part.split(":") for part in value.split(",")] if isinstance(value, str) else value
@@ -143,32 +174,8 @@ class Course(validation.Checker):
         return "EPOCH: PERCENT, any number of them, each epoch >= 1 and once"
 
 
-def strict(checker: validation.Checker) -> validation.Checker:
-    """The strict counterpart of one of fastargs' own checkers, any other as it is."""
-    plain = {
-        validation.Int: Integer(),
-        validation.Float: Number(),
-        validation.Bool: Switch(),
-        validation.Str: Text(),
-    }
-    if isinstance(checker, validation.OneOf):
-        return Choice(*sorted(checker.possible_values, key=str))
-    if isinstance(checker, (validation.And, validation.Or)):
-        return type(checker)(*map(strict, checker.checkers))
-    return plain.get(type(checker), checker)
-
-
-def parameters_of(config: Config) -> dict[str, Param]:
-    """Return the declared parameters by ``section.key``."""
-    return {".".join(path): param for path, param in config.entries.items()}
-
-
-def default_of(key: str, param: Param) -> Any:
-    return None if param.default is None else strict(param.checker).check(param.default)
-
-
 def show(value: Any) -> str:
-    """A value as it would be typed on the command line."""
+    """Return a value as a user would type it on the command line."""
     if isinstance(value, tuple):
         return ",".join(show(part) for part in value)
     if isinstance(value, dict):

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 
 def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """``"; did you mean training.epochs?"`` for the names nearest to ``name``, else a pointer to ``--help``.
+    """Return ``"; did you mean training.epochs?"`` with the most similar names, otherwise a pointer to ``--help``.
 
-    Names are near as a whole or in their last part, so that a key in the wrong section finds its place.
+    Names are compared as a whole and by their last part, so that a key in the wrong section is found too.
     """
 
     def likeness(other: str) -> float:

@@ -10,7 +10,6 @@ import yaml
 from fastargs import Param
 
 from ffcv_ops.errors import UserError
-from ffcv_ops.settings.fields import Course, strict
 from ffcv_ops.settings.suggestions import did_you_mean
 
 
@@ -47,13 +46,19 @@ class ShippedFiles:
 
 
 def read_file(parameters: Mapping[str, Param], path: Path, shipped: ShippedFiles) -> list[tuple[str, Any, str]]:
-    """Read a YAML (or JSON) file of sections into (key, raw value, ``file:line``)."""
+    """Read a YAML (or JSON) file of sections into (key, raw value, ``file:line``).
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, is not YAML, or sets an unknown key or a key twice.
+    """
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
             raise UserError(f"{path}: not a mapping of sections to settings, such as\ntraining:\n  epochs: 100")
-        return list(_walk(parameters, path, loader, root, "", {}))
+        return list(_Sections(parameters, path, loader).walk(root))
     except FileNotFoundError:
         raise UserError(f"--config-file {path}: no such file{shipped.hint(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -65,42 +70,41 @@ def read_file(parameters: Mapping[str, Param], path: Path, shipped: ShippedFiles
         raise UserError(f"{path}: not valid YAML: {error}") from None
 
 
-def _walk(
-    parameters: Mapping[str, Param],
-    path: Path,
-    loader: yaml.SafeLoader,
-    node: yaml.MappingNode,
-    prefix: str,
-    lines: dict[str, int],
-) -> Iterable[tuple[str, Any, str]]:
-    """Go down a YAML mapping to the declared keys; ``section.key: value`` on one line is understood too."""
-    for name_node, value_node in node.value:
-        key = prefix + str(name_node.value)
-        line = name_node.start_mark.line + 1
-        where = f"{path}:{line}"
-        if key in lines:
-            raise UserError(f"{where}: {key} is set twice, first in line {lines[key]}: keep one")
-        lines[key] = line
-        if key in parameters:
-            is_course = isinstance(parameters[key].checker, Course)
-            if isinstance(value_node, yaml.MappingNode) and not is_course:
-                raise UserError(f"{where}: {key} must be {strict(parameters[key].checker).help()}, not a mapping")
-            yield key, _construct(loader, value_node), where
-        elif any(known.startswith(f"{key}.") for known in parameters):
-            if isinstance(value_node, yaml.MappingNode):
-                yield from _walk(parameters, path, loader, value_node, f"{key}.", lines)
-            elif value_node.tag != "tag:yaml.org,2002:null":
-                raise UserError(f"{where}: {key} is a section and must hold settings, not a value")
-        else:
-            names = [*parameters, *({known.split(".")[0] for known in parameters} if not prefix else ())]
-            raise UserError(f"{where}: unknown setting {key}{did_you_mean(key, names)}")
+class _Sections:
+    """The nodes of one file, and the line of each key met so far."""
 
+    def __init__(self, parameters: Mapping[str, Param], path: Path, loader: yaml.SafeLoader):
+        self.parameters, self.path, self.loader = parameters, path, loader
+        self.lines: dict[str, int] = {}
 
-def _construct(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
-    """The value of a node; a mapping as its pairs, so that a name given twice is not lost."""
-    if isinstance(node, yaml.MappingNode):
-        return [(_construct(loader, name), _construct(loader, value)) for name, value in node.value]
-    try:
-        return loader.construct_object(node, deep=True)
-    except ValueError:  # what looks like a date and is none: let the checker see the text
-        return node.value
+    def walk(self, node: yaml.MappingNode, prefix: str = "") -> Iterable[tuple[str, Any, str]]:
+        """Go down a mapping to the declared keys. ``section.key: value`` on one line is accepted too."""
+        for name_node, value_node in node.value:
+            key = prefix + str(name_node.value)
+            line = name_node.start_mark.line + 1
+            where = f"{self.path}:{line}"
+            if key in self.lines:
+                raise UserError(f"{where}: {key} is set twice, first in line {self.lines[key]}: keep one")
+            self.lines[key] = line
+            if key in self.parameters:
+                checker = self.parameters[key].checker
+                if isinstance(value_node, yaml.MappingNode) and not checker.takes_mapping:
+                    raise UserError(f"{where}: {key} must be {checker.help()}, not a mapping")
+                yield key, self._value(value_node), where
+            elif any(known.startswith(f"{key}.") for known in self.parameters):
+                if isinstance(value_node, yaml.MappingNode):
+                    yield from self.walk(value_node, f"{key}.")
+                elif value_node.tag != "tag:yaml.org,2002:null":
+                    raise UserError(f"{where}: {key} is a section and must hold settings, not a value")
+            else:
+                sections = {known.split(".")[0] for known in self.parameters} if not prefix else ()
+                raise UserError(f"{where}: unknown setting {key}{did_you_mean(key, [*self.parameters, *sections])}")
+
+    def _value(self, node: yaml.Node) -> Any:
+        """Return the value of a node. A mapping becomes a list of pairs, so that a name given twice is not lost."""
+        if isinstance(node, yaml.MappingNode):
+            return [(self._value(name), self._value(value)) for name, value in node.value]
+        try:
+            return self.loader.construct_object(node, deep=True)
+        except ValueError:  # text that looks like a date but is none: the checker gets the text
+            return node.value
