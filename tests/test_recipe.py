@@ -9,6 +9,7 @@ published recipes, which a test compares with the numbers below.
 import copy
 import dataclasses
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -278,6 +279,40 @@ def test_a_recipe_never_changes():
         recipe.training = recipe.training
     longer = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, epochs=31))
     assert (longer.flat()["training.epochs"], recipe.training.epochs) == (31, 30)
+
+
+@pytest.mark.slow
+def test_mypy_knows_the_recipe(tmp_path):
+    lines = {
+        "recipe.trainin.epoch": '"Recipe" has no attribute "trainin"; maybe "training"?',
+        "recipe.training.epoch": '"Training" has no attribute "epoch"; maybe "epochs"?',
+        "recipe.training.epochs = 3": 'Property "epochs" defined in "Training" is read-only',
+        "reveal_type(recipe.training.epochs)": 'Revealed type is "int"',
+        "reveal_type(recipe.training.bn_wd)": 'Revealed type is "float | None"',
+        "reveal_type(recipe.training.nesterov)": 'Revealed type is "bool"',
+        "count: int = setting(Text(), default='3')": "Incompatible types in assignment",
+    }
+    imports = (
+        "from ffcv_ops.settings import setting",
+        "from ffcv_ops.settings.fields import Text",
+        "from imagenet_training.recipe import read_recipe",
+        "recipe = read_recipe([])",
+    )
+    (tmp_path / "mine.py").write_text("\n".join([*imports, *lines]) + "\n")
+    # ffcv_ops/__init__.py names the types of the whole data path, and those of torch with them: seconds for nothing.
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\nignore_missing_imports = True\n[mypy-ffcv_ops]\nfollow_imports = skip\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "mine.py"],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    said = done.stdout.replace("builtins.", "").replace("Union[float, None]", "float | None").splitlines()
+    for number, expected in enumerate(lines.values(), start=len(imports) + 1):
+        assert any(line.startswith(f"mine.py:{number}: ") and expected in line for line in said), done.stdout
 
 
 def test_import_is_light():

@@ -54,7 +54,7 @@ def declare(declared: type) -> Config:
     Raises
     ------
     TypeError
-        If a section or a field has no docstring.
+        If a field has no docstring below it.
     """
     config = Config()
     for name, section in sections_of(declared).items():
@@ -65,7 +65,7 @@ def declare(declared: type) -> Config:
                 raise TypeError(f"{section.__qualname__}.{each.name} needs a docstring below it")
             params[each.name] = each.metadata["param"]
             params[each.name].desc = explanations[each.name]
-        Section(name, explanations[""], config_descriptor=config).params(**params)
+        Section(name, " ".join(str(section.__doc__).split()), config_descriptor=config).params(**params)
     return config
 
 
@@ -75,22 +75,14 @@ def parameters_of(declared: type) -> dict[str, Param]:
 
 
 def _read_explanations(section: type) -> dict[str, str]:
-    """Return the docstrings below the fields of a class by name, and that of the class under an empty name.
-
-    Python drops the docstrings of fields, so they are read from the source.
-    """
-    if section.__doc__ is None or section.__doc__.startswith(f"{section.__name__}("):  # written by dataclass()
-        raise TypeError(f"the section {section.__qualname__} needs a docstring")
+    """Return the docstrings below the fields of a class by name. Python drops them, so they are read from the source."""
     body = _class_bodies(section.__module__)[section.__qualname__.rpartition(".")[2]]
-    explanations = {"": section.__doc__}
-    for statement, below in zip(body, body[1:], strict=False):
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(below, ast.Expr)
-            and isinstance(below.value, ast.Constant)
-        ):
-            explanations[ast.unparse(statement.target)] = str(below.value.value)
-    return {name: " ".join(text.split()) for name, text in explanations.items()}
+    return {
+        ast.unparse(field.target): " ".join(str(below.value.value).split())
+        for field, below in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+    }
 
 
 @cache
