@@ -75,12 +75,12 @@ def parameters_of(declared: type) -> dict[str, Param]:
 
 
 def _read_explanations(section: type) -> dict[str, str]:
-    """Return the docstrings below the fields of a class by name. Python drops them, so they are read from the source."""
+    """Return the docstrings below the fields of a class by name, from the source, since Python drops them."""
     body = _class_bodies(section.__module__)[section.__qualname__.rpartition(".")[2]]
     return {
-        ast.unparse(field.target): " ".join(str(below.value.value).split())
-        for field, below in zip(body, body[1:], strict=False)
-        if isinstance(field, ast.AnnAssign)
+        ast.unparse(statement.target): " ".join(str(below.value.value).split())
+        for statement, below in zip(body, body[1:], strict=False)
+        if isinstance(statement, ast.AnnAssign)
         if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
     }
 
