@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_imagenet  # noqa: E402
 from ffcv_ops import OrderOption, read_beton  # noqa: E402
-from imagenet_training.model import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
+from imagenet_training.data import IMAGENET_MEAN, IMAGENET_STD, Loaders, build_loaders  # noqa: E402
 from imagenet_training.recipe import Recipe, read_recipe  # noqa: E402
 
 # isort: split
@@ -73,6 +73,8 @@ class StockBatches:
     def __init__(self, recipe: Recipe, *, train: bool):
         self.smoothing, self.num_classes = recipe.training.label_smoothing if train else None, recipe.model.num_classes
         size = recipe.resolution.max_res
+        self.beton = read_beton(recipe.data.train_dataset if train else recipe.data.val_dataset)
+        self.batch_size = recipe.training.batch_size if train else recipe.validation.batch_size
         crop: Any = CenterCropRGBImageDecoder((size, size), ratio=recipe.validation.crop_ratio)
         flips = []
         if train:
@@ -82,8 +84,8 @@ class StockBatches:
         mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
         normalize = transforms.NormalizeImage(mean, std, np.float32)
         self.loader = StockLoader(
-            recipe.data.train_dataset if train else recipe.data.val_dataset,
-            batch_size=recipe.training.batch_size if train else recipe.validation.batch_size,
+            self.beton.path,
+            batch_size=self.batch_size,
             num_workers=1,
             order=OrderOption.RANDOM if train else OrderOption.SEQUENTIAL,
             seed=recipe.training.seed,
@@ -93,6 +95,13 @@ class StockBatches:
                 "label": [IntDecoder(), transforms.ToTensor(), transforms.Squeeze(1)],
             },
         )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def next_traversal_order(self) -> np.ndarray:
+        """Return the ids of the validation samples in their order."""
+        return np.arange(self.beton.num_samples)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for images, labels in self.loader:
@@ -123,10 +132,12 @@ def train(name: str, data: Path, folder: Path, seed: int, options: argparse.Name
     }.items():
         argv.append(f"--{key}={value}")
     recipe = read_recipe(argv)
-    run: Any = train_imagenet.Run(recipe, train_imagenet.join(recipe))
+    run = train_imagenet.build(recipe)
+    loaders = build_loaders(recipe, run.plan, run.data, run.world)
     if "stock" in name:
-        run.loader, run.val_loader = StockBatches(recipe, train=True), StockBatches(recipe, train=False)
-    run.train()
+        stock: dict[str, Any] = {split: StockBatches(recipe, train=split == "train") for split in ("train", "val")}
+        loaders = Loaders(**stock, train_crop=loaders.train_crop)
+    train_imagenet.train_epochs(recipe, run, loaders)
     (records,) = (folder / "logs").glob("*.jsonl")
     return 100 * json.loads(records.read_text().splitlines()[-1])["val/acc1"]
 

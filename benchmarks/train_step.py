@@ -26,6 +26,7 @@ On a CPU, to see it work:
 
 import argparse
 import collections
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -86,10 +87,13 @@ class Timed:
 # --- the three parts: functions of the options that return a function, which does a pass and returns images/s
 
 
-def build_run(options: argparse.Namespace) -> Any:
-    """The trainer as ``train_imagenet.py`` builds it."""
+def build_run(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Build a run as ``train_imagenet.py`` does: the run, its training loader and a log of progress lines."""
     import train_imagenet
     from ffcv_ops import read_beton
+    from imagenet_training.data import build_loaders
+    from imagenet_training.logs import RunLog
+    from imagenet_training.meters import EtaEstimator
     from imagenet_training.recipe import read_recipe
 
     settings = {
@@ -112,18 +116,19 @@ def build_run(options: argparse.Namespace) -> Any:
         "wandb.enable": 0,
     }
     recipe = read_recipe([f"--{key}={value}" for key, value in settings.items()])
-    run = train_imagenet.Run(recipe, train_imagenet.join(recipe))
-    run.compile_for(options.size)
-    return run
+    run = train_imagenet.build(recipe)
+    log = RunLog(Path(options.folder), is_main=True, eta=EtaEstimator([options.size], options.batches), log_every=50)
+    run.trainer.compile_for(options.batch_size, options.size, log)
+    return run, build_loaders(recipe, run.plan, run.data, run.world).train, log
 
 
 def build_model(options: argparse.Namespace) -> Callable[[], float]:
-    from imagenet_training.loop import autocast
+    from imagenet_training.trainer import autocast
 
-    run = build_run(options)
+    run, loader, _ = build_run(options)
     trainer = run.trainer
-    images, targets = (part.clone() for part in next(run.loader.epoch(0)))
-    run.loader.close()
+    images, targets = (part.clone() for part in next(loader.epoch(0)))
+    loader.close()
     trainer.model.train()
 
     def steps(count: int) -> None:
@@ -146,24 +151,25 @@ def build_model(options: argparse.Namespace) -> Callable[[], float]:
     return run_pass
 
 
-def train_once(run: Any, loader: Any, num_batches: int) -> None:
-    """An epoch of the trainer, with its progress lines."""
-    from imagenet_training.checkpoint import TrainState
-    from imagenet_training.loop import Forecast, train_epoch
+def train_once(run: Any, loader: Any, log: Any, num_batches: int) -> None:
+    """Train one epoch of so many batches, with progress lines."""
+    from imagenet_training.epoch import train_epoch
+    from imagenet_training.preemption import StopRequest
+    from imagenet_training.state import TrainState
 
-    forecast = Forecast([run.crop.size], num_batches)
-    options: dict[str, Any] = {"log_every": 50, "save": lambda: None, "steps_per_epoch": num_batches}
-    train_epoch(run.trainer, loader, TrainState(), run.log, forecast=forecast, **options)
+    plan = dataclasses.replace(run.plan, steps_per_epoch=num_batches)
+    stop = StopRequest(run.world)
+    train_epoch(run.trainer, loader, TrainState(), plan, log, stop=stop, save=lambda state: None)
 
 
 def build_trainer(options: argparse.Namespace) -> Callable[[], float]:
-    run = build_run(options)
+    run, loader, log = build_run(options)
     if options.profile:
-        profile(run, options)
+        profile(run, loader, log, options)
 
     def run_pass() -> float:
-        timed = Timed(run.loader, options.warmup, options.batches)
-        train_once(run, timed, options.batches)
+        timed = Timed(loader, options.warmup, options.batches)
+        train_once(run, timed, log, options.batches)
         synchronize()
         return (options.batches - options.warmup) * options.batch_size / (time.perf_counter() - timed.start_s)
 
@@ -280,9 +286,9 @@ def build_peer(options: argparse.Namespace) -> Callable[[], float]:
 # --- where the time of a step goes
 
 
-def profile(run: Any, options: argparse.Namespace) -> None:
+def profile(run: Any, loader: Any, log: Any, options: argparse.Namespace) -> None:
     """Profile the timed batches of one pass of the trainer, and write the time of an average step."""
-    from imagenet_training import loop
+    from imagenet_training import meters
 
     def ranged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -306,18 +312,19 @@ def profile(run: Any, options: argparse.Namespace) -> None:
                 yield batch
 
     trainer = run.trainer
-    originals = (trainer.gradient, trainer.update, loop.Meter.add, loop.FiniteCheck.fails)
-    trainer.gradient, trainer.update = ranged("model", trainer.gradient), ranged("optimizer", trainer.update)
-    loop.Meter.add = ranged("metrics", loop.Meter.add)  # type: ignore[method-assign]
-    loop.FiniteCheck.fails = ranged("metrics", loop.FiniteCheck.fails)  # type: ignore[method-assign]
+    originals = (trainer.backward, trainer.optimizer_step, meters.AccuracyMeter.add, meters.NonFiniteGuard.fails)
+    trainer.backward = ranged("model", trainer.backward)
+    trainer.optimizer_step = ranged("optimizer", trainer.optimizer_step)
+    meters.AccuracyMeter.add = ranged("metrics", meters.AccuracyMeter.add)  # type: ignore[method-assign]
+    meters.NonFiniteGuard.fails = ranged("metrics", meters.NonFiniteGuard.fails)  # type: ignore[method-assign]
     profiler = torch.profiler.profile()
-    batches = Batches(run.loader, options.warmup, options.batches)
-    train_once(run, batches, options.batches)
+    batches = Batches(loader, options.warmup, options.batches)
+    train_once(run, batches, log, options.batches)
     synchronize()
     elapsed_s = time.perf_counter() - batches.start_s
     profiler.stop()
-    trainer.gradient, trainer.update = originals[:2]
-    loop.Meter.add, loop.FiniteCheck.fails = originals[2:]  # type: ignore[method-assign]
+    trainer.backward, trainer.optimizer_step = originals[:2]
+    meters.AccuracyMeter.add, meters.NonFiniteGuard.fails = originals[2:]  # type: ignore[method-assign]
     with tempfile.NamedTemporaryFile(suffix=".json") as trace:
         profiler.export_chrome_trace(trace.name)
         events = json.loads(Path(trace.name).read_text())["traceEvents"]

@@ -1,77 +1,104 @@
-"""What a run tells: console, log file, a JSONL record of every epoch, a curve, Weights & Biases."""
+"""Log a run: console, log file, a JSONL record of every epoch, a curve."""
 
 import json
-import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
 from ffcv_ops.files import replace_text
+from ffcv_ops.units import show_duration
 from imagenet_training.charts import draw_curve
-from imagenet_training.metrics import ExpectedAccuracy
+from imagenet_training.metrics import ExpectedAccuracy, pace
+from imagenet_training.state import TrainState
 
-if TYPE_CHECKING:  # so that reading a run's record does not need torch
-    from imagenet_training.checkpoint import TrainState
+if TYPE_CHECKING:  # reading a run's record does not need torch
+    from imagenet_training.epoch import EpochMeters
+    from imagenet_training.meters import EtaEstimator
 
 Batch = TypeVar("Batch")
 
 
 class RunLog:
-    """The one place that speaks for a run; silent on every rank but 0.
+    """The one place that prints and records a run. It is silent on every rank but 0.
 
-    On a terminal, bars stand for the lines on where an epoch is; those lines are printed where the output is piped,
-    and kept in the log file either way.
+    On a terminal, a bar shows the progress of an epoch. If the output is piped, lines do. The log file gets the lines
+    either way.
 
     Parameters
     ----------
     folder : Path
-        Holds ``<run>.log`` as the console shows it, ``<run>.jsonl``, ``<run>.png``; made by `open`.
+        Holds ``<run>.log`` as the console shows it, ``<run>.jsonl``, ``<run>.png``. `open` makes the folder.
     is_main : bool
-        Whether this is rank 0.
+        True on rank 0.
     courses : dict of str to dict of int to float, optional
         Accuracies to compare with, in percent by epochs finished: for ``train/acc1``, ``val/acc1``, ``val/acc5``.
+    eta : EtaEstimator, optional
+        Estimates the end of the run; needed by `step` and `epoch`.
+    log_every : int
+        Steps between progress lines; 0 for none.
     """
 
-    def __init__(self, folder: Path, is_main: bool, courses: ExpectedAccuracy | None = None):
-        self.folder = folder
-        self.is_main = is_main
-        self.courses = courses or {}
+    def __init__(
+        self,
+        folder: Path,
+        is_main: bool,
+        courses: ExpectedAccuracy | None = None,
+        *,
+        eta: "EtaEstimator | None" = None,
+        log_every: int = 0,
+    ):
+        self.folder, self.is_main, self.courses, self.log_every = folder, is_main, courses or {}, log_every
+        self._eta = eta
         self._file: TextIO | None = None
         self._run_name = ""
         self._wandb: Any = None
         self._unwritten: list[str] = []
         self._bar: tqdm | None = None
-        self._said_once = False
+        self._printed_pace = self._printed_failure = False
         self.last: dict[str, float] = {}
 
-    def say(self, text: str) -> None:
-        """Print a line on rank 0, and keep it for the log file."""
+    @property
+    def eta(self) -> "EtaEstimator":
+        assert self._eta is not None, "this log is of a run that does not train"
+        return self._eta
+
+    def print(self, text: str) -> None:
+        """Print text on rank 0, and add it to the log file."""
         if not self.is_main:
             return
         with tqdm.external_write_mode(file=sys.stdout):
             print(text, flush=True)
-        self._keep(text)
+        self.keep(text)
 
-    def say_once(self, text: str) -> None:
-        """Print a line unless an earlier call has printed its own."""
-        if not self._said_once:
-            self._said_once = True
-            self.say(text)
+    def keep(self, text: str) -> None:
+        """Add text to the log file only."""
+        if not self.is_main:
+            return
+        if self._file is None:
+            self._unwritten.append(text)
+        else:
+            print(text, file=self._file, flush=True)
+
+    def failure(self, rank: int, message: str) -> None:
+        """Print once that another rank has failed, and why."""
+        if not self._printed_failure:
+            self._printed_failure = True
+            self.print(f"error: the run ends, because rank {rank} has failed: {message}")
 
     def track(self, batches: Iterable[Batch], what: str, *, total: int, done: int = 0) -> Iterator[Batch]:
-        """The batches as they are; on a terminal with a bar that counts them.
+        """Yield the batches; on a terminal, show a bar that counts them.
 
         Parameters
         ----------
         batches : iterable
         what : str
-            Stands before the bar.
+            Text before the bar.
         total, done : int
-            Batches in all, and those that were done earlier.
+            Number of all batches, and of those that an interrupted run has done.
         """
         if not (self.is_main and sys.stderr.isatty()):
             yield from batches
@@ -87,24 +114,41 @@ class RunLog:
             finally:
                 self._bar = None
 
-    def progress(self, line: str, brief: str) -> None:
-        """A passing line: kept for the log file, and printed unless a bar shows `brief` on a terminal."""
+    def step(self, state: TrainState, meters: "EpochMeters") -> None:
+        """Print and record the progress of an epoch, if a line is due after this step."""
+        steps_per_epoch = meters.plan.steps_per_epoch
+        done = state.batch // meters.plan.accumulation
+        if not self.is_main or not self.log_every or done % self.log_every:
+            return
+        now = meters.values()
+        remaining_s = self.eta.remaining_s(state.epoch, done, now["step_s"])
+        self._progress(
+            f"epoch {state.epoch}  step {done}/{steps_per_epoch}  loss {now['train/loss']:.4f}  "
+            f"top-1 {now['train/acc1']:.2%}  lr {now['lr']:.5g}  {now['images_per_s']:,.0f} images/s  "
+            f"data wait {now['data_wait']:.1%}  {show_duration(remaining_s)} to go",
+            f"run {show_duration(remaining_s)} to go, loss {now['train/loss']:.3f}, top-1 {now['train/acc1']:.1%}, "
+            f"{now['images_per_s']:,.0f} images/s",
+        )
+        if not self._printed_pace and (step_s := meters.clock.steady_step_s()):
+            self._printed_pace = True
+            remaining_s = self.eta.remaining_s(state.epoch, done, step_s)
+            self.print(pace_line(self.eta.resolutions[state.epoch], step_s * steps_per_epoch, remaining_s))
+        if self._wandb is not None:
+            values = {"step/loss": now["train/loss"], "lr": now["lr"], "images_per_s": now["images_per_s"]}
+            self._wandb.log(values, step=state.step)
+
+    def _progress(self, line: str, brief: str) -> None:
+        """Add a line to the log file, and print it unless a bar shows `brief` on a terminal."""
         if self._bar is None or not sys.stdout.isatty():
-            self.say(line)
+            self.print(line)
             return
         self._bar.set_postfix_str(brief)
-        self._keep(line)
+        self.keep(line)
 
-    def _keep(self, text: str) -> None:
-        if self._file is None:
-            self._unwritten.append(text)
-        else:
-            print(text, file=self._file, flush=True)
+    def open(self, state: TrainState, provenance: dict[str, Any]) -> None:
+        """Start the run's files, or continue those of a resumed run. The state gets the name of the files.
 
-    def open(self, state: "TrainState", facts: dict[str, Any], wandb_settings: dict[str, Any]) -> None:
-        """Begin the run's files, or go on with those of a resumed run; names them in ``state``.
-
-        Records of epochs that the resumed run does again are dropped, so that each epoch stands once.
+        Records of epochs that the resumed run repeats are dropped, so that each epoch is recorded once.
         """
         state.run_name = state.run_name or time.strftime("train_%Y-%m-%d_%H-%M-%S")
         self._run_name = state.run_name
@@ -116,15 +160,18 @@ class RunLog:
             print(text, file=self._file, flush=True)
         self._unwritten.clear()
         self._write_records([record for record in self.records() if record["epoch"] < state.epoch])
-        replace_text(self.folder / f"{state.run_name}.recipe.json", json.dumps(facts, indent=1) + "\n")
-        self._wandb = self._start_wandb(state, facts, **wandb_settings)
+        replace_text(self.folder / f"{state.run_name}.recipe.json", json.dumps(provenance, indent=1) + "\n")
+        if provenance["recipe"]["wandb"]["enable"]:
+            from imagenet_training.wandb import start_wandb
+
+            self._wandb = start_wandb(state, provenance, self.folder, self.print)
 
     @property
     def _records_path(self) -> Path:
         return self.folder / f"{self._run_name}.jsonl"
 
     def records(self) -> list[dict[str, Any]]:
-        """The records of the run's epochs so far."""
+        """Return the records of the run's epochs so far."""
         if not self._records_path.exists():
             return []
         return [json.loads(line) for line in self._records_path.read_text(encoding="utf-8").splitlines()]
@@ -132,18 +179,28 @@ class RunLog:
     def _write_records(self, records: list[dict[str, Any]]) -> None:
         replace_text(self._records_path, "".join(json.dumps(record) + "\n" for record in records))
 
-    def metrics(self, values: dict[str, float], step: int) -> None:
-        """Send metrics of one step to W&B."""
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
+    def epoch(self, state: TrainState, values: Mapping[str, float]) -> None:
+        """Print and record an epoch that has just been finished: a line, a JSONL record, W&B.
 
-    def epoch(self, values: dict[str, float], step: int) -> None:
-        """Record a finished epoch: a JSONL line, W&B."""
+        Parameters
+        ----------
+        state : TrainState
+            At the start of the next epoch.
+        values : mapping
+            Metrics of the finished epoch.
+        """
         if not self.is_main:
             return
-        self.last = values
-        self._write_records([*self.records(), {**values, "step": step, "time": time.time()}])
-        self.metrics(values, step)
+        self.eta.end_pause()
+        epoch, resolutions = state.epoch - 1, self.eta.resolutions
+        left_s = self.eta.remaining_s(epoch, self.eta.steps_per_epoch, values["step_s"])
+        values = {**values, "remaining_s": left_s - (self.eta.pause_s or 0.0)}
+        expected = pace(values, self.courses, epoch + 1)
+        self.print(epoch_line(values, epoch, len(resolutions), resolutions[epoch], expected))
+        self.last = {"epoch": epoch, **values, "resolution": resolutions[epoch]}
+        self._write_records([*self.records(), {**self.last, "step": state.step, "time": time.time()}])
+        if self._wandb is not None:
+            self._wandb.log(self.last, step=state.step)
 
     def draw(self) -> None:
         """Draw the curve of the epochs so far."""
@@ -160,40 +217,28 @@ class RunLog:
             self._file.close()
             self._file = None
 
-    def _start_wandb(
-        self, state: "TrainState", facts: dict[str, Any], *, enable: bool, project: str, name: str | None
-    ) -> Any:
-        if not enable:
-            return None
-        import wandb
 
-        mode = os.environ.get("WANDB_MODE")
-        if mode is None and not has_wandb_key():
-            mode = "offline"
-            self.say(
-                "W&B: no API key found, so this run is recorded offline. `bash launch/setup_wandb.sh` stores a key; "
-                "`wandb sync` uploads the run; --no_wandb records nothing."
-            )
-        settings: dict[str, Any] = {
-            "project": project,
-            "name": name or state.run_name,
-            "id": state.wandb_id or None,
-            "resume": "allow" if state.wandb_id else None,
-            "config": facts,
-            "dir": str(self.folder),
-            "settings": wandb.Settings(silent=True, console="off"),
-        }
-        try:
-            run = wandb.init(mode=mode, **settings)  # type: ignore[arg-type]
-        except wandb.errors.Error as error:
-            self.say(f"W&B: {error}. This run is recorded offline.")
-            run = wandb.init(mode="offline", **settings)
-        state.wandb_id = run.id
-        return run
+def pace_line(resolution: int, epoch_s: float, remaining_s: float) -> str:
+    """Return what the first steps of a process mean for the time that its run takes."""
+    end = time.strftime("%a %d %b %Y %H:%M", time.localtime(time.time() + remaining_s))
+    return (
+        f"expected from the first steps, at {resolution} px and without evaluation: {show_duration(epoch_s)} an "
+        f"epoch, the end in {show_duration(remaining_s)}, {end}"
+    )
 
 
-def has_wandb_key() -> bool:
-    """Whether W&B could log in without asking: a key in the environment or kept by `wandb login`."""
-    import wandb
-
-    return bool(wandb.login(prompt=False, verify=False))
+def epoch_line(values: Mapping[str, float], epoch: int, epochs: int, resolution: int, expected: str) -> str:
+    """Return one line on a finished epoch, and its distance from what the recipe expects."""
+    line = (
+        f"epoch {epoch} ({epoch + 1}/{epochs})  {resolution} px  train loss {values['train/loss']:.4f}  "
+        f"top-1 {values['train/acc1']:.2%}"
+    )
+    if "val/acc1" in values:
+        line += f"  val loss {values['val/loss']:.4f}  top-1 {values['val/acc1']:.2%}  top-5 {values['val/acc5']:.2%}"
+    line += f"  {values['images_per_s']:,.0f} images/s  data wait {values['data_wait']:.1%}"
+    if "gpu_peak_allocated_bytes" in values:
+        allocated, reserved = (values[f"gpu_peak_{kind}_bytes"] / 2**30 for kind in ("allocated", "reserved"))
+        line += f"  GPU memory {allocated:.1f} GiB ({reserved:.1f} reserved)"
+    if values["remaining_s"]:
+        line += f"  {show_duration(values['remaining_s'])} to go"
+    return f"{line}  {expected}" if expected else line

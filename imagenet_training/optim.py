@@ -1,7 +1,6 @@
-"""What changes the weights: parameter groups, optimizers, the moving average."""
+"""The optimizer of a run, its parameter groups, and the moving average of the weights."""
 
 import torch
-from timm.optim import Lamb
 from torch.optim.swa_utils import AveragedModel
 
 
@@ -12,15 +11,15 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float, bn_wd: float |
     ----------
     model : torch.nn.Module
     weight_decay : float
-        Of parameters with two dimensions and more: the weights of convolutions and linear layers.
+        For parameters with two dimensions and more: the weights of convolutions and linear layers.
     bn_wd : float, optional
-        Of one-dimensional parameters: scales and shifts of normalisation layers, biases. None: ``weight_decay`` too.
+        For one-dimensional parameters: scales and shifts of normalisation layers, biases. None: as ``weight_decay``.
 
     Returns
     -------
     list of dict
-        Groups for a torch optimizer, empty ones left out. ffcv-imagenet tells normalisation layers by "bn" in their
-        name and so misses those of ResNet's shortcuts; the number of dimensions misses none.
+        Groups for a torch optimizer, without empty ones. ffcv-imagenet recognises normalisation layers by "bn" in
+        their names, and so misses those of ResNet's shortcuts. The number of dimensions misses none.
     """
     by_decay: dict[float, list[torch.nn.Parameter]] = {}
     for parameter in model.parameters():
@@ -45,26 +44,28 @@ def build_optimizer(
     Parameters
     ----------
     name : {"sgd", "lamb", "adamw"}
-        SGD with momentum; timm's LAMB, which bounds the norm of the whole gradient by 1 (as "ResNet Strikes Back"
-        trained); AdamW. SGD and AdamW are fused where the parameters lie on a GPU.
+        SGD with momentum; AdamW; timm's LAMB, which bounds the norm of the whole gradient by 1, as in "ResNet Strikes
+        Back". SGD and AdamW are fused if the parameters are on a GPU.
     momentum, nesterov
-        Of SGD alone.
+        For SGD only.
 
     Notes
     -----
-    Under a gradient scaler the fused ones skip a step that overflowed on the GPU itself; LAMB has the host wait for the
-    verdict in every step.
+    If a gradient overflows under a gradient scaler, fused optimizers skip the step on the GPU itself. LAMB makes the
+    host wait for the result of that check in every step.
     """
     groups = parameter_groups(model, weight_decay, bn_wd)
     fused = all(parameter.is_cuda for parameter in model.parameters())
     if name == "lamb":
+        from timm.optim import Lamb  # here, because importing timm takes two seconds
+
         return Lamb(groups, lr=lr)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=fused)
     sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
     if momentum:
-        # The fused one takes whatever memory it is given as momentum where the very first gradient overflows. From
-        # zeros the first step is the same: 0 x momentum + gradient.
+        # Fused SGD allocates its momentum at the first step, and does not fill it if the first gradient overflows.
+        # Whatever was in that memory is the momentum from then on. A momentum of zeros gives the same first step.
         for group in groups:
             for parameter in group["params"]:
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -74,8 +75,8 @@ def build_optimizer(
 class MovingAverage(AveragedModel):
     """Exponential moving average of a model's parameters and buffers; buffers of integers are copied.
 
-    As torchvision's references: the first update copies, each later one does ``ema = decay ema + (1 - decay) model``.
-    The update of `AveragedModel` itself copies its count to the GPU, and the host waits for that.
+    The first update copies. Each later one does ``ema = decay ema + (1 - decay) model``, as torchvision's references.
+    The update of `AveragedModel` copies its count to the GPU, and the host waits for the copy. This update does not.
 
     Parameters
     ----------
@@ -90,8 +91,8 @@ class MovingAverage(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: torch.nn.Module) -> None:
-        """Take in the model as it is now, without waiting for its device."""
-        weight = 1.0 - self.decay if self.n_averaged else 1.0  # the count lies in the host's memory
+        """Update the average with the model as it is now, without waiting for its device."""
+        weight = 1.0 - self.decay if self.n_averaged else 1.0  # the count is in the host's memory
         averages, values = ([*module.parameters(), *module.buffers()] for module in (self.module, model))
         pairs = list(zip(averages, values, strict=True))
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
@@ -103,5 +104,5 @@ class MovingAverage(AveragedModel):
 
 
 def build_ema(model: torch.nn.Module, decay: float) -> MovingAverage | None:
-    """The moving average of a model, None for a decay of 0."""
+    """Build the moving average of a model; None for a decay of 0."""
     return MovingAverage(model, decay) if decay else None

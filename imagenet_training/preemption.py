@@ -1,4 +1,4 @@
-"""Ending a run early: signals noticed at once, a step to stop at that all ranks agree on, other ranks' failures."""
+"""End a run early: after a signal, all ranks stop at the same step; if another rank has failed, this one ends too."""
 
 import os
 import select
@@ -13,43 +13,52 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from imagenet_training.distributed import Board, Failure, World
+from imagenet_training.distributed import World
 
 # Exit statuses after a save: EX_TEMPFAIL of sysexits.h, "try again later"; and the shell's for Ctrl-C.
 PREEMPTED, INTERRUPTED = 75, 130
-# How long a rank that failed has to speak and close its logs, before others leave and torchrun ends them all.
+# A rank that failed has so long to print its error and close its logs. Then the others exit, and torchrun ends all.
 SECONDS_TO_END = 10
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# Ranks ask each other about this often (s) whether one of them was signalled.
+# Ranks ask each other about this often (s) if one of them has received a signal.
 _ASK_S = 1.0
-# How often (s) a rank looks whether another has failed.
+# A rank checks this often (s) if another one has failed.
 _LOOK_S = 2.0
-# A signal this soon (s) after the first is the same one: torchrun passes on what its whole process group got.
+# A signal this soon (s) after the first is the same signal: torchrun passes on what its whole process group received.
 _SAME_S = 1.0
 
 
 class Stopped(Exception):
-    """All ranks stop here, because a signal to one of them asked for it."""
+    """All ranks stop here, because one of them has received a signal.
+
+    Parameters
+    ----------
+    exit_status : int
+        For the process: `INTERRUPTED` after Ctrl-C, else `PREEMPTED`.
+    """
+
+    def __init__(self, exit_status: int):
+        super().__init__(exit_status)
+        self.exit_status = exit_status
 
 
 class StopRequest:
-    """A request to end the run early, sent by a signal to any of its ranks.
+    """A request to end the run early, made by a signal to any of its ranks.
 
-    As a context manager, in the main thread: SIGTERM, SIGUSR1 and Ctrl-C no longer end the process but make `agreed`
-    return True on all ranks, at the same call of each; a second signal ends the process at once. A thread of its own
-    watches, since the main thread may be waiting for a rank that is gone: where another rank has failed, it hands the
-    failure to `on_failure` and ends the process.
+    Use it as a context manager, in the main thread. Then SIGTERM, SIGUSR1 and Ctrl-C do not end the process. Instead
+    `agreed` returns True on all ranks, at the same call of each. A second signal ends the process at once. A thread
+    watches for signals, because the main thread may be waiting for a rank that is gone. If another rank has failed,
+    the thread passes the failure to `on_failure` and ends the process.
 
-    No step waits for another rank: ranks ask by a reduction of two integers about once a second, and read the answer
-    one question later, when it has long been there. They stop within some two seconds and a step.
+    No step waits for another rank: about once a second, the ranks start a reduction of two integers, and read its
+    result at the next reduction. The run stops within about two seconds and a step.
 
     Parameters
     ----------
     world : World
-    board : Board
-        Where failures are announced.
+        Its store is where failures are announced.
     on_failure : callable
-        Called in the watching thread with the failure of another rank.
+        Called in the watching thread with the rank and the message of another rank's failure.
 
     Attributes
     ----------
@@ -57,8 +66,8 @@ class StopRequest:
         For the process, once `agreed` has returned True: `INTERRUPTED` after Ctrl-C, else `PREEMPTED`.
     """
 
-    def __init__(self, world: World, board: Board, on_failure: Callable[[Failure], None] = lambda failure: None):
-        self.world, self.board, self.on_failure = world, board, on_failure
+    def __init__(self, world: World, on_failure: Callable[[int, str], None] = lambda rank, message: None):
+        self.world, self.on_failure = world, on_failure
         self.exit_status = 0
         self._signal_status = 0
         self._failing = False
@@ -71,7 +80,7 @@ class StopRequest:
         self._sender.setblocking(False)
         self._before_fd = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's background jobs ask for
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup and background jobs of a shell ignore signals
                 self._before[number] = signal.signal(number, lambda number, frame: None)
         self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._watcher.start()
@@ -79,7 +88,7 @@ class StopRequest:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if self.world.world_size > 1 and kind not in (None, Stopped):
-            self._failing = True  # the watcher stays, to end the process with the others
+            self._failing = True  # the watcher stays, and ends this process with the others
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -90,12 +99,12 @@ class StopRequest:
         self._sender.close()
 
     def agreed(self, *, now: bool = False) -> bool:
-        """Whether the run stops here. All ranks must call it at the same places.
+        """Return True if the run stops here. All ranks must call this at the same places.
 
         Parameters
         ----------
         now : bool
-            Wait for the other ranks' present answer, at a place where the run waits for them anyway.
+            Wait for the present answer of the other ranks, at a place where the run waits for them anyway.
         """
         if self.world.world_size == 1:
             self.exit_status = self._signal_status
@@ -112,20 +121,25 @@ class StopRequest:
         self._answer, self._interval = self._ask(), interval
         return False
 
-    def watched(self, batches: Iterable[Any], num_batches: int) -> Iterator[Any]:
-        """The batches of a loader, left with `Stopped` where the run stops among the first ``num_batches`` of them.
+    def raise_if_agreed(self, *, now: bool = False) -> None:
+        """Raise `Stopped` if the run stops here; see `agreed`."""
+        if self.agreed(now=now):
+            raise Stopped(self.exit_status)
 
-        All ranks must have so many; what some have beyond is not interrupted.
+    def watched(self, batches: Iterable[Any], num_batches: int) -> Iterator[Any]:
+        """Yield the batches of a loader; raise `Stopped` if the run stops among the first ``num_batches`` of them.
+
+        All ranks must have so many batches. Batches beyond these are not interrupted.
         """
         for number, batch in enumerate(batches):
-            if number < num_batches and self.agreed():
-                raise Stopped
+            if number < num_batches:
+                self.raise_if_agreed()
             yield batch
 
     def _ask(self) -> Callable[[], list[int]]:
-        """Begin a reduction of (exit status, calls until the next question, as rank 0 has it); returns how to read it.
+        """Start a reduction of (exit status, rank 0's number of calls until the next one); return its reader.
 
-        On a GPU the host does not wait for it: the answer is copied behind it.
+        On a GPU the host does not wait for the reduction: the result is copied to the host behind it.
         """
         elapsed_s = time.monotonic() - self._asked_s
         interval = min(max(int(_ASK_S * self._calls / max(elapsed_s, 1e-9)), 1), 1000)
@@ -157,9 +171,9 @@ class StopRequest:
             if 0 in received:
                 return
             signals = [signal.Signals(number) for number in received if number in self._before]
-            failure = self.board.failure() if self.world.world_size > 1 else None
+            failure = self.world.store.failure() if self.world.world_size > 1 else None
             if failure is not None and failure.rank != self.world.rank:
-                self.on_failure(failure)
+                self.on_failure(failure.rank, failure.message)
                 self._end(1, after_s=0 if signals or first_s else SECONDS_TO_END)
             for number in signals:
                 if self._failing:
@@ -168,11 +182,11 @@ class StopRequest:
                     first_s = time.monotonic()
                     self._notice(number)
                 elif time.monotonic() - first_s > _SAME_S:
-                    self._speak("a second signal: ending at once, with what was saved before")
+                    self._print("a second signal: ending at once, with what was saved before")
                     self._end(128 + number)
 
     def _end(self, status: int, after_s: float = 0.0) -> None:
-        """End the process, at the latest after a time and before that at a signal."""
+        """End the process after a time, or at the next signal if that comes first."""
         select.select([self._receiver], [], [], after_s)
         sys.stdout.flush()
         os._exit(status)
@@ -180,7 +194,7 @@ class StopRequest:
     def _notice(self, number: signal.Signals) -> None:
         self._signal_status = INTERRUPTED if number == signal.SIGINT else PREEMPTED
         if self.world.is_main:
-            self._speak(f"{number.name}: saving at the end of this step; a second signal ends at once")
+            self._print(f"{number.name}: saving at the end of this step; a second signal ends at once")
 
-    def _speak(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)

@@ -1,16 +1,14 @@
-"""What changes over a run: the learning rate by step, the training resolution by epoch."""
+"""The schedules of a run: the learning rate by step, the training resolution by epoch."""
 
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from imagenet_training.plan import Plan
 from imagenet_training.recipe import Recipe
 
 
 def cyclic_lr(epoch: int, *, lr: float, peak_epoch: int, epochs: int) -> float:
-    """ffcv-imagenet's ``get_cyclic_lr``: linear from 1e-4 of the peak at epoch 0 to the peak, then linear to 0.
+    """Return ffcv-imagenet's ``get_cyclic_lr``: linear from 1e-4 of the peak at epoch 0 to the peak, then to 0.
 
     Parameters
     ----------
@@ -19,7 +17,7 @@ def cyclic_lr(epoch: int, *, lr: float, peak_epoch: int, epochs: int) -> float:
     lr : float
         The peak.
     peak_epoch, epochs : int
-        Where the peak lies; where 0 is reached. With a peak beyond the end, the rise is all there is.
+        Epochs of the peak and of 0. If the peak is beyond the end, the rate only rises.
     """
     if epoch < peak_epoch:
         return lr * (1e-4 + (1 - 1e-4) * epoch / peak_epoch)
@@ -29,20 +27,20 @@ def cyclic_lr(epoch: int, *, lr: float, peak_epoch: int, epochs: int) -> float:
 
 
 def step_lr(epoch: int, *, lr: float, ratio: float, length: int, epochs: int) -> float:
-    """ffcv-imagenet's ``get_step_lr``: times ``ratio`` after every ``length`` epochs, 0 at the end."""
+    """Return ffcv-imagenet's ``get_step_lr``: times ``ratio`` after every ``length`` epochs, 0 at the end."""
     return 0.0 if epoch >= epochs else lr * ratio ** (epoch // length)
 
 
 def cosine_lr(progress: float, *, lr: float, min_lr: float) -> float:
-    """Half a cosine from ``lr`` at progress 0 to ``min_lr`` at progress 1 (SGDR, arXiv 1608.03983, no restarts)."""
+    """Return half a cosine from ``lr`` at progress 0 to ``min_lr`` at 1 (SGDR, arXiv 1608.03983, no restarts)."""
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def resolution_at(epoch: int, *, min_res: int, max_res: int, start_ramp: int, end_ramp: int) -> int:
-    """Side of the training crops in px, as ffcv-imagenet's ``get_resolution``.
+    """Return the side of the training crops in px, as ffcv-imagenet's ``get_resolution``.
 
-    ``min_res`` to epoch ``start_ramp`` and at it, ``max_res`` from epoch ``end_ramp`` on, and between them the
-    multiple of 32 nearest to the line that joins them, halves to the even multiple.
+    It is ``min_res`` up to epoch ``start_ramp``, and ``max_res`` from epoch ``end_ramp`` on. Between the two it is the
+    multiple of 32 nearest to the straight line; a half goes to the even multiple.
     """
     if epoch <= start_ramp:
         return min_res
@@ -52,24 +50,8 @@ def resolution_at(epoch: int, *, min_res: int, max_res: int, start_ramp: int, en
     return round(on_line / 32) * 32
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """A run's schedules, as pure functions of where it stands.
-
-    Attributes
-    ----------
-    lr : callable
-        Learning rate of an optimizer step, counted from 0 over the run.
-    resolution : callable
-        Side of the training crops in px, of an epoch, counted from 0.
-    """
-
-    lr: Callable[[int], float]
-    resolution: Callable[[int], int]
-
-
-def build_resolution(recipe: Recipe) -> Callable[[int], int]:
-    """The side of the training crops in px, of an epoch, counted from 0; see `resolution_at`."""
+def resolution_of(recipe: Recipe) -> Callable[[int], int]:
+    """Return the side of the training crops in px as a function of the epoch, counted from 0; see `resolution_at`."""
     resolution = recipe.resolution
     return functools.partial(
         resolution_at,
@@ -80,39 +62,40 @@ def build_resolution(recipe: Recipe) -> Callable[[int], int]:
     )
 
 
-def build_schedule(recipe: Recipe, plan: Plan) -> Schedule:
-    """The schedules that a recipe asks for.
+def build_lr(recipe: Recipe, *, peak: float, steps_per_epoch: int) -> Callable[[int], float]:
+    """Return the learning rate as a function of the optimizer step, counted from 0 over the run.
 
-    ``cyclic`` and ``step`` follow ffcv-imagenet: their values at the starts of epochs, joined by straight lines, so
-    that ``step`` falls over the epoch before a factor applies. ``cosine`` and ``step`` may begin with a warm-up: over
-    ``lr.warmup_epochs`` the rate rises linearly, from ``lr.warmup_lr`` times its value to all of it; the cosine
-    begins after it, while ``step`` counts its epochs from the first.
+    ``cyclic`` and ``step`` follow ffcv-imagenet: their values at the starts of epochs are joined by straight lines, so
+    ``step`` falls over the epoch before a factor applies. ``cosine`` and ``step`` may start with a warm-up: over
+    ``lr.warmup_epochs`` the rate rises linearly, from ``lr.warmup_lr`` times its value to all of it. The cosine begins
+    after the warm-up, while ``step`` counts its epochs from the first.
 
     Parameters
     ----------
     recipe : Recipe
-    plan : Plan
-        Peak learning rate, epochs, steps an epoch.
+    peak : float
+        Peak learning rate.
+    steps_per_epoch : int
     """
-    settings = recipe.lr
+    settings, epochs = recipe.lr, recipe.training.epochs
     at_epoch = {
-        "cyclic": functools.partial(cyclic_lr, lr=plan.lr, peak_epoch=settings.lr_peak_epoch, epochs=plan.epochs),
+        "cyclic": functools.partial(cyclic_lr, lr=peak, peak_epoch=settings.lr_peak_epoch, epochs=epochs),
         "step": functools.partial(
-            step_lr, lr=plan.lr, ratio=settings.step_ratio, length=settings.step_length, epochs=plan.epochs
+            step_lr, lr=peak, ratio=settings.step_ratio, length=settings.step_length, epochs=epochs
         ),
     }.get(settings.lr_schedule_type)
-    warmup_steps = settings.warmup_epochs * plan.steps_per_epoch
+    total_steps, warmup_steps = steps_per_epoch * epochs, settings.warmup_epochs * steps_per_epoch
 
-    def lr(step: int) -> float:
+    def lr_at(step: int) -> float:
         if at_epoch is None:
-            progress = (step - warmup_steps) / (plan.total_steps - warmup_steps)
-            value = cosine_lr(max(0.0, progress), lr=plan.lr, min_lr=settings.min_lr)
+            progress = (step - warmup_steps) / (total_steps - warmup_steps)
+            lr = cosine_lr(max(0.0, progress), lr=peak, min_lr=settings.min_lr)
         else:
-            epoch, steps_done = divmod(step, plan.steps_per_epoch)
+            epoch, steps_done = divmod(step, steps_per_epoch)
             start, end = at_epoch(epoch), at_epoch(epoch + 1)
-            value = start + (end - start) * steps_done / plan.steps_per_epoch
+            lr = start + (end - start) * steps_done / steps_per_epoch
         if step < warmup_steps:
-            value *= settings.warmup_lr + (1 - settings.warmup_lr) * step / warmup_steps
-        return value
+            lr *= settings.warmup_lr + (1 - settings.warmup_lr) * step / warmup_steps
+        return lr
 
-    return Schedule(lr=lr, resolution=build_resolution(recipe))
+    return lr_at

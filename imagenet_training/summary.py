@@ -7,20 +7,20 @@ import yaml
 
 from ffcv_ops.settings.collect import DEFAULT
 from ffcv_ops.settings.fields import show
-from imagenet_training.plan import Plan, batch_arithmetic
+from imagenet_training.plan import RunPlan, batch_arithmetic
 from imagenet_training.recipe import Recipe
 
 # Settings that belong to one command, not to a recipe.
 OF_ONE_COMMAND = ("training.dry_run", "training.preview", "training.report")
 
 
-def summary(recipe: Recipe, plan: Plan, size: str = "") -> str:
+def summary(recipe: Recipe, plan: RunPlan, size: str = "") -> str:
     """Return a table of what a run will do.
 
     Parameters
     ----------
     recipe : Recipe
-    plan : Plan
+    plan : RunPlan
     size : str
         Parameters and cost of the model, in words.
     """
@@ -63,7 +63,7 @@ def _resolved_lines(recipe: Recipe) -> Iterable[str]:
             yield f"  {name}: {text}" if source == DEFAULT else f"  {f'{name}: {text}':<40}  # {source}"
 
 
-def _model_line(recipe: Recipe, plan: Plan) -> str:
+def _model_line(recipe: Recipe, plan: RunPlan) -> str:
     model, training = recipe.model, recipe.training
     start = "pretrained" if model.pretrained else f"weights of {model.weights}" if model.weights else "from scratch"
     parts = [model.arch, f"{model.num_classes} classes"]

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 
+import imagenet_training.run_folder  # noqa: F401  so that no fork has to import it
 import train_imagenet
 
 

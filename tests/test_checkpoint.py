@@ -1,86 +1,116 @@
 """Checkpoints: whole or absent, safe to load, refused when foreign."""
 
-import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from plans import make_plan
 
+from ffcv_ops import UserError
 from imagenet_training import checkpoint
-from imagenet_training.background import Aside
+from imagenet_training.background import BackgroundTask
 from imagenet_training.checkpoint import (
-    Checkpoints,
-    TrainState,
-    copied,
-    newest_checkpoint,
+    CheckpointFolder,
+    checkpoint_content,
+    copy_to_cpu,
     read_checkpoint,
     save_atomically,
 )
 from imagenet_training.distributed import World
+from imagenet_training.loss import soft_target_cross_entropy
 from imagenet_training.model import build_model
 from imagenet_training.optim import build_ema, build_optimizer
+from imagenet_training.resume import ResumePoint, restore
+from imagenet_training.state import TrainState
+from imagenet_training.trainer import Trainer
 
 WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 
 
-def recipe_of(*, accumulation=1, optimizer="sgd", order="random"):
-    return {"training": {"accumulation": accumulation, "optimizer": optimizer}, "data": {"order": order}}
+class Run:
+    """What a run saves and restores: its trainer, and the parts of recipe and plan that count there."""
 
+    def __init__(
+        self,
+        folder,
+        *,
+        num_classes=4,
+        scaled=False,
+        optimizer="sgd",
+        decay=(1e-4, 0.0),
+        order="random",
+        accumulation=1,
+        world_size=1,
+        global_batch_size=8,
+        eval_only=False,
+    ):
+        model = build_model("test_resnet", num_classes=num_classes)
+        self.trainer = Trainer(
+            model=model,
+            ema=build_ema(model, 0.9),
+            optimizer=build_optimizer(model, optimizer, lr=0.1, weight_decay=decay[0], bn_wd=decay[1]),
+            scaler=torch.amp.GradScaler("cpu", enabled=scaled),
+            world=WORLD,
+            loss=soft_target_cross_entropy,
+            lr=lambda step: 0.1,
+            precision="32",
+        )
+        self.parts = {"model": model, "ema": self.trainer.ema, "optimizer": self.trainer.optimizer}
+        self.recipe = SimpleNamespace(
+            training=SimpleNamespace(optimizer=optimizer, eval_only=eval_only), data=SimpleNamespace(order=order)
+        )
+        numbers = {"accumulation": accumulation, "world_size": world_size, "global_batch_size": global_batch_size}
+        self.plan = make_plan(**numbers)
+        stored = {"training": {"accumulation": accumulation, "optimizer": optimizer}, "data": {"order": order}}
+        self.provenance = {"recipe": stored, "world_size": world_size, "global_batch_size": global_batch_size}
+        self.checkpoints = CheckpointFolder(folder, "resnet18")
+        self.last = self.checkpoints.last
 
-FACTS = {"recipe": recipe_of(), "world_size": 1, "global_batch_size": 8}
+    def content(self, state):
+        return checkpoint_content(state, self.trainer, self.provenance)
 
+    def save(self, state, **options):
+        self.checkpoints.save(self.content(state), **options)
 
-def make_checkpoints(folder, *, num_classes=4, world=WORLD, scaled=False, optimizer="sgd", decay=(1e-4, 0.0), **facts):
-    model = build_model("test_resnet", num_classes=num_classes)
-    parts = {
-        "model": model,
-        "ema": build_ema(model, 0.9),
-        "optimizer": build_optimizer(model, optimizer, lr=0.1, weight_decay=decay[0], bn_wd=decay[1]),
-        "scaler": torch.amp.GradScaler("cpu", enabled=scaled),
-    }
-    return Checkpoints(folder, "resnet18", world, parts, {**FACTS, **facts})
+    def restore(self, content):
+        return restore(self.trainer, ResumePoint("a checkpoint", content, {}, ()), self.recipe, self.plan)
 
-
-def save(checkpoints, state, **options):
-    checkpoints.save(checkpoints.content(state), **options)
-
-
-def take_a_step(checkpoints):
-    model = checkpoints.parts["model"]
-    model(torch.randn(2, 3, 32, 32)).square().mean().backward()
-    checkpoints.parts["optimizer"].step()
-    checkpoints.parts["ema"].update_parameters(model)
+    def take_a_step(self):
+        self.trainer.model(torch.randn(2, 3, 32, 32)).square().mean().backward()
+        self.trainer.optimizer.step()
+        self.trainer.ema.update_parameters(self.trainer.model)
 
 
 def test_everything_comes_back(tmp_path):
-    ours = make_checkpoints(tmp_path)
-    take_a_step(ours)
+    ours = Run(tmp_path)
+    ours.take_a_step()
     state = TrainState(epoch=3, step=17, best_acc1=0.25, best_epoch=2, run_name="train_x", wandb_id="abc")
-    save(ours, state, is_best=True)
-    theirs = make_checkpoints(tmp_path)
+    ours.save(state, is_best=True)
+    theirs = Run(tmp_path)
     assert theirs.restore(read_checkpoint(ours.last)) == state
     for part in ("model", "ema"):
         for name, value in ours.parts[part].state_dict().items():
             assert torch.equal(theirs.parts[part].state_dict()[name], value), name
-    mine, other = (c.parts["optimizer"].state_dict()["state"] for c in (ours, theirs))
+    mine, other = (run.parts["optimizer"].state_dict()["state"] for run in (ours, theirs))
     assert mine.keys() == other.keys()
     assert all(torch.equal(mine[key]["momentum_buffer"], other[key]["momentum_buffer"]) for key in mine)
 
 
 def test_a_copy_stays_as_it_is_while_training_goes_on(tmp_path):
-    checkpoints = make_checkpoints(tmp_path, optimizer="adamw")
-    take_a_step(checkpoints)
-    content = copied(checkpoints.content(TrainState(step=1)))
-    checkpoints.save(content)
-    take_a_step(checkpoints)
-    checkpoints.save(content, is_best=True)
-    first, second = (read_checkpoint(path) for path in (checkpoints.last, checkpoints.best(TrainState())))
-    live = checkpoints.content(TrainState(step=1))
+    run = Run(tmp_path, optimizer="adamw")
+    run.take_a_step()
+    content = copy_to_cpu(run.content(TrainState(step=1)))
+    run.checkpoints.save(content)
+    run.take_a_step()
+    run.checkpoints.save(content, is_best=True)
+    first, second = (read_checkpoint(path) for path in (run.last, run.checkpoints.best(TrainState())))
+    live = run.content(TrainState(step=1))
     for part in ("model", "ema"):
         assert all(torch.equal(first[part][name], second[part][name]) for name in live[part])
         assert not all(torch.equal(first[part][name], live[part][name]) for name in live[part])
@@ -93,41 +123,41 @@ def test_a_copy_stays_as_it_is_while_training_goes_on(tmp_path):
     assert content["model"]._metadata == live["model"]._metadata
 
 
-def test_work_beside_training_is_done_in_order_and_its_errors_are_raised():
-    aside, done = Aside(), []
+def test_tasks_beside_training_run_in_order_and_their_errors_are_raised():
+    task, done = BackgroundTask(), []
 
     def fail():
         raise OSError("no space left")
 
-    aside.do(lambda: (time.sleep(0.3), done.append("first")))
-    aside.do(lambda: done.append("second"))
+    task.start(lambda: (time.sleep(0.3), done.append("first")))
+    task.start(lambda: done.append("second"))
     assert "first" in done
-    aside.do(fail)
+    task.start(fail)
     with pytest.raises(OSError, match="no space left"):
-        aside.do(lambda: done.append("third"))
-    aside.do(lambda: done.append("fourth"))
-    aside.finish()
-    aside.finish()
+        task.start(lambda: done.append("third"))
+    task.start(lambda: done.append("fourth"))
+    task.finish()
+    task.finish()
     assert done == ["first", "second", "fourth"]
 
 
 def test_names_and_only_the_best_is_kept(tmp_path):
-    checkpoints = make_checkpoints(tmp_path)
-    save(checkpoints, TrainState(epoch=1, best_acc1=0.5, best_epoch=0), is_best=True)
-    save(checkpoints, TrainState(epoch=2, best_acc1=0.76543, best_epoch=1), is_best=True)
-    save(checkpoints, TrainState(epoch=3, best_acc1=0.76543, best_epoch=1))
+    run = Run(tmp_path)
+    run.save(TrainState(epoch=1, best_acc1=0.5, best_epoch=0), is_best=True)
+    run.save(TrainState(epoch=2, best_acc1=0.76543, best_epoch=1), is_best=True)
+    run.save(TrainState(epoch=3, best_acc1=0.76543, best_epoch=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "last.ckpt",
         "resnet18-epoch=01-val_acc1=0.7654.ckpt",
         "resnet18-weights.pt",
     ]
-    exported = torch.load(checkpoints.weights, weights_only=True)
-    assert exported.keys() == checkpoints.parts["model"].state_dict().keys()
+    exported = torch.load(run.checkpoints.weights, weights_only=True)
+    assert exported.keys() == run.parts["model"].state_dict().keys()
 
 
 @pytest.mark.parametrize("num_written", [0, 1, 2])
 def test_killed_between_two_files_a_run_finds_all_that_its_newest_checkpoint_names(tmp_path, monkeypatch, num_written):
-    checkpoints, written = make_checkpoints(tmp_path), []
+    run, written = Run(tmp_path), []
 
     def save_some(content, path):
         if len(written) == num_written:
@@ -135,61 +165,56 @@ def test_killed_between_two_files_a_run_finds_all_that_its_newest_checkpoint_nam
         written.append(path)
         save_atomically(content, path)
 
-    save(checkpoints, TrainState(epoch=1, step=7, best_acc1=0.5, best_epoch=0), is_best=True)
-    take_a_step(checkpoints)
+    run.save(TrainState(epoch=1, step=7, best_acc1=0.5, best_epoch=0), is_best=True)
+    run.take_a_step()
     monkeypatch.setattr(checkpoint, "save_atomically", save_some)
     with pytest.raises(KeyboardInterrupt):
-        save(checkpoints, TrainState(epoch=2, step=8, best_acc1=0.6, best_epoch=1), is_best=True)
-    content = read_checkpoint(newest_checkpoint(tmp_path, "resnet18")[0])
-    assert checkpoints.best(TrainState(**content["state"])).exists()
-    weights = torch.load(checkpoints.weights, weights_only=True)
+        run.save(TrainState(epoch=2, step=8, best_acc1=0.6, best_epoch=1), is_best=True)
+    content = read_checkpoint(run.checkpoints.newest()[0])
+    assert run.checkpoints.best(TrainState(**content["state"])).exists()
+    weights = torch.load(run.checkpoints.weights, weights_only=True)
     same = all(torch.equal(weights[name], value) for name, value in content["ema"].items())
     assert same or content["state"]["step"] == 7, "exported weights are the best, or will be once it is redone"
 
 
-def test_other_ranks_write_nothing(tmp_path):
-    save(make_checkpoints(tmp_path / "run", world=dataclasses.replace(WORLD, rank=1)), TrainState(), is_best=True)
-    assert not (tmp_path / "run").exists()
-
-
 def test_an_earlier_run_is_kept(tmp_path):
-    checkpoints, report = make_checkpoints(tmp_path), tmp_path / "report.html"
-    assert checkpoints.keep_earlier_run(report) == []
+    run, report = Run(tmp_path), tmp_path / "report.html"
+    assert run.checkpoints.keep_earlier_run(report) == []
     for number in (1, 2):
-        save(checkpoints, TrainState(epoch=number, best_acc1=0.5, best_epoch=0), is_best=True)
+        run.save(TrainState(epoch=number, best_acc1=0.5, best_epoch=0), is_best=True)
         report.write_text(f"report {number}")
-        moved = checkpoints.keep_earlier_run(report)
+        moved = run.checkpoints.keep_earlier_run(report)
         assert {path.parent for path in moved} == {tmp_path / f"earlier-{number}"} and len(moved) == 4
         assert not report.exists() and moved[-1].read_text() == f"report {number}"
         assert read_checkpoint(tmp_path / f"earlier-{number}" / "last.ckpt")["state"]["epoch"] == number
-    assert not checkpoints.last.exists()
+    assert not run.last.exists()
 
 
 def test_foreign_and_damaged_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         read_checkpoint(tmp_path / "none.ckpt")
-    checkpoints = make_checkpoints(tmp_path)
-    save(checkpoints, TrainState(epoch=1))
-    whole = checkpoints.last.read_bytes()
+    run = Run(tmp_path)
+    run.save(TrainState(epoch=1))
+    whole = run.last.read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
         read_checkpoint(tmp_path / "cut.ckpt")
-    torch.save(checkpoints.parts["model"].state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="--model.weights"):
+    torch.save(run.parts["model"].state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(UserError, match="--model.weights"):
         read_checkpoint(tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="another model"):
-        make_checkpoints(tmp_path, num_classes=5).restore(read_checkpoint(checkpoints.last))
+    with pytest.raises(UserError, match="another model"):
+        Run(tmp_path, num_classes=5).restore(read_checkpoint(run.last))
 
 
-def saved_by(checkpoints, **state):
-    take_a_step(checkpoints)
-    save(checkpoints, TrainState(**state))
-    return read_checkpoint(checkpoints.last)
+def saved_by(run, **state):
+    run.take_a_step()
+    run.save(TrainState(**state))
+    return read_checkpoint(run.last)
 
 
 def test_the_recipe_s_decay_holds_and_the_momentum_is_the_checkpoint_s(tmp_path):
-    content = saved_by(make_checkpoints(tmp_path))
-    theirs = make_checkpoints(tmp_path, decay=(5e-4, 1e-5))
+    content = saved_by(Run(tmp_path))
+    theirs = Run(tmp_path, decay=(5e-4, 1e-5))
     theirs.restore(content)
     optimizer = theirs.parts["optimizer"]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [5e-4, 1e-5]
@@ -198,9 +223,8 @@ def test_the_recipe_s_decay_holds_and_the_momentum_is_the_checkpoint_s(tmp_path)
 
 
 def test_the_steps_that_lamb_counts_come_back(tmp_path):
-    recipe = recipe_of(optimizer="lamb")
-    content = saved_by(make_checkpoints(tmp_path, optimizer="lamb", recipe=recipe))
-    theirs = make_checkpoints(tmp_path, optimizer="lamb", recipe=recipe)
+    content = saved_by(Run(tmp_path, optimizer="lamb"))
+    theirs = Run(tmp_path, optimizer="lamb")
     theirs.restore(content)
     assert [group["step"] for group in theirs.parts["optimizer"].param_groups] == [1, 1]
     for key, state in theirs.parts["optimizer"].state_dict()["state"].items():
@@ -208,75 +232,75 @@ def test_the_steps_that_lamb_counts_come_back(tmp_path):
 
 
 def test_the_momentum_comes_back_in_the_memory_format_of_the_weights(tmp_path):
-    content = saved_by(make_checkpoints(tmp_path))
+    content = saved_by(Run(tmp_path))
     for state in content["optimizer"]["state"].values():
         if state["momentum_buffer"].ndim == 4:
             state["momentum_buffer"] = state["momentum_buffer"].contiguous(memory_format=torch.channels_last)
-    theirs = make_checkpoints(tmp_path)
+    theirs = Run(tmp_path)
     theirs.restore(content)
     for parameter, state in theirs.parts["optimizer"].state.items():
         assert state["momentum_buffer"].stride() == parameter.stride() and not state["momentum_buffer"].requires_grad
 
 
 def test_another_optimizer_is_refused(tmp_path):
-    content = saved_by(make_checkpoints(tmp_path))
-    with pytest.raises(ValueError, match="training.optimizer=sgd, this one has lamb"):
-        make_checkpoints(tmp_path, optimizer="lamb", recipe=recipe_of(optimizer="lamb")).restore(content)
-    with pytest.raises(ValueError, match="in other groups, by their weight decay: keep training.bn_wd"):
-        make_checkpoints(tmp_path, decay=(1e-4, None)).restore(content)
+    content = saved_by(Run(tmp_path))
+    with pytest.raises(UserError, match="training.optimizer=sgd, this one has lamb"):
+        Run(tmp_path, optimizer="lamb").restore(content)
+    with pytest.raises(UserError, match="in other groups, by their weight decay: keep training.bn_wd"):
+        Run(tmp_path, decay=(1e-4, None)).restore(content)
 
 
 @pytest.mark.parametrize(("before", "now", "scale"), [(False, True, 2.0**16), (True, True, 8.0), (True, False, 1.0)])
 def test_the_loss_s_scale_comes_back_where_there_was_one(tmp_path, before, now, scale):
-    ours = make_checkpoints(tmp_path, scaled=before)
-    ours.parts["scaler"].scale(torch.ones(()))
-    ours.parts["scaler"].update(8.0)
-    theirs = make_checkpoints(tmp_path, scaled=now)
+    ours = Run(tmp_path, scaled=before)
+    ours.trainer.scaler.scale(torch.ones(()))
+    ours.trainer.scaler.update(8.0)
+    theirs = Run(tmp_path, scaled=now)
     theirs.restore(saved_by(ours))
-    assert theirs.parts["scaler"].get_scale() == scale
+    assert theirs.trainer.scaler.get_scale() == scale
 
 
 def test_within_an_epoch_the_global_batch_must_stay(tmp_path):
-    content = saved_by(make_checkpoints(tmp_path), epoch=1, batch=6)
-    make_checkpoints(tmp_path).restore(content)
-    with pytest.raises(ValueError, match="6 batches into epoch 1 at a global batch of 8; this run has 16"):
-        make_checkpoints(tmp_path, global_batch_size=16).restore(content)
+    content = saved_by(Run(tmp_path), epoch=1, batch=6)
+    Run(tmp_path).restore(content)
+    with pytest.raises(UserError, match="6 batches into epoch 1 at a global batch of 8; this run has 16"):
+        Run(tmp_path, global_batch_size=16).restore(content)
 
 
 def test_to_evaluate_nothing_but_the_weights_must_fit(tmp_path):
-    ours = make_checkpoints(tmp_path)
+    ours = Run(tmp_path)
     content = saved_by(ours, epoch=1, batch=6)
-    theirs = make_checkpoints(tmp_path, global_batch_size=16, decay=(0.0, None), recipe=recipe_of(optimizer="adamw"))
-    assert theirs.restore(content, weights_only=True).epoch == 1
+    theirs = Run(tmp_path, global_batch_size=16, decay=(0.0, None), optimizer="adamw", eval_only=True)
+    assert theirs.restore(content).epoch == 1
     for part in ("model", "ema"):
         for name, value in ours.parts[part].state_dict().items():
             assert torch.equal(theirs.parts[part].state_dict()[name], value), name
 
 
 def test_within_an_epoch_batches_are_counted_by_the_accumulation_of_the_run_that_goes_on(tmp_path):
-    content = saved_by(make_checkpoints(tmp_path), epoch=1, batch=6)
-    assert make_checkpoints(tmp_path, recipe=recipe_of(accumulation=4)).restore(content).batch == 24
+    content = saved_by(Run(tmp_path), epoch=1, batch=6)
+    assert Run(tmp_path, accumulation=4).restore(content).batch == 24
 
 
 def test_within_an_epoch_of_pages_the_number_of_processes_must_stay(tmp_path):
-    recipe = recipe_of(order="quasi_random")
-    content = saved_by(make_checkpoints(tmp_path, recipe=recipe), epoch=1, batch=6)
-    with pytest.raises(ValueError, match="Go on with 1 until the epoch ends"):
-        make_checkpoints(tmp_path, recipe=recipe, world_size=2).restore(content)
+    pages = {"order": "quasi_random"}
+    content = saved_by(Run(tmp_path, **pages), epoch=1, batch=6)
+    with pytest.raises(UserError, match="Go on with 1 until the epoch ends"):
+        Run(tmp_path, **pages, world_size=2).restore(content)
     content["state"]["batch"] = 0
-    assert make_checkpoints(tmp_path, recipe=recipe, world_size=2).restore(content).epoch == 1
+    assert Run(tmp_path, **pages, world_size=2).restore(content).epoch == 1
 
 
 def test_the_newest_checkpoint_is_that_with_the_most_steps(tmp_path):
-    assert newest_checkpoint(tmp_path / "nowhere", "resnet18") == (None, [])
-    checkpoints = make_checkpoints(tmp_path)
-    save(checkpoints, TrainState(step=7, run_name="train_a", best_acc1=0.5, best_epoch=0), is_best=True)
-    best = checkpoints.best(TrainState(best_acc1=0.5, best_epoch=0))
-    assert newest_checkpoint(tmp_path, "resnet18") == (checkpoints.last, []), "the last, of equals"
-    save(checkpoints, TrainState(step=3, run_name="train_b"))
-    assert newest_checkpoint(tmp_path, "resnet18") == (best, [])
-    assert newest_checkpoint(tmp_path, "resnet18", run_name="train_b") == (checkpoints.last, [])
-    assert newest_checkpoint(tmp_path, "resnet18", run_name="train_c") == (None, [])
+    assert CheckpointFolder(tmp_path / "nowhere", "resnet18").newest() == (None, [])
+    run = Run(tmp_path)
+    run.save(TrainState(step=7, run_name="train_a", best_acc1=0.5, best_epoch=0), is_best=True)
+    best = run.checkpoints.best(TrainState(best_acc1=0.5, best_epoch=0))
+    assert run.checkpoints.newest() == (run.last, []), "the last, of equals"
+    run.save(TrainState(step=3, run_name="train_b"))
+    assert run.checkpoints.newest() == (best, [])
+    assert run.checkpoints.newest(run_name="train_b") == (run.last, [])
+    assert run.checkpoints.newest(run_name="train_c") == (None, [])
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
@@ -285,7 +309,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save({"format": 1, "state": {}, "model": Bomb()}, tmp_path / "hostile.ckpt")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_checkpoint(tmp_path / "hostile.ckpt")
     assert not (tmp_path / "ran").exists()
 
@@ -307,7 +331,7 @@ def test_killed_while_saving_leaves_a_whole_file(tmp_path):
     process.communicate()
     tensor = read_checkpoint(path)["tensor"]
     assert torch.equal(tensor, tensor[:1].expand_as(tensor))
-    make_checkpoints(tmp_path).remove_unfinished()
+    CheckpointFolder(tmp_path, "resnet18").remove_unfinished()
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -17,12 +17,14 @@ from ffcv.transforms import ToDevice, ToTensor
 
 import train_imagenet
 from ffcv_ops import Label, Loader, Mix, Normalize, OrderOption, RandomResizedCrop
-from imagenet_training.checkpoint import TrainState
-from imagenet_training.distributed import Board, World
-from imagenet_training.loop import Forecast, SampleMeter, train_epoch
-from imagenet_training.model import IMAGENET_MEAN, IMAGENET_STD
+from imagenet_training.data import IMAGENET_MEAN, IMAGENET_STD, build_loaders
+from imagenet_training.distributed import World
+from imagenet_training.epoch import train_epoch
+from imagenet_training.logs import RunLog
+from imagenet_training.meters import EtaEstimator, PredictionRecorder
 from imagenet_training.preemption import PREEMPTED, StopRequest
 from imagenet_training.recipe import read_recipe
+from imagenet_training.state import TrainState
 
 ROOT = Path(__file__).parent.parent
 NUM_CLASSES = 4
@@ -113,13 +115,14 @@ def test_steps_wait_for_nothing(beton, tmp_path, precision, options):
     settings += ["--resolution.min_res=64", "--resolution.max_res=64", "--lr.lr_peak_epoch=0", "--lr=0.01"]
     settings += ["--augmentation.mixup_alpha=0.2", "--augmentation.cutmix_alpha=1.0", "--training.ema_decay=0.9"]
     recipe = read_recipe([*settings, f"--precision={precision}", *options])
-    run = train_imagenet.Run(recipe, train_imagenet.join(recipe))
-    run.compile_for(64)
-    assert run.compiles == ("--training.compile=1" in options)
-    forecast = Forecast([64], run.plan.steps_per_epoch)
-    steps = {"steps_per_epoch": run.plan.steps_per_epoch, "log_every": 0, "save": lambda: None}
+    run = train_imagenet.build(recipe)
+    loader = build_loaders(recipe, run.plan, run.data, run.world).train
+    log = RunLog(tmp_path, True, eta=EtaEstimator([64], run.plan.steps_per_epoch))
+    run.trainer.compile_for(6, 64, log)
+    assert run.trainer.compiles == ("--training.compile=1" in options)
+    doing_nothing = {"stop": StopRequest(run.world), "save": lambda state: None}
     try:
-        values = train_epoch(run.trainer, Guarded(run.loader), TrainState(), run.log, forecast=forecast, **steps)
+        values = train_epoch(run.trainer, Guarded(loader), TrainState(), run.plan, log, **doing_nothing)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert 0 <= values["data_wait"] <= 1
@@ -137,10 +140,9 @@ def test_ranks_with_gpus_agree_to_stop_without_the_host_waiting():
     """Over NCCL with one rank that takes itself for one of two, so that it asks."""
     device = torch.device("cuda", 0)
     world = World(rank=0, local_rank=0, world_size=2, local_world_size=2, device=device)
-    board = Board(world)
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with StopRequest(world, board) as stop:
+        with StopRequest(world) as stop:
             assert not stop.agreed(now=True)
             spin = torch.ones(8192, 8192, device=device)
             for _ in range(200):
@@ -159,7 +161,7 @@ def test_ranks_with_gpus_agree_to_stop_without_the_host_waiting():
 
 def test_what_is_taken_down_of_samples_makes_no_batch_wait_for_the_device():
     device = torch.device("cuda", 0)
-    samples = SampleMeter(device, np.arange(64)[::-1].copy(), 64)
+    samples = PredictionRecorder(device, np.arange(64)[::-1].copy(), 64)
     logits, labels = torch.randn(64, 10, device=device), torch.arange(64, device=device) % 10
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -6,15 +6,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import pytest
 from terminals import run_on_terminal, screen
 
-from imagenet_training.charts import draw_curve
-from imagenet_training.logs import RunLog
-from imagenet_training.metrics import pace
+from imagenet_training.logs import RunLog, draw_curve, pace
+from imagenet_training.meters import EtaEstimator
+from imagenet_training.state import TrainState
 
 COURSES = {"train/acc1": {10: 35.0, 25: 55.0}, "val/acc1": {10: 30.0, 25: 60.0, 50: 65.0}}
 
@@ -47,22 +46,16 @@ def test_the_curve_draws_what_is_expected(tmp_path):
     assert without.shape == expected.shape and (without != expected).any()
 
 
-@pytest.mark.parametrize("accuracies", [[], [0.5], [float("nan"), 0.25, 0.5]])
-def test_a_curve_is_drawn_from_any_record(tmp_path, accuracies):
-    records = [{"epoch": epoch, "val/loss": float("nan"), "val/acc1": top} for epoch, top in enumerate(accuracies)]
-    draw_curve(records, tmp_path / "curve.png", {})
-    assert cv2.imread(str(tmp_path / "curve.png")).std() > 0
-
-
 def test_a_full_disk_leaves_the_record_of_every_epoch_whole(tmp_path):
-    log = RunLog(tmp_path, is_main=True)
-    log.open(SimpleNamespace(run_name="run", epoch=0), {}, {"enable": False, "project": "", "name": None})
-    log.epoch({"epoch": 0, "train/loss": 2.0}, step=1)
+    log = RunLog(tmp_path, is_main=True, eta=EtaEstimator([8, 8], steps_per_epoch=1))
+    log.open(TrainState(run_name="run"), {"recipe": {"wandb": {"enable": False}}})
+    values = {"train/loss": 2.0, "train/acc1": 0.5, "step_s": 1.0, "images_per_s": 8.0, "data_wait": 0.0}
+    log.epoch(TrainState(epoch=1, step=1), values)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "run.jsonl").stat().st_size + 10, limits[1]))
     try:
         with pytest.raises(OSError):
-            log.epoch({"epoch": 1, "train/loss": 1.0}, step=2)
+            log.epoch(TrainState(epoch=2, step=2), values)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [record["epoch"] for record in log.records()] == [0]
@@ -72,17 +65,18 @@ def test_a_full_disk_leaves_the_record_of_every_epoch_whole(tmp_path):
 
 SPEAKER = textwrap.dedent("""
     import pathlib, sys
-    from types import SimpleNamespace
     from imagenet_training.logs import RunLog
+    from imagenet_training.state import TrainState
 
     log = RunLog(pathlib.Path(sys.argv[1]), is_main=True)
-    log.say("before")
-    log.open(SimpleNamespace(run_name="run", epoch=0), {}, {"enable": False, "project": "", "name": None})
+    log.print("before")
+    log.open(TrainState(run_name="run"), {"recipe": {"wandb": {"enable": False}}})
     for number in log.track(range(40), "epoch 0", total=41, done=1):
         if number % 10 == 9:
-            log.progress(f"step {number + 1}", "loss 0.5, figures that a narrow terminal has no room for")
-            log.say_once("expected")
-    log.say("after")
+            log._progress(f"step {number + 1}", "loss 0.5, figures that a narrow terminal has no room for")
+            if number == 9:
+                log.print("expected")
+    log.print("after")
     log.close()
 """)
 LINES = ["before", "step 10", "expected", "step 20", "step 30", "step 40", "after"]

@@ -16,9 +16,9 @@ import pytest
 import torch
 from betons import write_digits
 
-from ffcv_ops import read_beton
+from ffcv_ops import UserError, read_beton
 from ffcv_ops.loading.order import random_order
-from imagenet_training.plan import keep_global_batch
+from imagenet_training.plan import plan_run
 from imagenet_training.recipe import read_recipe
 
 pytestmark = pytest.mark.slow
@@ -177,7 +177,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(ranks, u
     (log,) = tmp_path.glob("run/logs/*.log")
     assert log.read_text().rstrip().endswith("--resume auto goes on")
     resumed = ranks.run(tmp_path / "run", 2, *arguments)
-    assert "no checkpoint in checkpoints, so the run starts anew" in resumed.output()
+    assert "no checkpoint in checkpoints, so a new run starts" in resumed.output()
     assert f"resuming at epoch {state['epoch']}, batch {state['batch']} (step {state['step']})" in resumed.output()
     assert_same_run(tmp_path / "run", undisturbed[2])
 
@@ -449,6 +449,9 @@ def test_launch_scripts_are_valid_shell(script):
     subprocess.run(["bash", "-n", ROOT / "launch" / script], check=True)
 
 
+IMAGENET = {"num_train": 1_281_167, "num_val": 50_000}
+
+
 def recipe_of(*arguments):
     return read_recipe(["--no_wandb", *arguments])
 
@@ -465,9 +468,10 @@ def test_the_global_batch_is_kept_by_accumulation_or_smaller_batches(batch_size,
         "world_size": 8,
         "global_batch_size": 1024,
     }
-    recipe = keep_global_batch(recipe, before, world_size=world_size)
-    assert (recipe.training.batch_size, recipe.training.accumulation) == expected
-    assert len(recipe.notices) == (world_size != 8)
+    plan = plan_run(recipe, world_size=world_size, **IMAGENET, resumed=before)
+    assert (plan.batch_size, plan.accumulation) == expected
+    assert plan.global_batch_size == 1024
+    assert len(plan.notices) == (world_size != 8)
 
 
 def test_a_global_batch_that_cannot_be_shared_names_the_processes_that_can():
@@ -477,8 +481,7 @@ def test_a_global_batch_that_cannot_be_shared_names_the_processes_that_can():
         "world_size": 8,
         "global_batch_size": 1024,
     }
-    with pytest.raises(ValueError, match="1024, which 6 processes cannot .* start 2 or 4 or 8 processes"):
-        keep_global_batch(recipe_of("--batch_size=128"), before, world_size=6)
-    recipe = recipe_of("--batch_size=100")
-    recipe = keep_global_batch(recipe, before, world_size=6)
-    assert recipe.training.batch_size == 100, "what the user has changed stays"
+    with pytest.raises(UserError, match="1024, which 6 processes cannot .* start 2 or 4 or 8 processes"):
+        plan_run(recipe_of("--batch_size=128"), world_size=6, **IMAGENET, resumed=before)
+    plan = plan_run(recipe_of("--batch_size=100"), world_size=6, **IMAGENET, resumed=before)
+    assert (plan.batch_size, plan.accumulation) == (100, 1), "another batch size is the user's choice"

@@ -6,17 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from imagenet_training.plan import plan
+from imagenet_training.plan import plan_run
 from imagenet_training.recipe import read_recipe
-from imagenet_training.schedule import build_schedule
 
 NUM_TRAIN = 1280  # ten steps of 128
 
 
-def schedule_of(*settings, num_train=NUM_TRAIN):
+def plan_of(*settings, num_train=NUM_TRAIN):
     recipe = read_recipe(["--batch_size=128", *settings])
-    planned = plan(recipe, world_size=1, num_train=num_train, num_val=100)
-    return build_schedule(recipe, planned), planned
+    return plan_run(recipe, world_size=1, num_train=num_train, num_val=100)
 
 
 def per_step(at_epoch, epochs, steps_per_epoch):
@@ -33,17 +31,17 @@ def test_cyclic_is_ffcv_imagenets(epochs, peak):
     def get_cyclic_lr(epoch):
         return np.interp([epoch], [0, peak, epochs], [1e-4 * 1.7, 1.7, 0])[0]
 
-    schedule, planned = schedule_of("--lr=1.7", f"--epochs={epochs}", f"--lr.lr_peak_epoch={peak}")
-    ours = [schedule.lr(step) for step in range(planned.total_steps)]
+    plan = plan_of("--lr=1.7", f"--epochs={epochs}", f"--lr.lr_peak_epoch={peak}")
+    ours = [plan.lr_at(step) for step in range(plan.total_steps)]
     np.testing.assert_allclose(ours, per_step(get_cyclic_lr, epochs, 10), rtol=1e-12, atol=1e-15)
 
 
 def test_cyclic_known_values():
-    schedule, _ = schedule_of("--lr=1.7", "--epochs=16")
-    assert schedule.lr(0) == pytest.approx(1.7e-4)
-    assert schedule.lr(20) == 1.7
-    assert schedule.lr(90) == pytest.approx(0.85)  # half-way down, at epoch 9
-    assert schedule.lr(159) == pytest.approx(1.7 / 14 / 10)
+    plan = plan_of("--lr=1.7", "--epochs=16")
+    assert plan.lr_at(0) == pytest.approx(1.7e-4)
+    assert plan.lr_at(20) == 1.7
+    assert plan.lr_at(90) == pytest.approx(0.85)  # half-way down, at epoch 9
+    assert plan.lr_at(159) == pytest.approx(1.7 / 14 / 10)
 
 
 @pytest.mark.parametrize(("ratio", "length", "epochs"), [(0.1, 30, 90), (0.5, 2, 7), (0.1, 4, 3)])
@@ -51,36 +49,34 @@ def test_step_is_ffcv_imagenets(ratio, length, epochs):
     def get_step_lr(epoch):
         return 0 if epoch >= epochs else ratio ** (epoch // length) * 0.4
 
-    schedule, planned = schedule_of(
+    plan = plan_of(
         "--lr.lr_schedule_type=step",
         "--lr=0.4",
         f"--epochs={epochs}",
         f"--lr.step_ratio={ratio}",
         f"--lr.step_length={length}",
     )
-    ours = [schedule.lr(step) for step in range(planned.total_steps)]
+    ours = [plan.lr_at(step) for step in range(plan.total_steps)]
     np.testing.assert_allclose(ours, per_step(get_step_lr, epochs, 10), rtol=1e-12, atol=1e-15)
 
 
 def test_step_falls_over_the_epoch_before_its_factor():
-    schedule, _ = schedule_of("--lr.lr_schedule_type=step", "--lr=1", "--epochs=90")
-    assert schedule.lr(289) == 1
-    assert schedule.lr(290) == 1
-    assert schedule.lr(295) == pytest.approx(0.55)
-    assert schedule.lr(300) == pytest.approx(0.1)
+    plan = plan_of("--lr.lr_schedule_type=step", "--lr=1", "--epochs=90")
+    assert plan.lr_at(289) == 1
+    assert plan.lr_at(290) == 1
+    assert plan.lr_at(295) == pytest.approx(0.55)
+    assert plan.lr_at(300) == pytest.approx(0.1)
 
 
 def test_step_warms_up():
-    schedule, _ = schedule_of(
-        "--lr.lr_schedule_type=step", "--lr=1", "--epochs=90", "--lr.warmup_epochs=2", "--lr.warmup_lr=0.01"
-    )
-    assert schedule.lr(0) == pytest.approx(0.01)
-    assert schedule.lr(10) == pytest.approx(0.505)
-    assert schedule.lr(20) == 1
+    plan = plan_of("--lr.lr_schedule_type=step", "--lr=1", "--epochs=90", "--lr.warmup_epochs=2", "--lr.warmup_lr=0.01")
+    assert plan.lr_at(0) == pytest.approx(0.01)
+    assert plan.lr_at(10) == pytest.approx(0.505)
+    assert plan.lr_at(20) == 1
 
 
 def test_cosine_is_torchs_warmup_and_annealing():
-    schedule, planned = schedule_of(
+    plan = plan_of(
         "--lr.lr_schedule_type=cosine",
         "--lr=0.25",
         "--epochs=12",
@@ -92,31 +88,31 @@ def test_cosine_is_torchs_warmup_and_annealing():
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=50)
     annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 70, eta_min=0.001)
     theirs = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, annealing], milestones=[50])
-    for step in range(planned.total_steps):
-        assert schedule.lr(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
+    for step in range(plan.total_steps):
+        assert plan.lr_at(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
         optimizer.step()
         theirs.step()
 
 
 def test_cosine_known_values():
-    schedule, _ = schedule_of("--lr.lr_schedule_type=cosine", "--epochs=15", "--lr.warmup_epochs=5")
-    assert schedule.lr(0) == 0
-    assert schedule.lr(25) == pytest.approx(0.125)
-    assert schedule.lr(50) == pytest.approx(0.25)  # 0.5 x 128 / 256
-    assert schedule.lr(100) == pytest.approx(0.125)
-    assert schedule.lr(149) == pytest.approx(0.25 * (1 + math.cos(math.pi * 0.99)) / 2)
+    plan = plan_of("--lr.lr_schedule_type=cosine", "--epochs=15", "--lr.warmup_epochs=5")
+    assert plan.lr_at(0) == 0
+    assert plan.lr_at(25) == pytest.approx(0.125)
+    assert plan.lr_at(50) == pytest.approx(0.25)  # 0.5 x 128 / 256
+    assert plan.lr_at(100) == pytest.approx(0.125)
+    assert plan.lr_at(149) == pytest.approx(0.25 * (1 + math.cos(math.pi * 0.99)) / 2)
 
 
 def test_warmup_of_part_of_an_epoch():
-    schedule, _ = schedule_of("--lr.lr_schedule_type=cosine", "--epochs=1", "--lr.warmup_epochs=0.5", "--lr=1")
-    assert [schedule.lr(step) for step in range(5)] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
-    assert schedule.lr(5) == 1
+    plan = plan_of("--lr.lr_schedule_type=cosine", "--epochs=1", "--lr.warmup_epochs=0.5", "--lr=1")
+    assert [plan.lr_at(step) for step in range(5)] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+    assert plan.lr_at(5) == 1
 
 
 def test_accumulation_schedules_optimizer_steps():
-    schedule, planned = schedule_of("--lr=1", "--epochs=4", "--training.accumulation=5")
-    assert planned.total_steps == 8
-    assert schedule.lr(4) == 1
+    plan = plan_of("--lr=1", "--epochs=4", "--training.accumulation=5")
+    assert plan.total_steps == 8
+    assert plan.lr_at(4) == 1
 
 
 @pytest.mark.parametrize(
@@ -132,17 +128,17 @@ def test_resolution_is_ffcv_imagenets(start, end, low, high):
         interp = np.interp([epoch], [start, end], [low, high])
         return int(np.round(interp[0] / 32)) * 32
 
-    schedule, _ = schedule_of(
+    plan = plan_of(
         f"--resolution.min_res={low}",
         f"--resolution.max_res={high}",
         f"--resolution.start_ramp={start}",
         f"--resolution.end_ramp={end}",
     )
-    assert [schedule.resolution(epoch) for epoch in range(90)] == [get_resolution(epoch) for epoch in range(90)]
+    assert [plan.resolution(epoch) for epoch in range(90)] == [get_resolution(epoch) for epoch in range(90)]
 
 
 def test_resolution_known_values():
-    schedule, _ = schedule_of(
+    plan = plan_of(
         "--resolution.min_res=160", "--resolution.max_res=192", "--resolution.start_ramp=11", "--resolution.end_ramp=13"
     )
-    assert [schedule.resolution(epoch) for epoch in (0, 11, 12, 13, 15)] == [160, 160, 192, 192, 192]
+    assert [plan.resolution(epoch) for epoch in (0, 11, 12, 13, 15)] == [160, 160, 192, 192, 192]

@@ -1,6 +1,6 @@
 """The command line, split into configuration files and settings."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +51,29 @@ def read_command_line(
         else:
             given.append((target, value, where))
     return files, given
+
+
+def replace_settings(argv: Sequence[str], flags: Flags, settings: Mapping[str, str]) -> list[str]:
+    """Return a command line with some settings replaced or added, each given once, by its short flag if it has one.
+
+    Parameters
+    ----------
+    argv : sequence of str
+        A command line that `read_command_line` accepts.
+    flags : mapping
+        Short flags.
+    settings : mapping of str to str
+        Key to value.
+    """
+    kept, words = [], iter(argv)
+    for word in words:
+        name, equals, _ = word.removeprefix("--").partition("=")
+        target = flags.get(name, name)
+        takes_word = not equals and not isinstance(target, tuple) and word not in ("--help", "-h")
+        given = [word, next(words)] if takes_word else [word]
+        if (target[0] if isinstance(target, tuple) else target) not in settings:
+            kept += given
+    short = {target: [f"--{name}"] for name, target in flags.items()}
+    for key, value in settings.items():
+        kept += short.get((key, value)) or [*short.get(key, [f"--{key}"]), value]
+    return kept

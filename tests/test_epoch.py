@@ -1,4 +1,4 @@
-"""The loop on tensors: gradients, accumulation, metrics, faults."""
+"""One epoch on tensors: gradients, accumulation, metrics, faults."""
 
 import time
 
@@ -6,26 +6,26 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from plans import make_plan
 from torch import nn
 
-from imagenet_training.checkpoint import TrainState
 from imagenet_training.distributed import World
+from imagenet_training.epoch import measure, train_epoch
+from imagenet_training.failures import RunError
 from imagenet_training.logs import RunLog
-from imagenet_training.loop import (
-    Clock,
-    FiniteCheck,
-    Forecast,
-    Meter,
-    RunError,
-    SampleMeter,
-    Trainer,
-    allow_tf32,
-    evaluate,
-    metrics,
-    train_epoch,
-)
 from imagenet_training.loss import soft_target_cross_entropy
+from imagenet_training.meters import (
+    AccuracyMeter,
+    EtaEstimator,
+    NonFiniteGuard,
+    PredictionRecorder,
+    StepClock,
+    accuracy_metrics,
+)
 from imagenet_training.optim import build_optimizer
+from imagenet_training.preemption import StopRequest
+from imagenet_training.state import TrainState
+from imagenet_training.trainer import Trainer, allow_tf32
 
 WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 
@@ -59,9 +59,10 @@ def make_trainer(model, **options):
     )
 
 
-def run_epoch(trainer, batches, state, tmp_path, steps, **options):
-    options = {"save": lambda: None, "log_every": 0, "forecast": Forecast([8], steps), **options}
-    return train_epoch(trainer, batches, state, RunLog(tmp_path, True), steps_per_epoch=steps, **options)
+def run_epoch(trainer, batches, state, tmp_path, steps, *, save=lambda state: None, stop=None, **options):
+    log = RunLog(tmp_path, True, eta=EtaEstimator([8, 8], steps), log_every=options.pop("log_every", 0))
+    plan = make_plan(steps, accumulation=trainer.accumulation, **options)
+    return train_epoch(trainer, batches, state, plan, log, stop=stop or StopRequest(WORLD), save=save)
 
 
 @pytest.fixture
@@ -137,7 +138,7 @@ def test_an_interrupted_epoch_goes_on_to_the_bit(data, tmp_path):
     model, state, saved = small_model(), TrainState(), {}
     trainer = make_trainer(model)
 
-    def save():
+    def save(state):
         saved["state"] = TrainState(**vars(state))
         saved["model"] = {name: value.clone() for name, value in model.state_dict().items()}
         saved["optimizer"] = trainer.optimizer.state_dict()
@@ -167,20 +168,21 @@ def test_a_loss_that_is_not_finite_stops_within_a_few_steps(data, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["save", "stop", "end"])
-def test_weights_that_are_lost_are_not_saved(data, tmp_path, moment):
+def test_weights_that_are_lost_are_not_saved(data, tmp_path, monkeypatch, moment):
     images, targets, _ = data
     trainer, saved = make_trainer(small_model()), []
     trainer.lr = lambda step: 0.1 if step < 2 else float("nan")  # the losses of three steps are finite
-    options = {"save": lambda: saved.append(1), "save_every_steps": 3 * (moment == "save")}
+    options = {"save": lambda state: saved.append(1), "save_every_steps": 3 * (moment == "save")}
+    state, stop = TrainState(), StopRequest(WORLD)
+    monkeypatch.setattr(stop, "agreed", lambda: moment == "stop" and state.step == 3)
     with pytest.raises(RunError, match=r"step 3 .*--resume the last checkpoint, which is from before"):
-        steps, stop = 3 if moment == "end" else 4, lambda: moment == "stop" and state.step == 3
-        state = TrainState()
+        steps = 3 if moment == "end" else 4
         run_epoch(trainer, Batches(images, targets, 6), state, tmp_path, steps=steps, stop=stop, **options)
     assert not saved
 
 
 def test_only_losses_in_a_row_stop_a_run():
-    check = FiniteCheck(torch.device("cpu"))
+    check = NonFiniteGuard(torch.device("cpu"))
     bad, good = torch.tensor(float("inf")), torch.tensor(1.0)
     assert not any(check.fails(loss) for loss in (bad, bad, good, bad, good, bad, bad))
     assert check.fails(bad)
@@ -189,8 +191,7 @@ def test_only_losses_in_a_row_stop_a_run():
 def test_progress_is_said_and_steps_end_with_the_plan(data, tmp_path, capsys):
     images, targets, _ = data
     state = TrainState()
-    options = {"log_every": 2, "forecast": Forecast([8, 8], 5)}
-    run_epoch(make_trainer(small_model()), Batches(images, targets, 4), state, tmp_path, steps=5, **options)
+    run_epoch(make_trainer(small_model()), Batches(images, targets, 4), state, tmp_path, steps=5, log_every=2)
     lines = capsys.readouterr().out.splitlines()
     assert state.step == 5
     assert lines.pop(2).startswith("expected from the first steps, at 8 px")
@@ -202,7 +203,7 @@ def test_evaluation_counts_each_sample(data):
     images, _, labels = data
     model = small_model()
     loader = list(zip(images.split(7), labels.split(7), strict=True))
-    values = evaluate(model, loader, WORLD, num_samples=24, precision="32")
+    values = measure(model, loader, WORLD, num_samples=24, precision="32")
     with torch.no_grad():
         logits = model.eval()(images)
     assert values["val/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
@@ -210,15 +211,15 @@ def test_evaluation_counts_each_sample(data):
     top5 = logits.topk(5).indices
     assert values["val/acc5"] == pytest.approx((top5 == labels[:, None]).any(1).float().mean().item())
     with pytest.raises(RunError, match="counted 24 samples of a split of 25"):
-        evaluate(model, loader, WORLD, num_samples=25, precision="32")
+        measure(model, loader, WORLD, num_samples=25, precision="32")
 
 
 def test_evaluation_takes_down_each_sample_under_its_id(data):
     images, _, labels = data
     model, order = small_model(), np.random.default_rng(0).permutation(24)
     loader = list(zip(images[order].split(7), labels[order].split(7), strict=True))
-    samples = SampleMeter(WORLD.device, order, 24)
-    values = evaluate(model, loader, WORLD, num_samples=24, precision="32", samples=samples)
+    samples = PredictionRecorder(WORLD.device, order, 24)
+    values = measure(model, loader, WORLD, num_samples=24, precision="32", recorder=samples)
     loss, predicted, confidence = samples.gather().T
     with torch.no_grad():
         logits = model.eval()(images)
@@ -231,24 +232,24 @@ def test_evaluation_takes_down_each_sample_under_its_id(data):
 def test_flipped_evaluation_averages_both_views(data):
     images, _, labels = data
     model = small_model()
-    values = evaluate(model, [(images, labels)], WORLD, num_samples=24, precision="32", flip=True)
+    values = measure(model, [(images, labels)], WORLD, num_samples=24, precision="32", flip=True)
     with torch.no_grad():
         logits = (model.eval()(images) + model(images.flip(3))) / 2
     assert values["val/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
 
 
 def test_fewer_than_five_classes():
-    meter = Meter(torch.device("cpu"))
+    meter = AccuracyMeter(torch.device("cpu"))
     logits, labels = torch.eye(3), torch.arange(3)
     meter.add(F.cross_entropy(logits, labels), logits, labels)
-    assert metrics(meter.totals(), "val")["val/acc5"] == 1.0
+    assert accuracy_metrics(meter.totals(), "val")["val/acc5"] == 1.0
 
 
 def test_images_in_the_weights_format_are_not_copied():
     channels_last = torch.randn(2, 8, 8, 3).permute(0, 3, 1, 2)
     trainer = make_trainer(small_model())
-    assert trainer.laid_out(channels_last).data_ptr() == channels_last.data_ptr()
-    plain = make_trainer(small_model(), channels_last=False).laid_out(channels_last)
+    assert trainer.to_memory_format(channels_last).data_ptr() == channels_last.data_ptr()
+    plain = make_trainer(small_model(), channels_last=False).to_memory_format(channels_last)
     assert plain.is_contiguous() and torch.equal(plain, channels_last)
 
 
@@ -258,7 +259,7 @@ def test_waits_are_those_between_batches():
             time.sleep(0.1)
             yield number
 
-    clock = Clock(torch.device("cpu"))
+    clock = StepClock(torch.device("cpu"))
     for number in clock.watch(slow()):
         clock.num_images, clock.num_steps = 10 * (number + 1), number + 1
         time.sleep(0.2)
@@ -269,12 +270,12 @@ def test_waits_are_those_between_batches():
     assert clock.peak_memory() == {}
 
 
-def test_the_forecast_counts_evaluations_and_larger_images():
-    forecast = Forecast([100, 100, 200], steps_per_epoch=10, eval_steps=4)
-    assert forecast.remaining_s(0, 5, step_s=2.0) == (5 + 10 + 40) * 2 + 3 * 4 * 2
-    forecast.between_s = 100.0
-    assert forecast.remaining_s(1, 10, step_s=2.0) == 40 * 2 + 2 * 100
-    assert forecast.remaining_s(2, 10, step_s=8.0) == 100
+def test_the_estimate_counts_evaluations_and_larger_images():
+    eta = EtaEstimator([100, 100, 200], steps_per_epoch=10, eval_steps=4)
+    assert eta.remaining_s(0, 5, step_s=2.0) == (5 + 10 + 40) * 2 + 3 * 4 * 2
+    eta.pause_s = 100.0
+    assert eta.remaining_s(1, 10, step_s=2.0) == 40 * 2 + 2 * 100
+    assert eta.remaining_s(2, 10, step_s=8.0) == 100
 
 
 def test_tf32_is_what_the_recipe_says():
@@ -288,14 +289,14 @@ def test_tf32_is_what_the_recipe_says():
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
 
 
-def test_a_rehearsal_leaves_no_trace(data, tmp_path):
+def test_a_warm_up_leaves_no_trace(data, tmp_path):
     images, targets, _ = data
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     before = {name: value.clone() for name, value in network.state_dict().items()}
     trainer = make_trainer(network)
-    assert trainer.rehearse((4, 3, 8, 8)) is None
+    assert trainer.warm_up((4, 3, 8, 8)) is None
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
     assert all(not state["momentum_buffer"].any() for state in trainer.optimizer.state.values())
-    assert "expected input" in str(trainer.rehearse((4, 2, 8, 8)))
+    assert "expected input" in str(trainer.warm_up((4, 2, 8, 8)))
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

@@ -1,0 +1,265 @@
+"""The data of a recipe: its two files, and the loaders that turn them into batches."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ffcv_ops import (
+    Beton,
+    CenterCrop,
+    Label,
+    Loader,
+    Mix,
+    Normalize,
+    OrderOption,
+    RandAugment,
+    RandomErasing,
+    RandomResizedCrop,
+    ToDevice,
+    ToTensor,
+    TrivialAugmentWide,
+    UserError,
+    read_beton,
+)
+from ffcv_ops.machine import cpus_per_rank
+from imagenet_training.distributed import World
+from imagenet_training.plan import RunPlan
+from imagenet_training.preview import denormalized
+from imagenet_training.recipe import Recipe
+from imagenet_training.trainer import DTYPES
+
+IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The two files of a run. A run that only evaluates has no training file.
+
+    Attributes
+    ----------
+    val : Beton
+    train : Beton or None
+    """
+
+    val: Beton
+    train: Beton | None = None
+
+    @property
+    def num_val(self) -> int:
+        return self.val.num_samples
+
+    @property
+    def num_train(self) -> int:
+        return self.train.num_samples if self.train is not None else self.val.num_samples
+
+
+@dataclass
+class Loaders:
+    """The loaders of a run that trains.
+
+    Attributes
+    ----------
+    train : Loader
+        Normalised images, float (N, 3, H, W), and dense targets, float (N, K).
+    val : Loader
+        Normalised images, float (N, 3, H, W), and labels, int64 (N,): this rank's share, each sample once.
+    """
+
+    train: Loader
+    val: Loader
+    train_crop: RandomResizedCrop
+
+    def set_resolution(self, size_px: int) -> None:
+        """Set the side of the training crops for the epochs that begin from now on."""
+        self.train_crop.size = size_px
+
+
+def open_training_data(recipe: Recipe) -> TrainingData:
+    """Open the files of a recipe, and check their classes against the model and each other.
+
+    Raises
+    ------
+    UserError
+        If a file is missing or damaged, has not as many classes as the model, or numbers its classes otherwise.
+    """
+    val = open_file(recipe, "val")
+    if recipe.training.eval_only:
+        return TrainingData(val)
+    train = open_file(recipe, "train")
+    _check_same_classes(train, val)
+    return TrainingData(val, train)
+
+
+def open_file(recipe: Recipe, split: str) -> Beton:
+    """Open the file of a split, ``"train"`` or ``"val"``, and check its number of classes against the model."""
+    path = recipe.data.train_dataset if split == "train" else recipe.data.val_dataset
+    beton = read_beton(path)
+    if beton.num_classes != recipe.model.num_classes:
+        raise UserError(
+            f"{path} has {beton.num_classes} classes, the model {recipe.model.num_classes}: "
+            f"pass --model.num_classes={beton.num_classes}, or another --data.{split}_dataset"
+        )
+    return beton
+
+
+def _check_same_classes(train: Beton, val: Beton) -> None:
+    if train.classes is None or val.classes is None or train.classes == val.classes:
+        return
+    number, (ours, theirs) = next(
+        (i, pair) for i, pair in enumerate(zip(train.classes, val.classes, strict=True)) if pair[0] != pair[1]
+    )
+    raise UserError(f"class {number} is {ours} in {train.path} and {theirs} in {val.path}: write both from one set")
+
+
+def build_loaders(recipe: Recipe, plan: RunPlan, data: TrainingData, world: World) -> Loaders:
+    """Build the loaders of training and validation for this rank."""
+    assert data.train is not None, "a run that only evaluates has no training loader"
+    dtype = DTYPES[plan.precision]
+    crop = random_crop(recipe, plan.resolution(0))
+    return Loaders(
+        train=train_loader(recipe, data.train, world, dtype, crop, batch_size=plan.batch_size),
+        val=val_loader(recipe, data.val, world, dtype),
+        train_crop=crop,
+    )
+
+
+def random_crop(recipe: Recipe, size_px: int) -> RandomResizedCrop:
+    """Build the decoder of training images."""
+    augmentation = recipe.augmentation
+    return RandomResizedCrop(
+        size=size_px,
+        scale=augmentation.crop_scale,
+        ratio=augmentation.crop_ratio,
+        flip=augmentation.flip,
+        interpolation=augmentation.interpolation,
+    )
+
+
+def build_augmentations(recipe: Recipe) -> list[Any]:
+    """Build the operations between crop and mixing, on 8-bit images.
+
+    Raises
+    ------
+    UserError
+        If ``augmentation.auto_augment`` names an operation that does not exist.
+    """
+    augmentation = recipe.augmentation
+    operations: list[Any] = []
+    if augmentation.auto_augment == "trivial":
+        operations.append(TrivialAugmentWide())
+    elif augmentation.auto_augment:
+        try:
+            operations.append(RandAugment(augmentation.auto_augment))
+        except UserError as error:
+            key = "augmentation.auto_augment"
+            raise UserError(f"{key} ({recipe.source(key)}): {error}") from None
+    if augmentation.erasing:
+        operations.append(RandomErasing(augmentation.erasing))
+    return operations
+
+
+def train_loader(
+    recipe: Recipe, file: Beton, world: World, dtype: torch.dtype, crop: RandomResizedCrop, *, batch_size: int
+) -> Loader:
+    """Build the loader of `Loaders.train`."""
+    augmentation = recipe.augmentation
+    mix = Mix(
+        num_classes=recipe.model.num_classes,
+        mixup_alpha=augmentation.mixup_alpha,
+        cutmix_alpha=augmentation.cutmix_alpha,
+        prob=augmentation.mix_prob,
+        switch_prob=augmentation.switch_prob,
+        smoothing=recipe.training.label_smoothing,
+        per=augmentation.mix_per,
+    )
+    normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, dtype)
+    to_device = _to_device(world)
+    return Loader(
+        file.path,
+        batch_size=batch_size,
+        num_workers=_num_workers(recipe),
+        os_cache=recipe.data.in_memory,
+        order=OrderOption[recipe.data.order.upper()],
+        distributed=world.world_size > 1,
+        rank=world.rank,
+        world_size=world.world_size,
+        seed=recipe.training.seed,
+        drop_last=True,
+        repeats=augmentation.repeats,
+        pipelines={
+            "image": [crop, *build_augmentations(recipe), ToTensor(), *to_device, normalize, mix.images()],
+            "label": [Label(), *to_device, mix.targets()],
+        },
+    )
+
+
+def val_loader(
+    recipe: Recipe,
+    file: Beton,
+    world: World,
+    dtype: torch.dtype,
+    *,
+    indices: Sequence[int] | None = None,
+    num_workers: int | None = None,
+) -> Loader:
+    """Build the loader of `Loaders.val`, of all samples or of those whose ids are given."""
+    validation, to_device = recipe.validation, _to_device(world)
+    crop = CenterCrop(
+        validation.resolution,
+        ratio=validation.crop_ratio,
+        resize=validation.resize,
+        interpolation=validation.interpolation,
+    )
+    return Loader(
+        file.path,
+        batch_size=validation.batch_size,
+        num_workers=num_workers or _num_workers(recipe),
+        os_cache=recipe.data.in_memory,
+        order=OrderOption.SEQUENTIAL,
+        distributed=world.world_size > 1,
+        rank=world.rank,
+        world_size=world.world_size,
+        indices=indices,
+        drop_last=False,
+        pipelines={
+            "image": [crop, ToTensor(), *to_device, Normalize(IMAGENET_MEAN, IMAGENET_STD, dtype)],
+            "label": [Label(), *to_device],
+        },
+    )
+
+
+def validation_images(recipe: Recipe, file: Beton, world: World, ids: np.ndarray) -> np.ndarray:
+    """Return validation images as the model gets them, but in 8 bits.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    file : Beton
+        The validation split.
+    world : World
+    ids : ndarray of int64, shape (N,)
+        Sample ids in any order.
+
+    Returns
+    -------
+    ndarray of uint8, shape (N, H, W, 3)
+    """
+    only_rank = dataclasses.replace(world, rank=0, world_size=1)
+    with val_loader(recipe, file, only_rank, torch.float32, indices=np.sort(ids).tolist(), num_workers=1) as loader:
+        batches = [denormalized(images, IMAGENET_MEAN, IMAGENET_STD) for images, _ in loader]
+    return np.concatenate(batches)[np.argsort(np.argsort(ids))] if batches else np.zeros((0, 1, 1, 3), np.uint8)
+
+
+def _to_device(world: World) -> list[Any]:
+    """Return the operations that bring a batch to this rank's GPU; none on a CPU."""
+    return [ToDevice(world.device, non_blocking=True)] if world.device.type == "cuda" else []
+
+
+def _num_workers(recipe: Recipe) -> int:
+    """Return the number of threads that load for this rank."""
+    return recipe.data.num_workers if recipe.data.num_workers > 0 else cpus_per_rank()

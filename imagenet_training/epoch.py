@@ -1,0 +1,276 @@
+"""One epoch of training, and one evaluation."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ffcv_ops import Loader
+from imagenet_training.distributed import World, share_buffers
+from imagenet_training.failures import RunError
+from imagenet_training.logs import RunLog
+from imagenet_training.meters import AccuracyMeter, NonFiniteGuard, PredictionRecorder, StepClock, accuracy_metrics
+from imagenet_training.plan import RunPlan
+from imagenet_training.predictions import Predictions
+from imagenet_training.preemption import Stopped, StopRequest
+from imagenet_training.state import TrainState
+from imagenet_training.trainer import Trainer, autocast
+
+
+class EpochMeters:
+    """The measurements of one epoch of training.
+
+    Parameters
+    ----------
+    trainer : Trainer
+    plan : RunPlan
+    state : TrainState
+        Its totals are those of the batches before an interruption.
+
+    Attributes
+    ----------
+    lr : float
+        Learning rate of the last step.
+    """
+
+    def __init__(self, trainer: Trainer, plan: RunPlan, state: TrainState):
+        self.trainer, self.plan, self.state = trainer, plan, state
+        self.accuracy, self.guard = AccuracyMeter(trainer.world.device), NonFiniteGuard(trainer.world.device)
+        self.accuracy.restore(state.totals, trainer.world)
+        state.totals = []
+        self.clock = StepClock(trainer.world.device)
+        self.lr = trainer.lr(max(state.step - 1, 0))
+
+    def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yield the batches that are left of the epoch's full steps, and measure the waits for them."""
+        return self.clock.watch(islice(batches, self.plan.batches_per_epoch - self.state.batch))
+
+    def add_batch(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        """Count a batch: its loss (scalar), logits (N, K) and targets (N, K)."""
+        self.accuracy.add(loss, logits, targets.argmax(dim=1))
+        self.clock.num_images += len(targets) * self.trainer.world.world_size
+
+    def add_step(self, loss: torch.Tensor, lr: float) -> None:
+        """Count an optimizer step; raise RunError if too many losses in a row were not finite."""
+        self.lr = lr
+        self.clock.num_steps += 1
+        if self.guard.fails(loss):
+            raise RunError(non_finite_message(self.state, lr, self.plan.precision))
+
+    def store(self) -> None:
+        """Make the state ready to be saved. Raise RunError if rank 0's weights are not worth saving."""
+        if self.trainer.world.is_main and not self.trainer.is_finite():
+            raise RunError(non_finite_message(self.state, self.lr, self.plan.precision))
+        self.state.totals = self.accuracy.totals()
+
+    def values(self, totals: list[float] | None = None) -> dict[str, float]:
+        """Return loss, accuracies and pace, of this rank so far or from the totals of all ranks."""
+        totals = self.accuracy.sums.tolist() if totals is None else totals
+        return {**accuracy_metrics(totals, "train"), "lr": self.lr, **self.clock.rates()}
+
+
+def train_epoch(
+    trainer: Trainer,
+    loader: Any,
+    state: TrainState,
+    plan: RunPlan,
+    log: RunLog,
+    *,
+    stop: StopRequest,
+    save: Callable[[TrainState], None],
+) -> dict[str, float]:
+    """Train one epoch, or the rest of an epoch that was interrupted.
+
+    Parameters
+    ----------
+    trainer : Trainer
+    loader : Loader
+        ``loader.epoch(epoch, skip)`` yields images, float (N, 3, H, W), and targets, float (N, K), on the device.
+    state : TrainState
+        Moved on with every batch. The caller finishes the epoch after its evaluation.
+    plan : RunPlan
+    log : RunLog
+        Progress lines are the only moments, beside saves, at which the host waits for the device.
+    stop : StopRequest
+        ``stop.agreed()`` is called after every step.
+    save : callable
+        Called with the state every ``plan.save_every_steps`` steps, on all ranks.
+
+    Returns
+    -------
+    dict
+        ``train/loss``, ``train/acc1``, ``train/acc5`` (against each image's heavier label if images are mixed),
+        ``lr``, ``images_per_s``, ``data_wait`` (share of the time spent waiting for batches, by the GPU if there is
+        one), ``step_s``; on a GPU ``gpu_peak_allocated_bytes``, ``gpu_peak_reserved_bytes``.
+
+    Raises
+    ------
+    RunError
+        If the loss stays non-finite, or weights that would be saved are not finite.
+    Stopped
+        If the ranks have agreed to stop. The state is ready to be saved.
+    """
+    trainer.model.train()
+    meters = EpochMeters(trainer, plan, state)
+    batches = meters.watch(loader.epoch(state.epoch, skip=state.batch))
+    for images, targets in log.track(batches, f"epoch {state.epoch}", total=plan.batches_per_epoch, done=state.batch):
+        loss, logits = trainer.backward(images, targets, step=state.step, batch=state.batch)
+        meters.add_batch(loss, logits, targets)
+        state.batch += 1
+        if state.batch % plan.accumulation:
+            continue
+        lr = trainer.optimizer_step(state.step)
+        state.step += 1
+        meters.add_step(loss, lr)
+        log.step(state, meters)
+        if stop.agreed():
+            meters.store()
+            raise Stopped(stop.exit_status)
+        if plan.saves_after(state.step, state.batch):
+            meters.store()
+            save(state)
+            state.totals = []
+    meters.store()
+    log.eta.start_pause()
+    return {**meters.values(state.totals), **meters.clock.peak_memory()}
+
+
+def non_finite_message(state: TrainState, lr: float, precision: str) -> str:
+    """Return what to do about a loss or weights that are no longer finite."""
+    remedies = [f"a lower learning rate (--lr {lr / 2:.3g})", "gradient clipping (--training.grad_clip=1)"]
+    if precision != "32":
+        remedies.insert(1, "--precision 32")
+    return (
+        f"the loss or a weight is not finite since about step {state.step} (epoch {state.epoch}, lr {lr:.4g}); the run "
+        f"stops here. Remedies: {', '.join(remedies)}; then --resume the last checkpoint, which is from before"
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation; empty if there was none.
+
+    Attributes
+    ----------
+    values : dict
+        ``val/loss``, ``val/acc1``, ``val/acc5``; see `measure`.
+    predictions : Predictions or None
+        For every sample of the split.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    predictions: Predictions | None = None
+
+
+NOT_EVALUATED = Evaluation()
+
+
+def evaluate(
+    trainer: Trainer,
+    loader: Loader,
+    log: RunLog,
+    *,
+    epoch: int,
+    flip: bool,
+    stop: StopRequest | None = None,
+) -> Evaluation:
+    """Evaluate the trainer's model on the whole validation split.
+
+    Parameters
+    ----------
+    trainer : Trainer
+    loader : Loader
+        This rank's share of the split: images, float (N, 3, H, W), and labels, int64 (N,).
+    log : RunLog
+    epoch : int
+        Number of the epoch that the weights are of; -1 if they are of no epoch of the run.
+    flip : bool
+        Average the logits of each image and its mirror image.
+    stop : StopRequest, optional
+        Leave the evaluation with `Stopped` if the ranks agree to.
+
+    Returns
+    -------
+    Evaluation
+    """
+    world, beton = trainer.world, loader.beton
+    recorder = PredictionRecorder(world.device, loader.next_traversal_order(), beton.num_samples)
+    batches: Iterable[Any] = loader
+    if stop is not None:
+        fewest = math.ceil(beton.num_samples // world.world_size / loader.batch_size)
+        batches = stop.watched(loader, fewest)
+    values = measure(
+        trainer.evaluated_model,
+        log.track(batches, "validation", total=len(loader)),
+        world,
+        num_samples=beton.num_samples,
+        precision=trainer.precision,
+        flip=flip,
+        channels_last=trainer.channels_last,
+        recorder=recorder,
+    )
+    loss, predicted, confidence = recorder.gather().T
+    return Evaluation(values, Predictions(epoch, beton.labels, predicted.astype(int), loss, confidence))
+
+
+@torch.inference_mode()
+def measure(
+    model: nn.Module,
+    batches: Iterable[Any],
+    world: World,
+    *,
+    num_samples: int,
+    precision: str,
+    flip: bool = False,
+    channels_last: bool = True,
+    recorder: PredictionRecorder | None = None,
+) -> dict[str, float]:
+    """Measure loss and accuracy of a model over batches, every sample counted once over all ranks.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Without a distributed wrapper. Its buffers become those of rank 0 on every rank first.
+    batches : iterable
+        Images, float (N, 3, H, W), and labels, int64 (N,), on the device: this rank's share of the split.
+    world : World
+    num_samples : int
+        Size of the split, which the count must equal.
+    precision : {"16-mixed", "bf16-mixed", "32"}
+    flip : bool
+        Average the logits of each image and its mirror image.
+    channels_last : bool
+    recorder : PredictionRecorder, optional
+
+    Returns
+    -------
+    dict
+        ``val/loss`` (plain cross entropy), ``val/acc1``, ``val/acc5``.
+
+    Raises
+    ------
+    RunError
+        If the ranks together did not see each sample once.
+    """
+    share_buffers(model)
+    model.eval()
+    meter = AccuracyMeter(world.device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for images, labels in batches:
+        images = images.contiguous(memory_format=layout)
+        with autocast(world.device, precision):
+            logits = model(images).float()
+            if flip:
+                logits = (logits + model(images.flip(3)).float()) / 2
+        meter.add(F.cross_entropy(logits, labels), logits, labels)
+        if recorder is not None:
+            recorder.add(logits, labels)
+    totals = meter.totals()
+    if round(totals[3]) != num_samples:
+        raise RunError(f"validation counted {totals[3]:.0f} samples of a split of {num_samples}")
+    return accuracy_metrics(totals, "val")

@@ -1,0 +1,48 @@
+"""The preview: training images of a recipe as the model gets them, on one contact sheet."""
+
+from pathlib import Path
+
+from ffcv_ops.errors import UserError
+from imagenet_training import distributed
+from imagenet_training.data import IMAGENET_MEAN, IMAGENET_STD, open_file, random_crop, train_loader
+from imagenet_training.preview import caption, class_names, denormalized, draw_contact_sheet, take_images
+from imagenet_training.recipe import Recipe
+from imagenet_training.schedule import resolution_of
+from imagenet_training.trainer import DTYPES
+
+
+def draw_preview(recipe: Recipe) -> None:
+    """Draw the first training images of epoch 0 as the model gets them. This needs data, and trains nothing.
+
+    Raises
+    ------
+    UserError
+        If the folder of the picture does not exist, or the data cannot be used.
+    """
+    path, world = Path(recipe.training.preview or ""), distributed.start()
+    if not path.parent.is_dir():
+        raise UserError(f"training.preview={path}: there is no folder {path.parent}")
+    data = open_file(recipe, "train")
+    batch_size = min(recipe.training.batch_size, data.num_samples // world.world_size)
+    crop = random_crop(recipe, resolution_of(recipe)(0))
+    dtype = DTYPES[recipe.training.precision if world.device.type == "cuda" else "32"]
+    with train_loader(recipe, data, world, dtype, crop, batch_size=batch_size) as loader:
+        images, targets = take_images(loader.epoch(0), len(loader))
+    if world.is_main:
+        shown = denormalized(images, IMAGENET_MEAN, IMAGENET_STD)
+        names = class_names(data.classes, data.num_classes)
+        captions = [caption(target, names) for target in targets.numpy()]
+        draw_contact_sheet(shown, captions, path, title=preview_title(recipe, crop.size))
+        print(f"{len(shown)} training images as the model gets them: {path}")
+    distributed.stop()
+
+
+def preview_title(recipe: Recipe, size_px: int) -> str:
+    """Return what the images of a preview went through."""
+    augmentation, names = recipe.augmentation, ", ".join(str(path) for path in recipe.files) or "no recipe"
+    mixing = f"Mixup {augmentation.mixup_alpha:g}, CutMix {augmentation.cutmix_alpha:g}"
+    return (
+        f"{names}: epoch 0, {size_px} px, seed {recipe.training.seed}, the first images of the first batches\n"
+        f"augmentation {augmentation.auto_augment or 'none'}, erasing {augmentation.erasing:g}, {mixing}, "
+        f"label smoothing {recipe.training.label_smoothing:g}; below each image its classes and their target weights"
+    )

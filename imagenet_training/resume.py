@@ -1,0 +1,170 @@
+"""Continue a run: choose the checkpoint, and restore its state into the trainer."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ffcv_ops.errors import UserError
+from imagenet_training.checkpoint import CheckpointFolder, read_checkpoint
+from imagenet_training.distributed import World, decided_by_main
+from imagenet_training.plan import RunPlan
+from imagenet_training.recipe import AUTO, Recipe
+from imagenet_training.state import TrainState
+from imagenet_training.trainer import Trainer, unwrapped
+
+# The note in the ranks' store with the names that the run had before torchrun restarted it.
+RUN_NOTE = "run"
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """The position from which a run starts.
+
+    Attributes
+    ----------
+    path : str or None
+        The checkpoint; None to start from the beginning.
+    content : dict or None
+        The content of the checkpoint.
+    names : dict
+        ``run_name`` and ``wandb_id`` of a run that torchrun has restarted before its first checkpoint.
+    notices : tuple of str
+        Facts that the user should know.
+    """
+
+    path: str | None
+    content: dict[str, Any] | None
+    names: Mapping[str, str]
+    notices: tuple[str, ...]
+
+
+def choose_checkpoint(recipe: Recipe, world: World) -> ResumePoint:
+    """Choose the checkpoint to continue from, the same on every rank.
+
+    1. If torchrun has restarted this run, its own newest checkpoint.
+    2. Else the checkpoint that ``training.resume`` names; for ``auto`` the newest one in ``logging.folder``.
+    3. Else none.
+
+    Raises
+    ------
+    UserError
+        If the checkpoint cannot be read, all checkpoints found are damaged, or a run that torchrun has restarted would
+        fail again.
+    """
+    if reason := world.store.read("given up"):
+        raise UserError(f"the run is not tried again, since it would fail again: {reason}")
+    names: dict[str, str] = json.loads(world.store.read(RUN_NOTE) or "{}")
+    path, notices = decided_by_main(lambda: _choose_path(recipe, names.get("run_name", "")))
+    content = read_checkpoint(path) if path is not None else None
+    return ResumePoint(path, content, names, tuple(notices))
+
+
+def _choose_path(recipe: Recipe, restarted_run: str) -> tuple[str | None, list[str]]:
+    asked = recipe.training.resume
+    checkpoints = CheckpointFolder(Path(recipe.logging.folder) / "checkpoints", recipe.model.arch)
+    notices: list[str] = []
+    if restarted_run:
+        path, notices = checkpoints.newest(restarted_run)
+        if path is not None:
+            return str(path), [*notices, f"torchrun has restarted the run: it goes on from its own {path}"]
+    if asked != AUTO:
+        return asked, notices
+    path, notices = checkpoints.newest()
+    if path is None and notices:
+        raise UserError(f"--resume auto: {'; '.join(notices)}. There is no other: move it away to start a new run")
+    if path is None:
+        return None, [f"--resume auto: no checkpoint in {checkpoints.folder}, so a new run starts"]
+    return str(path), notices
+
+
+def restore(trainer: Trainer, point: ResumePoint, recipe: Recipe, plan: RunPlan) -> TrainState:
+    """Load a checkpoint into the trainer, and return the position of the run.
+
+    Parameters
+    ----------
+    trainer : Trainer
+        Changed in place. If the run only evaluates, optimizer and loss scaling are not touched.
+    point : ResumePoint
+    recipe : Recipe
+    plan : RunPlan
+
+    Raises
+    ------
+    UserError
+        If the weights are of another architecture or head, the optimizer is another one, or a run was stopped within
+        an epoch and its remaining global batches would be others.
+    """
+    content = point.content
+    if content is None:
+        return TrainState(run_name=point.names.get("run_name", ""), wandb_id=point.names.get("wandb_id", ""))
+    state = TrainState(**content["state"])
+    trains = not recipe.training.eval_only
+    if state.batch and trains:
+        _check_same_batches(content, recipe, plan)
+        state.batch = state.batch // content["recipe"]["training"]["accumulation"] * plan.accumulation
+    try:
+        unwrapped(trainer.model).load_state_dict(content["model"])
+        if trainer.ema is not None:
+            trainer.ema.module.load_state_dict(content["ema"] or content["model"])
+            trainer.ema.n_averaged.fill_(content["ema_updates"])
+    except RuntimeError as error:
+        raise UserError(f"the checkpoint is of another model than the recipe's: {error}") from error
+    if trains:
+        _restore_optimizer(trainer.optimizer, content, recipe.training.optimizer)
+        if content["scaler"]:  # empty if the losses of the run were not scaled
+            trainer.scaler.load_state_dict(content["scaler"])
+    return state
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, content: Mapping[str, Any], name: str) -> None:
+    """Take momenta and step counts from a checkpoint, and everything that a recipe sets from this run."""
+    saved, was = content["optimizer"], content["recipe"]["training"]["optimizer"]
+    if was != name:
+        raise UserError(
+            f"the checkpoint is of a run with training.optimizer={was}, this one has {name}: keep {was}, or begin a "
+            "run from its weights with --model.weights"
+        )
+    own = optimizer.state_dict()
+    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own["param_groups"]]:
+        raise UserError(
+            "the checkpoint's optimizer has the parameters in other groups, by their weight decay: keep "
+            "training.bn_wd, or begin a run from its weights with --model.weights"
+        )
+    groups = [{**theirs, **ours} for theirs, ours in zip(saved["param_groups"], own["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": {**own["state"], **saved["state"]}, "param_groups": groups})
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                # The memory format of the weights may have changed, and fused optimizers insist on the weights' one.
+                state[key] = torch.empty_like(parameter).copy_(value)
+
+
+def _check_same_batches(content: Mapping[str, Any], recipe: Recipe, plan: RunPlan) -> None:
+    """Check that the remaining steps of an interrupted epoch take exactly its remaining samples.
+
+    Samples are dealt to the ranks one by one, so this holds for any number of ranks with the same global batch.
+    In quasi-random order each rank has pages of its own, so there the number of ranks must be the same too.
+
+    Raises
+    ------
+    UserError
+        If they would take other samples.
+    """
+    state = content["state"]
+    position = f"the checkpoint stands {state['batch']} batches into epoch {state['epoch']}"
+    if content["global_batch_size"] != plan.global_batch_size:
+        raise UserError(
+            f"{position} at a global batch of {content['global_batch_size']}; this run has "
+            f"{plan.global_batch_size}. Go on with the same until the epoch ends"
+        )
+    order = recipe.data.order
+    if content["world_size"] != plan.world_size and order == "quasi_random":
+        raise UserError(
+            f"{position} of {content['world_size']} processes in {order} order, each with pages of its own, which "
+            f"{plan.world_size} processes cannot end. Go on with {content['world_size']} until the epoch ends, "
+            "or from a checkpoint of the end of an epoch"
+        )

@@ -1,0 +1,243 @@
+"""The folder of a run: its logs, checkpoints and report, and what it prints at the start and the end."""
+
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ffcv_ops import Beton
+from ffcv_ops.settings.command_line import replace_settings
+from imagenet_training.background import BackgroundTask
+from imagenet_training.checkpoint import CheckpointFolder, checkpoint_content, copy_to_cpu
+from imagenet_training.data import TrainingData, validation_images
+from imagenet_training.distributed import World, wait_for_all
+from imagenet_training.logs import RunLog
+from imagenet_training.meters import EtaEstimator
+from imagenet_training.model import find_library, model_on_paper, model_size
+from imagenet_training.plan import RunPlan
+from imagenet_training.predictions import Predictions
+from imagenet_training.preemption import Stopped
+from imagenet_training.preview import class_names
+from imagenet_training.provenance import describe_run, differences
+from imagenet_training.recipe import FLAGS, Recipe, courses
+from imagenet_training.report import NUM_MISTAKES_SHOWN, write_report
+from imagenet_training.resume import RUN_NOTE, ResumePoint
+from imagenet_training.state import TrainState
+from imagenet_training.summary import resolved_recipe, summary
+from imagenet_training.trainer import Trainer
+
+
+class RunFolder:
+    """The files of one run below ``logging.folder``. Ranks other than 0 write nothing.
+
+    As a context manager it prints the summary and starts the files. At the end it waits for the last save. If the run
+    is stopped by a signal, it saves the run first. If the run fails, the files stay open for the error.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    plan : RunPlan
+    data : TrainingData
+    trainer : Trainer
+    state : TrainState
+        The position of the run, which the caller moves on.
+    point : ResumePoint
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: RunPlan,
+        data: TrainingData,
+        trainer: Trainer,
+        state: TrainState,
+        point: ResumePoint,
+    ):
+        self.recipe, self.plan, self.data, self.trainer, self.state = recipe, plan, data, trainer, state
+        self.point, self.world = point, trainer.world
+        self.folder = Path(recipe.logging.folder)
+        self.report = self.folder / "report.html"
+        self.checkpoints = CheckpointFolder(self.folder / "checkpoints", recipe.model.arch)
+        self.provenance = describe_run(recipe, plan, data, self.world)
+        resolutions = [plan.resolution(epoch) for epoch in range(plan.epochs)]
+        self.log = RunLog(
+            self.folder / "logs",
+            self.world.is_main,
+            courses(recipe),
+            eta=EtaEstimator(resolutions, plan.steps_per_epoch, plan.num_val / plan.global_batch_size),
+            log_every=recipe.logging.log_every if recipe.logging.log_level else 0,
+        )
+        self._background = BackgroundTask()
+
+    def __enter__(self) -> "RunFolder":
+        log, state = self.log, self.state
+        size = model_size(model_on_paper(self.recipe), self.recipe.validation.resolution)
+        log.print(summary(self.recipe, self.plan, size))
+        log.keep(resolved_recipe(self.recipe))
+        for notice in run_notices(self.recipe, self.plan, self.world, self.point, self.provenance):
+            log.print(f"note: {notice}")
+        if self.world.is_main:
+            self._make_room()
+        if self.plan.resumed_from:
+            log.print(f"resuming at {state}")
+        log.open(state, self.provenance)
+        if self.world.is_main:
+            names = {"run_name": state.run_name, "wandb_id": state.wandb_id}
+            self.world.store.write(RUN_NOTE, json.dumps(names))
+        return self
+
+    def _make_room(self) -> None:
+        """Remove what a killed run left half-written, and keep the files of another run."""
+        self.checkpoints.remove_unfinished()
+        resumed = self.plan.resumed_from
+        if not resumed or Path(resumed).resolve().parent != self.checkpoints.folder.resolve():
+            for path in self.checkpoints.keep_earlier_run(self.report):
+                self.log.print(f"note: an earlier run's {path.name} was kept as {path}")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            self.finish()
+            self.log.close()
+        elif isinstance(error, Stopped):
+            self.save(self.state)
+            self.finish()
+            last = self.checkpoints.last
+            self.log.print(f"stopped by a signal: {self.state}, saved as {last}; --resume auto goes on")
+            self.log.close(exit_code=error.exit_status)
+            wait_for_all(self.world)  # torchrun ends the other ranks once one has exited
+
+    def finish(self) -> None:
+        """Wait for the last save and report. Raise the error of either."""
+        self._background.finish()
+
+    def save(self, state: TrainState) -> None:
+        """Save the run at its present position, while training goes on."""
+        if self.world.is_main:
+            content = copy_to_cpu(checkpoint_content(state, self.trainer, self.provenance))
+            self._background.start(lambda: self.checkpoints.save(content))
+
+    def save_epoch(self, state: TrainState, predictions: Predictions | None) -> None:
+        """Save the run after an epoch and write its report, while training goes on.
+
+        Parameters
+        ----------
+        state : TrainState
+            At the start of the next epoch.
+        predictions : Predictions or None
+            Of the finished epoch, if it was evaluated.
+        """
+        if self.world.is_main:
+            content = copy_to_cpu(checkpoint_content(state, self.trainer, self.provenance))
+            is_best = state.best_epoch == state.epoch - 1
+            position, best = dataclasses.replace(state), predictions if is_best else None
+
+            def work() -> None:
+                self.checkpoints.save(content, is_best=is_best)
+                self._report(position, best)
+
+            self._background.start(work)
+        self.log.eta.end_pause()
+
+    def _report(self, state: TrainState, best: Predictions | None) -> None:
+        """Draw the curve and write the report, with the predictions of the best epoch so far."""
+        stored = self.log.folder / f"{state.run_name}.predictions.npz"
+        try:
+            self.log.draw()
+            if best is not None:
+                best.save(stored)
+            shown = best or (Predictions.read(stored) if stored.exists() else None)
+            mistakes = None
+            if shown is not None and state.epoch == self.plan.epochs:
+                mistakes = validation_images(self.recipe, self.data.val, self.world, shown.mistakes(NUM_MISTAKES_SHOWN))
+            files = {
+                "best checkpoint": self.checkpoints.best(state),
+                "last checkpoint": self.checkpoints.last,
+                "exported weights": self.checkpoints.weights,
+                "record": self.log.folder / f"{state.run_name}.jsonl",
+            }
+            write_report(
+                self.report,
+                name=state.run_name,
+                records=self.log.records(),
+                facts=self.provenance,
+                courses=self.log.courses,
+                files={what: str(path) for what, path in files.items() if path.exists()},
+                predictions=shown,
+                names=names_of(self.data.val),
+                mistakes=mistakes,
+            )
+        except OSError as error:
+            self.log.print(f"note: the report was not written: {error}")
+
+    def print_next_steps(self) -> None:
+        """Print how the run ended, where its files are, and what is usually done next."""
+        self.finish()
+        state, log, checkpoints, model = self.state, self.log, self.checkpoints, self.recipe.model
+        best, last = checkpoints.best(state), log.last.get("val/acc1")
+        log.print(
+            f"done: best top-1 {state.best_acc1:.3%} in epoch {state.best_epoch}"
+            + (f", last {last:.3%}" if last is not None else "")
+        )
+        log.print(f"  best checkpoint   {best}")
+        log.print(f"  last checkpoint   {checkpoints.last}")
+        log.print(f"  exported weights  {checkpoints.weights}")
+        log.print(f"  logs              {log.folder / state.run_name}.log .jsonl .png .recipe.json .predictions.npz")
+        log.print(f"  report            {self.report}")
+        if find_library(model.arch, model.library) == "timm":
+            options = f'num_classes={model.num_classes}, checkpoint_path="{checkpoints.weights}"'
+            use = f'model = timm.create_model("{model.arch}", {options})'
+        else:
+            loaded = f'torch.load("{checkpoints.weights}", weights_only=True)'
+            build = f"model = torchvision.models.{model.arch}(num_classes={model.num_classes})"
+            use = f"{build}; model.load_state_dict({loaded})"
+        log.print("next")
+        evaluate = {"training.eval_only": "1", "training.resume": str(best)}
+        train_on = {"training.resume": str(checkpoints.last), "training.epochs": str(2 * self.plan.epochs)}
+        log.print(f"  evaluate     {_command(evaluate)}")
+        log.print(f"  train on     {_command(train_on)}")
+        log.print(f"  use weights  {use}")
+
+
+def run_notices(
+    recipe: Recipe, plan: RunPlan, world: World, point: ResumePoint, provenance: dict[str, Any]
+) -> Iterator[str]:
+    """Yield everything about a run that the user should know though nothing is wrong."""
+    yield from recipe.notices
+    asked = recipe.dist.world_size
+    if recipe.training.distributed and asked != world.world_size:
+        yield f"dist.world_size={asked}, but torchrun started {world.world_size}: torchrun wins"
+    yield from point.notices
+    yield from plan.notices
+    if point.content is not None:
+        yield from differences(point.content, provenance)
+
+
+def report_evaluation(
+    recipe: Recipe, data: TrainingData, world: World, provenance: dict[str, Any], predictions: Predictions | None
+) -> None:
+    """Write the report of an evaluation without training into the file ``training.report``."""
+    assert predictions is not None and recipe.training.report is not None
+    weights = recipe.training.resume or recipe.model.weights
+    write_report(
+        Path(recipe.training.report),
+        name=f"evaluated with {weights or 'pretrained weights'}",
+        records=[],
+        facts=provenance,
+        courses={},
+        predictions=predictions,
+        names=names_of(data.val),
+        mistakes=validation_images(recipe, data.val, world, predictions.mistakes(NUM_MISTAKES_SHOWN)),
+    )
+
+
+def names_of(beton: Beton) -> list[str]:
+    """Return the names of a file's classes, in words if they are numbers of ImageNet's WordNet."""
+    return class_names(beton.classes, beton.num_classes)
+
+
+def _command(settings: Mapping[str, str]) -> str:
+    """Return the command of this run with some settings replaced."""
+    return shlex.join(["python", sys.argv[0], *replace_settings(sys.argv[1:], FLAGS, settings)])

@@ -1,0 +1,302 @@
+"""The trainer: the model under training, what changes it, and one step."""
+
+import contextlib
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from imagenet_training import distributed
+from imagenet_training.distributed import World
+from imagenet_training.logs import RunLog
+from imagenet_training.loss import Loss, build_loss
+from imagenet_training.model import build_model, compiled, gains_from_compilation, recipe_model
+from imagenet_training.optim import build_ema, build_optimizer
+from imagenet_training.plan import RunPlan
+from imagenet_training.recipe import Recipe
+
+DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32": torch.float32}
+# PyTorch 2.14 renamed the option of DistributedDataParallel, and warns of the old name.
+_LOCAL_BUFFERS: dict[str, Any] = {"forward_sync_buffers": False}
+if "forward_sync_buffers" not in inspect.signature(DistributedDataParallel).parameters:
+    _LOCAL_BUFFERS = {"broadcast_buffers": False}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the autocast context of a precision; it is off for ``"32"``."""
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "32")
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Allow or forbid TF32: GPUs then round the factors of 32-bit products to 10 bits of mantissa."""
+    # PyTorch has two interfaces. What the older one sets can be read by both; what the newer sets only by the newer.
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel and torch.compile, or the model itself."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    return getattr(model, "_orig_mod", model)
+
+
+@dataclass
+class Trainer:
+    """The model under training, and everything that a step needs to change it.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        On its device, wrapped for distribution if there are several ranks.
+    ema : MovingAverage or None
+        Updated every ``ema_every`` steps.
+    optimizer : torch.optim.Optimizer
+    scaler : torch.amp.GradScaler
+        Disabled unless the precision is ``"16-mixed"``.
+    world : World
+    loss : callable
+        Scalar loss of logits (N, K) and dense targets (N, K).
+    lr : callable
+        Learning rate of an optimizer step, counted from 0 over the run.
+    precision : {"16-mixed", "bf16-mixed", "32"}
+    accumulation : int
+        Batches per optimizer step.
+    grad_clip, agc : float
+        Largest norm of the whole gradient. Largest ratio of each unit's gradient norm to the norm of its weights
+        (adaptive gradient clipping, arXiv 2102.06171); the last layer is not clipped, as there. 0 does not clip.
+    channels_last : bool
+        Memory format of the images and the weights. Images that already have it are not copied.
+    seed : int
+        Seed of what the model itself draws (dropout, drop path): a function of (seed, batch, rank).
+    compiles : bool
+        Compile the model in `compile_for`.
+    """
+
+    model: nn.Module
+    ema: Any
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    world: World
+    loss: Loss
+    lr: Callable[[int], float]
+    precision: str
+    accumulation: int = 1
+    grad_clip: float = 0.0
+    agc: float = 0.0
+    ema_every: int = 1
+    channels_last: bool = True
+    seed: int = 0
+    compiles: bool = False
+    compiled_px: int = 0
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model that is evaluated and exported: the moving average if there is one."""
+        return self.ema.module if self.ema is not None else unwrapped(self.model)
+
+    def to_memory_format(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the images in the memory format of the weights; the same tensor if it has that format."""
+        return images.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+
+    def backward(
+        self, images: torch.Tensor, targets: torch.Tensor, *, step: int, batch: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add one batch's share to the gradient. Ranks exchange gradients only with the last batch of a step.
+
+        Parameters
+        ----------
+        images : torch.Tensor
+            Float (N, 3, H, W).
+        targets : torch.Tensor
+            Float (N, K).
+        step : int
+            The optimizer step, counted from 0 over the run.
+        batch : int
+            The batch, counted from 0 over the epoch.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Loss (scalar) and logits (N, K).
+        """
+        place = batch % self.accumulation
+        self._seed(step * self.accumulation + place)
+        with self._no_exchange(place < self.accumulation - 1):
+            with autocast(self.world.device, self.precision):
+                logits = self.model(self.to_memory_format(images))
+            loss = self.loss(logits, targets)
+            self.scaler.scale(loss / self.accumulation).backward()
+        return loss, logits
+
+    def optimizer_step(self, step: int) -> float:
+        """Change the weights by the gradient of the last batches; return the learning rate."""
+        lr = self.lr(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.grad_clip or self.agc:
+            self.scaler.unscale_(self.optimizer)
+        if self.agc:
+            from timm.utils.agc import adaptive_clip_grad  # here, because importing timm takes two seconds
+
+            adaptive_clip_grad([*self.model.parameters()][:-2], self.agc)
+        if self.grad_clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None and (step + 1) % self.ema_every == 0:
+            self.ema.update_parameters(unwrapped(self.model))
+        return lr
+
+    def is_finite(self) -> bool:
+        """Return True if all weights and statistics of the model are finite. This waits for the device."""
+        values = [value.detach() for value in (*self.model.parameters(), *self.model.buffers())]
+        norms = torch._foreach_norm([value for value in values if value.is_floating_point()])
+        return bool(torch.stack(norms).isfinite().all())
+
+    def compile_for(self, batch_size: int, size_px: int, log: RunLog) -> None:
+        """Compile the model for one size of images before their first step. If that fails, train without compiling."""
+        if not self.compiles or size_px == self.compiled_px:
+            return
+        if self.compiled_px:
+            torch.compiler.reset()  # training never returns to an earlier size
+        started_s, self.compiled_px = time.perf_counter(), size_px
+        error = self.warm_up((batch_size, 3, size_px, size_px))
+        failures = distributed.sum_over_ranks(torch.tensor(int(error is not None), device=self.world.device))
+        if not failures:
+            log.print(f"compiled for {size_px} px in {time.perf_counter() - started_s:.0f} s")
+            return
+        self.compiles = False
+        torch.compiler.set_stance("force_eager")
+        first_line = str(error).strip().partition("\n")[0]
+        reason = f"{type(error).__name__}: {first_line}" if error else "on another rank"
+        log.print(f"note: torch.compile failed, training goes on without it ({reason})")
+
+    def warm_up(self, shape: tuple[int, int, int, int]) -> Exception | None:
+        """Pass a batch of zeros forward and back, and leave no trace. A compiled model is compiled here.
+
+        Parameters
+        ----------
+        shape : tuple of int
+            Shape of a batch's images, (N, 3, H, W).
+
+        Returns
+        -------
+        Exception or None
+            The error, if there was one.
+
+        Raises
+        ------
+        torch.OutOfMemoryError
+            If memory ran out.
+        """
+        self.model.train()
+        kept = [buffer.clone() for buffer in self.model.buffers()]
+        images = self.to_memory_format(torch.zeros(shape, dtype=DTYPES[self.precision], device=self.world.device))
+        try:
+            with self._no_exchange(True):  # a rank that fails here leaves no other rank waiting
+                with autocast(self.world.device, self.precision):
+                    logits = self.model(images)
+                logits.float().sum().backward()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # dynamo, inductor, Triton and the C++ compiler raise many kinds
+            return error
+        finally:
+            for buffer, value in zip(self.model.buffers(), kept, strict=True):
+                buffer.copy_(value)
+            self.optimizer.zero_grad(set_to_none=True)
+        return None
+
+    def _no_exchange(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which ranks keep their gradients to themselves, if that is wanted."""
+        if wanted and isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def _seed(self, batch: int) -> None:
+        """Make what the model draws a function of (seed, batch of the run, rank), the same after any resume."""
+        torch.manual_seed(hash((self.seed, batch, self.world.rank)) % 2**63)
+
+
+def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoint: bool = False) -> Trainer:
+    """Build model, optimizer, moving average and loss of a recipe, on this rank's device.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    plan : RunPlan
+    world : World
+    from_checkpoint : bool
+        A checkpoint will be restored, so pretrained or local weights are not loaded first.
+
+    Raises
+    ------
+    UserError
+        If the architecture does not exist, or the weights do not fit.
+    """
+    training = recipe.training
+    torch.manual_seed(training.seed)
+    torch.backends.cudnn.benchmark = True
+    allow_tf32(training.tf32)
+    model = build_model(
+        **recipe_model(recipe),
+        pretrained=recipe.model.pretrained and not from_checkpoint,
+        weights=None if from_checkpoint else recipe.model.weights,
+    ).to(world.device)
+    if training.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    compiles = training.compile
+    if compiles == "auto":
+        compiles = gains_from_compilation(world.device, plan.total_steps * plan.accumulation)
+    trainer = Trainer(
+        model=model,
+        ema=build_ema(model, plan.ema_decay),
+        optimizer=build_optimizer(
+            model,
+            training.optimizer,
+            lr=plan.lr,
+            momentum=training.momentum,
+            nesterov=training.nesterov,
+            weight_decay=training.weight_decay,
+            bn_wd=training.bn_wd,
+        ),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=plan.precision == "16-mixed"),
+        world=world,
+        loss=build_loss(training.loss, bce_threshold=training.bce_threshold),
+        lr=plan.lr_at,
+        precision=plan.precision,
+        accumulation=plan.accumulation,
+        grad_clip=training.grad_clip,
+        agc=training.agc,
+        ema_every=training.ema_every,
+        channels_last=training.channels_last,
+        seed=training.seed,
+        compiles=bool(compiles),
+    )
+    trainer.model = _wrapped(model, trainer)
+    return trainer
+
+
+def _wrapped(model: nn.Module, trainer: Trainer) -> nn.Module:
+    """Wrap the model as a step calls it: compiled if wanted, and exchanging gradients between ranks."""
+    if trainer.compiles:
+        model = compiled(model)
+    if not dist.is_initialized():
+        return model
+    world = trainer.world
+    return DistributedDataParallel(
+        model,
+        device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        # Incompatible with no_sync(), and with the way dynamo splits a graph at the buckets.
+        static_graph=trainer.accumulation == 1 and not trainer.compiles,
+        **_LOCAL_BUFFERS,  # training reads no buffer of another rank, and evaluation takes rank 0's
+    )
