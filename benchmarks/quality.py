@@ -31,7 +31,7 @@ from torchvision import datasets, transforms
 from ffcv_ops import CenterCrop, Loader, OrderOption, RandomResizedCrop, read_beton
 from ffcv_ops.codec import jpeg, region
 from ffcv_ops.loading.storage import MappedFile
-from ffcv_ops.operations.crops import draw_boxes_into
+from ffcv_ops.operations.crops import draw_crops_into
 from ffcv_ops.sources.folder import load_image
 from ffcv_ops.writing.encode import shrink
 from ffcv_ops.writing.plan import WriteSettings
@@ -124,7 +124,7 @@ def _crops_and_references(
     heights, widths = (fields[name].astype(np.int64) for name in ("height", "width"))
     boxes, flips = np.empty((len(fields), 4)), np.empty(len(fields), np.bool_)
     drawn = 0, 0, np.arange(len(fields)), np.zeros(len(fields), np.int64)
-    draw_boxes_into(drawn, heights, widths, operation.scale, operation.ratio, operation.flip, boxes, flips)
+    draw_crops_into(drawn, heights, widths, operation.scale, operation.ratio, operation.flip, boxes, flips)
     crops = _load(path, operation)
     resample = getattr(Image.Resampling, interpolation.upper())
     for data, crop, box, flip in zip(payloads(path), crops, boxes.astype(int), flips, strict=True):
@@ -147,7 +147,7 @@ def compare_boxes() -> str:
     boxes, flips = np.empty((NUM_BOXES, 4)), np.empty(NUM_BOXES, np.bool_)
     drawn = 0, 0, np.arange(NUM_BOXES), np.zeros(NUM_BOXES, np.int64)
     sides = np.full(NUM_BOXES, size[0]), np.full(NUM_BOXES, size[1])
-    draw_boxes_into(drawn, *sides, SCALE, RATIO, 0.5, boxes, flips)
+    draw_crops_into(drawn, *sides, SCALE, RATIO, 0.5, boxes, flips)
     torch.manual_seed(0)
     image = torch.empty(3, *size)
     get_params = transforms.RandomResizedCrop.get_params

@@ -29,7 +29,8 @@ from sklearn.datasets import load_sample_images
 from timm.data.auto_augment import rand_augment_transform
 
 from ffcv_ops.operations.base import Batch, Memory, WorkerPool
-from ffcv_ops.operations.rand_augment import IMAGENET_MEAN, Augmentation, RandAugment, TrivialAugmentWide
+from ffcv_ops.operations.image_operation import IMAGENET_MEAN
+from ffcv_ops.operations.rand_augment import Augmentation, RandAugment, TrivialAugmentWide
 
 BATCH_SIZE = 64
 

@@ -27,7 +27,7 @@ from loader import describe_machine
 from PIL import Image
 
 from ffcv_ops import CenterCrop, Label, Loader, OrderOption, RandomResizedCrop
-from ffcv_ops.operations.crops import center_boxes
+from ffcv_ops.operations.crops import center_crops
 from ffcv_ops.sources.folder import load_image, scan
 from ffcv_ops.writing.encode import encode_image
 from ffcv_ops.writing.plan import WriteSettings, build_plan
@@ -98,7 +98,7 @@ def mean_psnr(path: Path, originals: list[np.ndarray], size: int, ratio: float) 
         crops = np.concatenate([np.asarray(batch[0]) for batch in loader])
         fields = loader.beton.metadata["f0"]
     heights, widths = (fields[name].astype(np.int64) for name in ("height", "width"))
-    boxes = center_boxes(heights, widths, size, ratio, None)
+    boxes = center_crops(heights, widths, size, ratio, None)
     values = []
     for original, crop, box, height, width in zip(originals, crops, boxes, heights, widths, strict=True):
         y, x, h, w = box

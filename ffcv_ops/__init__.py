@@ -41,9 +41,10 @@ if TYPE_CHECKING:
     from ffcv_ops.loading.loader import Loader
     from ffcv_ops.operations.base import SampleError
     from ffcv_ops.operations.crops import CenterCrop, RandomResizedCrop
+    from ffcv_ops.operations.erasing import RandomErasing
     from ffcv_ops.operations.mix import Mix
     from ffcv_ops.operations.normalize import Label, Normalize
-    from ffcv_ops.operations.rand_augment import RandAugment, RandomErasing, TrivialAugmentWide
+    from ffcv_ops.operations.rand_augment import RandAugment, TrivialAugmentWide
 
 __all__ = [
     "Beton",
@@ -72,7 +73,7 @@ _HOMES = {
     "Normalize": "operations.normalize",
     "OrderOption": "_ffcv",
     "RandAugment": "operations.rand_augment",
-    "RandomErasing": "operations.rand_augment",
+    "RandomErasing": "operations.erasing",
     "RandomResizedCrop": "operations.crops",
     "SampleError": "operations.base",
     "ToDevice": "_ffcv",

@@ -1,4 +1,4 @@
-"""Compiling kernels: Numba's cache on disk, told of what a kernel calls in other modules."""
+"""Compile kernels with Numba, and keep them on disk until a source of theirs changes, also in another module."""
 
 import hashlib
 import sys
@@ -21,24 +21,24 @@ def _can_cache() -> bool:
     return True
 
 
-# Whether there is a folder where Numba may keep what it compiles of this package; it refuses ``cache=True`` without.
 CAN_CACHE = _can_cache()
+"""True if Numba can write compiled code of this package to disk. If not, ``cache=True`` raises an error in Numba."""
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function on its first call, and keep the result on disk until a source that it is made of changes.
+    """Compile a function on its first call, and keep the result on disk until one of its sources changes.
 
-    Numba alone looks at the function's own file. What a kernel calls is compiled into it, and often lies elsewhere, so
-    here a change of any module of this package that the function's module uses, directly or not, counts too.
+    Numba itself checks only the file of the function. But functions of other modules are compiled into the kernel.
+    Therefore the cache here also checks every module of this package that the function's module uses, directly or not.
     """
     dispatcher: Any = nb.njit(cache=CAN_CACHE, nogil=True)(function)
-    if CAN_CACHE and dispatcher is not function:  # which it is where NUMBA_DISABLE_JIT is set
+    if CAN_CACHE and dispatcher is not function:  # they are the same if NUMBA_DISABLE_JIT is set
         dispatcher._cache = _Cache(function)
     return dispatcher
 
 
 class _Cache(FunctionCache):
-    """Numba's, with a digest of sources in the key of every compiled signature."""
+    """The cache of Numba, with a digest of sources in the key of every compiled signature."""
 
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
         return *super()._index_key(sig, codegen), _digest(self._py_func.__module__)
@@ -54,7 +54,7 @@ def _digest(name: str) -> str:
 
 
 def _used_by(name: str, found: set[str]) -> set[str]:
-    """Add a module of this package, and all that it and they use, to the names found."""
+    """Add a module of this package to `found`, with all modules that it uses, directly or not."""
     if name.partition(".")[0] == _PACKAGE and name in sys.modules and name not in found:
         found.add(name)
         for value in list(vars(sys.modules[name]).values()):

@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 from ffcv_ops import rng
 from ffcv_ops.codec import jpeg
 from ffcv_ops.operations.base import Batch, SampleError, WorkerPool
-from ffcv_ops.operations.crops import CenterCrop, RandomResizedCrop, center_boxes, draw_box, draw_boxes_into
+from ffcv_ops.operations.crops import CenterCrop, RandomResizedCrop, center_crops, draw_crop, draw_crops_into
 from tests import reference
 
 if nb.config.DISABLE_JIT:
@@ -74,7 +74,7 @@ class Samples:
         heights, widths = (self.fields[name].astype(np.int64) for name in ("height", "width"))
         boxes, flips = np.empty((len(heights), 4)), np.empty(len(heights), np.bool_)
         drawn = seed, epoch, np.arange(len(heights)), np.zeros(len(heights), np.int64)
-        draw_boxes_into(drawn, heights, widths, operation.scale, operation.ratio, operation.flip, boxes, flips)
+        draw_crops_into(drawn, heights, widths, operation.scale, operation.ratio, operation.flip, boxes, flips)
         return boxes, flips
 
 
@@ -105,7 +105,7 @@ def test_boxes_are_distributed_as_torchvisions(size):
     scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
     boxes, flips = np.empty((count, 4)), np.empty(count, np.bool_)
     drawn = 5, 3, np.arange(count), np.zeros(count, np.int64)
-    draw_boxes_into(drawn, np.full(count, size[0]), np.full(count, size[1]), scale, ratio, 0.5, boxes, flips)
+    draw_crops_into(drawn, np.full(count, size[0]), np.full(count, size[1]), scale, ratio, 0.5, boxes, flips)
     torch.manual_seed(0)
     image = torch.empty(3, *size)
     expected = np.array([transforms.RandomResizedCrop.get_params(image, scale, ratio) for _ in range(count)])
@@ -127,21 +127,21 @@ def test_boxes_are_those_of_the_obvious_twin_and_within_the_image(ratio):
         draw = 9, 1, sample_id, 2
         uniforms = (rng.uniform(*draw, rng.CROP, index) for index in itertools.count())
         expected = reference.random_box(uniforms, height, width, (0.3, 0.9), ratio)
-        assert draw_box(draw, height, width, (0.3, 0.9), ratio) == expected
-        assert draw_box.py_func(draw, height, width, (0.3, 0.9), ratio) == expected
+        assert draw_crop(draw, height, width, (0.3, 0.9), ratio) == expected
+        assert draw_crop.py_func(draw, height, width, (0.3, 0.9), ratio) == expected
         y, x, h, w = expected
         assert y >= 0 and x >= 0 and h >= 1 and w >= 1 and y + h <= height and x + w <= width
 
 
 def test_boxes_differ_by_seed_epoch_sample_and_copy_alone():
     draws = {
-        draw: draw_box(draw, 375, 500, (0.08, 1.0), (0.75, 4 / 3)) for draw in itertools.product(range(3), repeat=4)
+        draw: draw_crop(draw, 375, 500, (0.08, 1.0), (0.75, 4 / 3)) for draw in itertools.product(range(3), repeat=4)
     }
     assert len(set(draws.values())) == len(draws)
 
 
 def test_a_centred_region_by_ratio_is_ffcvs():
-    boxes = center_boxes(np.array([375, 500, 7]), np.array([500, 333, 9]), 224, 0.8, None)
+    boxes = center_crops(np.array([375, 500, 7]), np.array([500, 333, 9]), 224, 0.8, None)
     assert np.array_equal(boxes[0], [37.5, 100, 300, 300])
     assert np.allclose(boxes, [[37.5, 100, 300, 300], [116.8, 33.3, 266.4, 266.4], [0.7, 1.7, 5.6, 5.6]], atol=2e-3)
 
@@ -150,7 +150,7 @@ def test_a_centred_region_by_ratio_is_ffcvs():
 def test_a_centred_region_by_resize_is_torchvisions(size, resize):
     """Mark every px with its place, let torchvision resize and crop, and compare where the corners came from."""
     sides = np.array([(375, 500), (500, 375), (256, 256), (333, 500), (64, 900), (31, 29)])
-    boxes = center_boxes(sides[:, 0], sides[:, 1], size, 0.5, resize)
+    boxes = center_crops(sides[:, 0], sides[:, 1], size, 0.5, resize)
     for (height, width), (y, x, h, w) in zip(sides, boxes, strict=True):
         places = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")).double() + 0.5
         resized = v2.Resize(resize, interpolation=v2.InterpolationMode.NEAREST_EXACT)(places)

@@ -51,7 +51,7 @@ def test_the_bytes_are_libjpegs(size, quality):
 def test_the_coefficients_are_those_of_the_pixels():
     """Each is the exact one, rounded; the rounding of colours and of the integer transform may shift it a little."""
     for quality in (75, 90):
-        tables = encoder.quantisation(quality)[0]
+        tables = encoder.build_quantisation(quality)[0]
         for image in images((48, 64)):
             found = decoded_coefficients(jpeg.encode(image, quality).tobytes())
             assert np.abs(found - jpeg_coefficients(image, tables, encoder.ZIGZAG)).max() < 0.8
@@ -60,7 +60,7 @@ def test_the_coefficients_are_those_of_the_pixels():
 def test_a_quotient_is_exact_for_every_dividend():
     dividends = np.arange(1 << 14, dtype=np.uint32)
     for quality in range(1, 101):
-        tables, divisors = encoder.quantisation(quality)
+        tables, divisors = encoder.build_quantisation(quality)
         for step, index in zip(*np.unique(tables, return_index=True), strict=True):
             half, reciprocal, shift = divisors.reshape(-1, 3)[index].astype(np.uint32)
             assert half == 4 * int(step)

@@ -412,9 +412,9 @@ class Probes:
         ids, lam = np.arange(8), []
         for epoch in range(2):
             if self.ours:
-                from ffcv_ops.operations.mix import draw_plan
+                from ffcv_ops.operations.mix import draw_mix
 
-                lam.append(float(draw_plan(0, epoch, ids, (8, 8), mixup_alpha=0.5, cutmix_alpha=0).lam[0]))
+                lam.append(float(draw_mix(0, epoch, ids, (8, 8), mixup_alpha=0.5, cutmix_alpha=0).lam[0]))
             else:
                 from ffcv.transforms import LabelMixup
 

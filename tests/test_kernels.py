@@ -15,11 +15,11 @@ from ffcv_ops import rng
 
 SCRIPT = """
     import numpy as np
-    from ffcv_ops.operations.crops import draw_boxes_into
+    from ffcv_ops.operations.crops import draw_crops_into
     ids, boxes = np.arange(3), np.empty((3, 4))
     drawn, sides = (0, 0, ids, np.zeros(3, np.int64)), np.full(3, 500)
-    draw_boxes_into(drawn, sides, sides, (0.08, 1.0), (0.75, 1.5), 0.5, boxes, np.empty(3, np.bool_))
-    print(sum(draw_boxes_into.stats.cache_hits.values()), boxes.tolist())
+    draw_crops_into(drawn, sides, sides, (0.08, 1.0), (0.75, 1.5), 0.5, boxes, np.empty(3, np.bool_))
+    print(sum(draw_crops_into.stats.cache_hits.values()), boxes.tolist())
 """
 
 

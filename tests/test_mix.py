@@ -12,9 +12,10 @@ from sklearn.datasets import load_sample_images
 from ffcv_ops.loading.loader import Loader, OrderOption
 from ffcv_ops.operations.base import Batch, WorkerPool
 from ffcv_ops.operations.crops import CenterCrop
-from ffcv_ops.operations.mix import Mix, Plan, cut_boxes, dense_targets_into, draw_plan, mix_pairs, mix_tensor
+from ffcv_ops.operations.erasing import RandomErasing
+from ffcv_ops.operations.mix import Mix, MixDraw, cut_boxes, dense_targets_into, draw_mix, mix_pairs, mix_tensor
 from ffcv_ops.operations.normalize import Label, Normalize
-from ffcv_ops.operations.rand_augment import RandAugment, RandomErasing
+from ffcv_ops.operations.rand_augment import RandAugment
 from tests.betons import photographs as photographs_of
 from tests.betons import write_images
 from tests.reference import mixed_images, mixed_targets
@@ -37,7 +38,7 @@ def batch_of(sample_ids, seed=0, epoch=0, num_workers=1):
 
 def plans(per, num_samples=7, size=SIZE, count=6, **settings):
     ids = np.arange(num_samples)
-    return [draw_plan(seed, 0, ids, size, per=per, **(BOTH | settings)) for seed in range(count)]
+    return [draw_mix(seed, 0, ids, size, per=per, **(BOTH | settings)) for seed in range(count)]
 
 
 def declare(operation, shape, dtype=torch.uint8):
@@ -64,7 +65,7 @@ def run_kernel(images, plan, kernel=mix_pairs):
 
 def test_plan_is_a_function_of_seed_epoch_and_samples():
     def drawn(seed=3, epoch=5, ids=(4, 9, 2, 7), **settings):
-        plan = draw_plan(seed, epoch, np.array(ids), SIZE, **(BOTH | settings))
+        plan = draw_mix(seed, epoch, np.array(ids), SIZE, **(BOTH | settings))
         return tuple(plan.lam.tolist()), tuple(plan.box.ravel().tolist())
 
     assert drawn() == drawn()
@@ -98,7 +99,7 @@ def test_boxes_are_timms(size, monkeypatch):
 
 def test_draws_have_their_distributions():
     num_draws = 100_000
-    plan = draw_plan(0, 0, np.arange(num_draws), (224, 224), per="element", prob=0.9, switch_prob=0.3, **BOTH)
+    plan = draw_mix(0, 0, np.arange(num_draws), (224, 224), per="element", prob=0.9, switch_prob=0.3, **BOTH)
     applied = (plan.box[:, 1] > 0) | plan.use_cutmix
     assert abs(applied.mean() - 0.9) < 4 * np.sqrt(0.9 * 0.1 / num_draws)
     num_applied = applied.sum()
@@ -124,7 +125,7 @@ def test_draws_have_their_distributions():
 
 
 def test_batches_draw_as_elements_do():
-    batches = [draw_plan(0, epoch, np.arange(4), (224, 224), switch_prob=0.3, **BOTH) for epoch in range(4000)]
+    batches = [draw_mix(0, epoch, np.arange(4), (224, 224), switch_prob=0.3, **BOTH) for epoch in range(4000)]
     use_cutmix = np.array([plan.use_cutmix[0] for plan in batches])
     lam = np.array([plan.lam[0] for plan in batches])
     assert abs(use_cutmix.mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 4000)
@@ -178,7 +179,7 @@ def test_operations_through_a_batch(num_workers):
     assert state.shape == query.shape == (4,) and state.dtype is torch.float32
     for epoch in range(3):
         batch = batch_of(ids, seed=11, epoch=epoch, num_workers=num_workers)
-        plan = draw_plan(11, epoch, ids, SIZE, per="element", **BOTH)
+        plan = draw_mix(11, epoch, ids, SIZE, per="element", **BOTH)
         mixed = images.copy()
         assert image_side.generate_code()(mixed, None, batch) is mixed
         assert np.array_equal(mixed, mixed_images(images, plan))
@@ -334,10 +335,10 @@ def test_invariant_6_not_applied(settings):
 
 
 def test_invariant_7_moments_at_224():
-    plan = draw_plan(1, 0, np.arange(100_000), (224, 224), mixup_alpha=0.2, cutmix_alpha=0.0, per="element")
+    plan = draw_mix(1, 0, np.arange(100_000), (224, 224), mixup_alpha=0.2, cutmix_alpha=0.0, per="element")
     lam = plan.lam.astype(np.float64)
     assert abs(lam.var() - 0.1786) < 0.0015 and abs(np.maximum(lam, 1 - lam).mean() - 0.899) < 0.0015
-    plan = draw_plan(1, 0, np.arange(100_000), (224, 224), mixup_alpha=0.0, cutmix_alpha=1.0, per="element")
+    plan = draw_mix(1, 0, np.arange(100_000), (224, 224), mixup_alpha=0.0, cutmix_alpha=1.0, per="element")
     assert abs(plan.lam.mean() - 0.680) < 0.004
 
 
@@ -379,7 +380,7 @@ def test_plan_is_what_the_operations_use():
     mix = Mix(3, **BOTH)
     declare(mix.images(), (3, *SIZE), torch.uint8)
     assert mix.size == SIZE
-    assert isinstance(mix.plan(batch_of([0, 1])), Plan)
+    assert isinstance(mix.draw(batch_of([0, 1])), MixDraw)
 
 
 # --- in a loader
@@ -408,7 +409,7 @@ def test_a_loaders_images_and_targets_agree(tmp_path):
         ids, expected = ids.numpy(), unmixed.numpy()
         for operation in (augment, erase):
             operation.generate_code()(expected, None, batch_of(ids, seed=5, epoch=epoch))
-        plan = draw_plan(5, epoch, ids, expected.shape[1:3], per="element", **BOTH)
+        plan = draw_mix(5, epoch, ids, expected.shape[1:3], per="element", **BOTH)
         expected = (run_kernel(expected, plan).transpose(0, 3, 1, 2) - 120.0) / 60.0
         np.testing.assert_allclose(images, expected, atol=1e-6)
         np.testing.assert_allclose(targets, mixed_targets(ids, plan, 30, 0.1), atol=1.2e-7)

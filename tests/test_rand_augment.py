@@ -11,9 +11,12 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import RandomErasing as TorchvisionErasing
 from torchvision.transforms import TrivialAugmentWide as TorchvisionTrivial
 
+from ffcv_ops import rng
 from ffcv_ops.operations import pillow_ops, rand_augment
 from ffcv_ops.operations.base import Batch, WorkerPool
-from ffcv_ops.operations.rand_augment import RandAugment, RandomErasing, TrivialAugmentWide, read_rand_augment
+from ffcv_ops.operations.erasing import RandomErasing
+from ffcv_ops.operations.image_operation import ImageOperation
+from ffcv_ops.operations.rand_augment import RandAugment, TrivialAugmentWide, read_rand_augment
 from tests.betons import photographs
 
 RSB = "rand-m7-mstd0.5-inc1"
@@ -264,3 +267,24 @@ def test_erasing_paints_its_boxes():
     assert np.array_equal(augmented(RandomErasing(0.0), source, batch), source)
     with pytest.raises(ValueError, match="prob"):
         RandomErasing(1.1)
+
+
+class RandomInvert(ImageOperation):
+    def __init__(self, prob):
+        super().__init__()
+        self.prob = prob
+
+    def apply(self, images, batch):
+        drawn = batch.draw_uniforms(rng.named_stream("RandomInvert"), ())
+        images[drawn < self.prob] ^= 255
+
+
+def test_a_new_operation_is_one_class():
+    source = images(16)
+    changed = augmented(RandomInvert(0.5), source, batch_of(16))
+    inverted = (changed == 255 - source).all(axis=(1, 2, 3))
+    assert 0 < inverted.sum() < 16 and np.array_equal(changed[~inverted], source[~inverted])
+    again = augmented(
+        RandomInvert(0.5), source[::-1][:4], Batch(0, 0, 5 + 3 * np.arange(15, 11, -1), WorkerPool(1), None)
+    )
+    assert np.array_equal(again, changed[::-1][:4]), "the same samples in another batch"

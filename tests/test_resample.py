@@ -19,8 +19,8 @@ from ffcv_ops.operations.resample import (
     BICUBIC,
     BILINEAR,
     INTERPOLATIONS,
+    resample_plane_into,
     resample_planes_into,
-    resample_region_into,
     resample_rgb_into,
     workspace_bytes,
 )
@@ -47,7 +47,7 @@ def workspace_for(box, shape) -> np.ndarray:
 
 def region_of(plane, box, shape, interpolation) -> np.ndarray:
     out = np.empty(shape, np.uint8)
-    resample_region_into(plane, box, interpolation, workspace_for(box, shape), out)
+    resample_plane_into(plane, box, interpolation, workspace_for(box, shape), out)
     return out
 
 
@@ -221,7 +221,7 @@ def test_without_jit_the_bytes_are_the_same():
                 resample_planes_into(*planes, box, c_box, False, interpolation, workspace, out)
                 sys.stdout.buffer.write(out.tobytes())
                 plane = np.empty(shape, np.uint8)
-                resample_region_into(planes[0], box, interpolation, workspace, plane)
+                resample_plane_into(planes[0], box, interpolation, workspace, plane)
                 sys.stdout.buffer.write(plane.tobytes())
     """)
     compiled, interpreted = (

@@ -73,3 +73,21 @@ def test_generator_is_a_function_of_its_arguments():
     assert draw(3, 1, rng.ORDER) == draw(3, 1, rng.ORDER, 0)
     variants = [(3, 1, rng.ORDER), (4, 1, rng.ORDER), (3, 2, rng.ORDER), (3, 1, rng.REPLACEMENT), (3, 1, rng.ORDER, 1)]
     assert len({tuple(draw(*variant)) for variant in variants}) == len(variants)
+
+
+def test_uniforms_of_several_samples_are_those_of_each():
+    ids, copies = np.array([5, 3, 2**31]), np.array([0, 7, 1])
+    drawn = rng.draw_uniforms(11, 2, ids, copies, rng.ERASING, (2, 3))
+    assert drawn.shape == (3, 2, 3)
+    for i in range(3):
+        expected = [rng.uniform(11, 2, ids[i], copies[i], rng.ERASING, index) for index in range(6)]
+        assert drawn[i].ravel().tolist() == expected
+    assert rng.draw_uniforms(11, 2, ids, copies, rng.ERASING, ()).tolist() == drawn[:, 0, 0].tolist()
+
+
+def test_a_named_stream_is_none_of_the_constants():
+    constants = {value for name, value in vars(rng).items() if name[0] != "_" and name.isupper()}
+    assert len(constants) == 7 and max(constants) < 0x8000
+    streams = [rng.named_stream(f"Operation{number}") for number in range(100)]
+    assert all(0x8000 <= stream < 0x10000 for stream in streams) and len(set(streams)) >= 99
+    assert rng.named_stream("GaussianBlur") == rng.named_stream("GaussianBlur")

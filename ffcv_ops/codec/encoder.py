@@ -1,12 +1,12 @@
-"""Kernels of the JPEG encoder: pixels to quantised coefficients, coefficients to an entropy-coded scan.
+"""Kernels of the JPEG encoder: from pixels to quantised coefficients, and from coefficients to an entropy-coded scan.
 
-They make, bit for bit, what libjpeg makes of baseline 4:2:0 with ``JDCT_ISLOW`` and ``optimize_coding``, in less than
-half of its time. Colour and transform take the blocks of a row of MCUs side by side, in loops that compile to vector
-code; AC symbols are found and counted once, for whatever restart interval is chosen when they are known.
+The result is that of libjpeg for baseline 4:2:0 with ``JDCT_ISLOW`` and ``optimize_coding``, bit for bit, in less than
+half of the time. Colour conversion and transform process the blocks of a row of MCUs side by side, in loops that become
+vector code. AC symbols are found and counted once. The restart interval is chosen afterwards.
 
-A *strip* is a row of MCUs, uint8 (8, 8 x lanes). Its *lanes* are blocks of 8 x 8 px, side by side: those of the upper
+A *strip* is a row of MCUs, uint8 (8, 8 x lanes). Its *lanes* are blocks of 8 x 8 px side by side: blocks of the upper
 luma rows, of the lower luma rows, of Cb and of Cr. A *token* is an AC symbol with its extra bits,
-``symbol << 16 | bits``. Importing this module compiles the kernels or takes them from Numba's cache.
+``symbol << 16 | bits``. The import of this module compiles the kernels, or loads them from the cache of Numba.
 """
 
 from functools import lru_cache
@@ -23,10 +23,10 @@ _MCU_PX = 16
 _BLOCKS_PER_MCU = 6
 _LONGEST_CODE = 16
 _END_OF_BLOCK, _ZERO_RUN = 0x00, 0xF0
-# Rows are padded to what vector code takes at a time.
+# Rows are padded to a multiple of the bytes in a vector.
 _VECTOR = 32
 
-# The row and the column of each coefficient, in the order in which a JPEG stores them.
+# Row and column of each coefficient, in the order of a JPEG.
 ZIGZAG = np.array(sorted(np.ndindex(8, 8), key=lambda at: (sum(at), at[1 - sum(at) % 2])))
 # ITU-T T.81, K.1: the quantisation of luma and of chroma at quality 50.
 _QUANTISATION = np.array(
@@ -56,7 +56,7 @@ def _int4(*numbers: int) -> tuple[np.int32, ...]:
     return tuple(np.array(numbers, np.int32))
 
 
-# The weights of libjpeg's jccolor.c (of R, G, B), jcsample.c (of the four pixels) and, multiplied out, jfdctint.c.
+# The weights of jccolor.c (for R, G, B), jcsample.c (for four pixels) and, multiplied out, jfdctint.c of libjpeg.
 _Y_WEIGHTS = _int4(19595, 38470, 7471, 0)
 _CB_WEIGHTS = _int4(-11059, -21709, 32768, 0)
 _CR_WEIGHTS = _int4(32768, -27439, -5329, 0)
@@ -75,9 +75,10 @@ _DCT = (
 # After its first dimension the transform keeps 2 of the 13 fractional bits of its weights, after the second none, and
 # not the factor 8 by which both enlarge.
 _ROW_BITS, _COLUMN_BITS = _int4(11, 15)
-# By magnitude: the bits that it takes. Differences of DC are the largest.
+# The number of bits of each magnitude. Differences of DC are the largest magnitudes.
 _NUM_BITS = np.array([magnitude.bit_length() for magnitude in range(1 << 12)], np.uint8)
-# A code in one word: the bits of code and extra bits together, above them the code, shifted by the extra bits.
+# A code is one word. Its low bits have the length of code and extra bits. Its high bits have the code, shifted to the
+# left by the extra bits.
 _LENGTH_BITS = 6
 
 _KERNEL: dict[str, Any] = {"cache": CAN_CACHE, "nogil": True}
@@ -88,19 +89,19 @@ def _array(item: Any, num_dims: int) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Arithmetic. Numba's operators would make 64 bits of 16 and 32, and leave a quarter or half of the lanes to a vector.
+# Arithmetic. Operators of Numba widen 16 and 32 bits to 64, which leaves a quarter or a half of the lanes of a vector.
 
 
 @nb.njit(**_KERNEL)
-def _weighted(a, b, c, d, weights, offset, shift):
+def _weigh(a, b, c, d, weights, offset, shift):
     left = np.add(np.multiply(a, weights[0]), np.multiply(b, weights[1]))
     right = np.add(np.multiply(c, weights[2]), np.multiply(d, weights[3]))
     return np.right_shift(np.add(np.add(left, right), offset), shift)
 
 
 @nb.njit(**_KERNEL)
-def _negated_if(value, sign):
-    """`value` where `sign` is 0, -`value` where it is -1."""
+def _negate_if(value, sign):
+    """Return `value` if `sign` is 0, and -`value` if `sign` is -1."""
     return np.subtract(np.bitwise_xor(value, sign), sign)
 
 
@@ -126,8 +127,8 @@ def _compile_trailing_zeros(mask):
 
 
 @lru_cache(maxsize=4)
-def quantisation(quality: int) -> tuple[np.ndarray, np.ndarray]:
-    """The quantisation of luma and chroma, as libjpeg scales it.
+def build_quantisation(quality: int) -> tuple[np.ndarray, np.ndarray]:
+    """Build the quantisation tables of luma and chroma, scaled as in libjpeg.
 
     Parameters
     ----------
@@ -137,17 +138,17 @@ def quantisation(quality: int) -> tuple[np.ndarray, np.ndarray]:
     Returns
     -------
     tables : ndarray of uint8, shape (2, 64)
-        The divisors in the order in which a JPEG stores them.
+        The divisors, in the order of a JPEG.
     divisors : ndarray of uint16, shape (2, 64, 3)
-        For `tokenise`: half of the divisor, its reciprocal, and by how many bits more than 16 the product is shifted.
+        For `tokenise`: half of the divisor, its reciprocal, and the number of bits beyond 16 to shift products by.
     """
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     tables = np.clip((_QUANTISATION * scale + 50) // 100, 1, 255)
     divisors = np.empty((2, 64, 3), np.uint16)
     for at, step in np.ndenumerate(tables):
         divisor = 8 * int(step)
-        # With the reciprocal rounded up the quotient is exact while the dividend is less than 2^14, and it is at most
-        # 2^13 + 1020: less than divisor / 2^(shift + 16) of the reciprocal are too much, less than 2^14 times.
+        # The reciprocal is rounded up, by less than divisor / 2^(shift + 16). Therefore the quotient is exact for
+        # dividends below 2^14. The largest dividend is 2^13 + 1020.
         shift = divisor.bit_length() - 2
         divisors[at] = divisor // 2, -(-(1 << 16 + shift) // divisor), shift
     return tables.astype(np.uint8), divisors
@@ -155,7 +156,7 @@ def quantisation(quality: int) -> tuple[np.ndarray, np.ndarray]:
 
 @nb.njit(**_KERNEL)
 def _extend_into(row, period, out):
-    """A row, its last `period` values repeated until `out` is full."""
+    """Copy a row, and repeat its last `period` values until `out` is full."""
     for i in range(row.size):
         out[i] = row[i]
     for i in range(row.size, out.size):
@@ -166,25 +167,25 @@ def _extend_into(row, period, out):
 def _convert_colour_into(pixels, y, cb, cr):
     for x in range(y.size):
         r, g, b = np.int32(pixels[3 * x]), np.int32(pixels[3 * x + 1]), np.int32(pixels[3 * x + 2])
-        y[x] = _weighted(r, g, b, _NONE, _Y_WEIGHTS, _Y_OFFSET, _COLOUR_BITS)
-        cb[x] = _weighted(r, g, b, _NONE, _CB_WEIGHTS, _C_OFFSET, _COLOUR_BITS)
-        cr[x] = _weighted(r, g, b, _NONE, _CR_WEIGHTS, _C_OFFSET, _COLOUR_BITS)
+        y[x] = _weigh(r, g, b, _NONE, _Y_WEIGHTS, _Y_OFFSET, _COLOUR_BITS)
+        cb[x] = _weigh(r, g, b, _NONE, _CB_WEIGHTS, _C_OFFSET, _COLOUR_BITS)
+        cr[x] = _weigh(r, g, b, _NONE, _CR_WEIGHTS, _C_OFFSET, _COLOUR_BITS)
 
 
 @nb.njit(**_KERNEL)
 def _halve_into(upper, lower, out):
-    """Means of 2 x 2 px, halves rounded down and up by turns."""
+    """Write the means of 2 x 2 px. Halves are rounded down and up in turn."""
     for x in range(out.size):
         a, b = np.int32(upper[2 * x]), np.int32(upper[2 * x + 1])
         c, d = np.int32(lower[2 * x]), np.int32(lower[2 * x + 1])
-        out[x] = _weighted(a, b, c, d, _MEAN_WEIGHTS, np.int32(1 + (x & 1)), _MEAN_BITS)
+        out[x] = _weigh(a, b, c, d, _MEAN_WEIGHTS, np.int32(1 + (x & 1)), _MEAN_BITS)
 
 
 @nb.njit(**_KERNEL)
 def _read_strip_into(pixels, top, width, row, chroma, strip):
-    """Convert the strip that begins at row `top` of the image and is `width` px wide with its padding.
+    """Convert the strip that begins at row `top` of the image. With its padding, the strip is `width` px wide.
 
-    Where the image ends the last row of each plane is repeated: of chroma's that is one of halved rows.
+    Below the image the last row of each plane is repeated. For chroma this is the last row after halving.
     """
     height = pixels.shape[0]
     for y in range(_MCU_PX):
@@ -206,33 +207,36 @@ def _read_strip_into(pixels, top, width, row, chroma, strip):
 
 @nb.njit(**_KERNEL)
 def _transform(x, shift):
-    """One dimension of the DCT, of eight int32."""
+    """Transform eight int32 by one dimension of the DCT."""
     half = np.left_shift(np.int32(1), np.subtract(shift, np.int32(1)))
     ah, bg, cf, de = np.add(x[0], x[7]), np.add(x[1], x[6]), np.add(x[2], x[5]), np.add(x[3], x[4])
     p, q, r, s = np.add(ah, de), np.add(bg, cf), np.subtract(ah, de), np.subtract(bg, cf)
-    y0, y4 = _weighted(p, q, r, s, _DCT[0], half, shift), _weighted(p, q, r, s, _DCT[4], half, shift)
-    y2, y6 = _weighted(p, q, r, s, _DCT[2], half, shift), _weighted(p, q, r, s, _DCT[6], half, shift)
+    y0, y4 = _weigh(p, q, r, s, _DCT[0], half, shift), _weigh(p, q, r, s, _DCT[4], half, shift)
+    y2, y6 = _weigh(p, q, r, s, _DCT[2], half, shift), _weigh(p, q, r, s, _DCT[6], half, shift)
     p, q, r, s = np.subtract(x[0], x[7]), np.subtract(x[1], x[6]), np.subtract(x[2], x[5]), np.subtract(x[3], x[4])
-    y1, y3 = _weighted(p, q, r, s, _DCT[1], half, shift), _weighted(p, q, r, s, _DCT[3], half, shift)
-    y5, y7 = _weighted(p, q, r, s, _DCT[5], half, shift), _weighted(p, q, r, s, _DCT[7], half, shift)
+    y1, y3 = _weigh(p, q, r, s, _DCT[1], half, shift), _weigh(p, q, r, s, _DCT[3], half, shift)
+    y5, y7 = _weigh(p, q, r, s, _DCT[5], half, shift), _weigh(p, q, r, s, _DCT[7], half, shift)
     return y0, y1, y2, y3, y4, y5, y6, y7
 
 
 @nb.njit(**_KERNEL)
-def _sample(word, shift):
+def _extract_sample(word, shift):
     return np.subtract(np.int32(np.bitwise_and(np.right_shift(word, shift), np.uint32(255))), np.int32(128))
 
 
 @nb.njit(**_KERNEL)
 def _transform_rows_into(strip, s0, s1, s2, s3, s4, s5, s6, s7):
-    # Two words are a row of a block. Taken apart in registers, its bytes need not be gathered from memory.
+    # Two words are a row of a block. Its bytes are separated in registers, which saves gathering them from memory.
     words = strip.view(np.uint32)
     b0, b1, b2, b3 = np.uint32(0), np.uint32(8), np.uint32(16), np.uint32(24)
     for row in range(8):
         for lane in range(s0.shape[1]):
             u, v = words[row, 2 * lane], words[row, 2 * lane + 1]
-            left = _sample(u, b0), _sample(u, b1), _sample(u, b2), _sample(u, b3)
-            y = _transform((*left, _sample(v, b0), _sample(v, b1), _sample(v, b2), _sample(v, b3)), _ROW_BITS)
+            left = _extract_sample(u, b0), _extract_sample(u, b1), _extract_sample(u, b2), _extract_sample(u, b3)
+            y = _transform(
+                (*left, _extract_sample(v, b0), _extract_sample(v, b1), _extract_sample(v, b2), _extract_sample(v, b3)),
+                _ROW_BITS,
+            )
             s0[row, lane], s1[row, lane], s2[row, lane], s3[row, lane] = y[0], y[1], y[2], y[3]
             s4[row, lane], s5[row, lane], s6[row, lane], s7[row, lane] = y[4], y[5], y[6], y[7]
 
@@ -247,7 +251,7 @@ def _transform_columns(s0, s1, s2, s3, s4, s5, s6, s7):
 
 @nb.njit(**_KERNEL)
 def _transform_into(strip, s):
-    """The DCT of every lane, 8 times enlarged, int16 (64, lanes): column by column."""
+    """Write the DCT of every lane, multiplied by 8, int16 (64, lanes), column by column."""
     _transform_rows_into(strip, s[:8], s[8:16], s[16:24], s[24:32], s[32:40], s[40:48], s[48:56], s[56:])
     for k in range(0, 64, 8):
         _transform_columns(s[k], s[k + 1], s[k + 2], s[k + 3], s[k + 4], s[k + 5], s[k + 6], s[k + 7])
@@ -255,7 +259,7 @@ def _transform_into(strip, s):
 
 @nb.njit(**_KERNEL)
 def _quantise_into(transformed, num_luma, divisors, coefficients, masks):
-    """Coefficients, int16 (64, lanes) in zigzag order, and of every lane a bit for each that is not 0."""
+    """Write coefficients, int16 (64, lanes) in zigzag order, and a mask per lane with a bit for each that is not 0."""
     masks.fill(0)
     for table in range(2):
         first, stop = (0, num_luma) if table == 0 else (num_luma, transformed.shape[1])
@@ -263,33 +267,33 @@ def _quantise_into(transformed, num_luma, divisors, coefficients, masks):
             at, part = 8 * ZIGZAG[k, 1] + ZIGZAG[k, 0], k >> 4
             half, reciprocal, shift = divisors[table, k, 0], np.uint32(divisors[table, k, 1]), divisors[table, k, 2]
             flag, none = np.uint16(1 << (k & 15)), np.uint16(0)
-            # Unsigned, or each index would be looked at for being negative.
+            # Unsigned, because a test for negative indices costs time.
             for lane in range(np.uint64(first), np.uint64(stop)):
                 sign = np.right_shift(transformed[at, lane], np.int16(15))
-                magnitude = np.uint16(_negated_if(transformed[at, lane], sign))
+                magnitude = np.uint16(_negate_if(transformed[at, lane], sign))
                 product = np.multiply(np.uint32(np.add(magnitude, half)), reciprocal)
                 quotient = np.int16(np.right_shift(np.uint16(np.right_shift(product, np.uint32(16))), shift))
-                coefficients[k, lane] = _negated_if(quotient, sign)
+                coefficients[k, lane] = _negate_if(quotient, sign)
                 masks[part, lane] = np.bitwise_or(masks[part, lane], flag if quotient != 0 else none)
 
 
 @nb.njit(**_KERNEL)
-def _lane(mcu, number, width):
-    """Where in a strip `width` px wide the block of an MCU is: four of luma, Cb, Cr."""
+def _find_lane(mcu, number, width):
+    """Return the lane of a block of an MCU (0 to 3: luma, 4: Cb, 5: Cr) in a strip that is `width` px wide."""
     if number < 4:
         return (number >> 1) * (width >> 3) + 2 * mcu + (number & 1)
     return number * (width >> 4) + mcu
 
 
 @nb.njit(**_KERNEL)
-def _fill_up(num_mcus, width, size, coefficients, masks):
-    """Give luma blocks beyond the image, of which `size` is left, the DC of the one before and nothing else."""
+def _pad_blocks(num_mcus, width, size, coefficients, masks):
+    """Give each luma block beyond the image the DC of the block before, and no AC. `size` is the rest of the image."""
     for mcu in range(num_mcus):
         for number in range(1, 4):
             below = number >= 2 and size[0] <= 8
             if below or (number & 1 and _MCU_PX * mcu + 8 >= size[1]):
-                lane = _lane(mcu, number, width)
-                coefficients[0, lane] = coefficients[0, _lane(mcu, 1 if below else number - 1, width)]
+                lane = _find_lane(mcu, number, width)
+                coefficients[0, lane] = coefficients[0, _find_lane(mcu, 1 if below else number - 1, width)]
                 masks[0, lane] = masks[1, lane] = masks[2, lane] = masks[3, lane] = 0
 
 
@@ -300,7 +304,7 @@ def _tokenise_strip(coefficients, masks, width, dc, ends, tokens, end, counts):
     end = np.uint64(end)
     for block in range(dc.size):
         number = block % _BLOCKS_PER_MCU
-        lane, table = np.uint64(_lane(block // _BLOCKS_PER_MCU, number, width)), np.uint64(number >> 2)
+        lane, table = np.uint64(_find_lane(block // _BLOCKS_PER_MCU, number, width)), np.uint64(number >> 2)
         mask = np.uint64(masks[0, lane] & np.uint16(0xFFFE)) | np.uint64(masks[1, lane]) << sixteen
         mask |= np.uint64(masks[2, lane]) << np.uint64(32) | np.uint64(masks[3, lane]) << np.uint64(48)
         dc[block] = coefficients[0, lane]
@@ -317,7 +321,7 @@ def _tokenise_strip(coefficients, masks, width, dc, ends, tokens, end, counts):
                 run -= sixteen
             value = np.int32(coefficients[k, lane])
             sign = np.right_shift(value, np.int32(31))
-            num_bits = np.uint64(_NUM_BITS[np.uint64(_negated_if(value, sign))])
+            num_bits = np.uint64(_NUM_BITS[np.uint64(_negate_if(value, sign))])
             symbol = run << np.uint64(4) | num_bits
             tokens[end] = symbol << sixteen | np.uint64(np.add(value, sign)) & ((one << num_bits) - one)
             counts[table, symbol] += 1
@@ -339,17 +343,18 @@ def tokenise(image, divisors):
     image : ndarray of uint8, shape (H, W, 3)
         RGB.
     divisors : ndarray of uint16, shape (2, 64, 3)
-        See `quantisation`.
+        See `build_quantisation`.
 
     Returns
     -------
     dc : ndarray of int16, shape (num_blocks,)
         The DC coefficient of each block, in the order of the scan.
     ends : ndarray of int64, shape (num_blocks,)
-        Where the tokens of each block end.
+        The end of each block's tokens.
     tokens : ndarray of uint32, shape (64 x num_blocks,)
+        The tokens.
     counts : ndarray of int64, shape (2, 256)
-        How often each AC symbol of luma and of chroma occurs.
+        The number of occurrences of each AC symbol of luma and of chroma.
     """
     height = image.shape[0]
     num_mcus, num_strips = -(-image.shape[1] // _MCU_PX), -(-height // _MCU_PX)
@@ -369,7 +374,7 @@ def tokenise(image, divisors):
         _read_strip_into(pixels, top, width, row, chroma, strip)
         _transform_into(strip, transformed)
         _quantise_into(transformed, width // 4, divisors, coefficients, masks)
-        _fill_up(num_mcus, width, (height - top, image.shape[1]), coefficients, masks)
+        _pad_blocks(num_mcus, width, (height - top, image.shape[1]), coefficients, masks)
         part = slice(number * strip_blocks, (number + 1) * strip_blocks)
         end = _tokenise_strip(coefficients, masks, width, dc[part], ends[part], tokens, end, counts)
     return dc, ends, tokens, counts
@@ -393,8 +398,8 @@ def _count_dc_into(dc, interval, counts):
 
 
 @nb.njit(**_KERNEL)
-def _merge_rarest(weights, lengths):
-    """Huffman's algorithm: how deep in the tree each symbol is. Of equal weights, the last goes first."""
+def _compute_lengths_into(weights, lengths):
+    """Compute the depth of each symbol by Huffman's algorithm. Among equal weights, the last symbol is merged first."""
     others = np.full(weights.size, -1)
     while True:
         rarest = second = -1
@@ -419,8 +424,8 @@ def _merge_rarest(weights, lengths):
 
 
 @nb.njit(**_KERNEL)
-def _shorten(num_codes):
-    """Limit code lengths by T.81, K.2: of two codes one becomes shorter, the other splits a third."""
+def _limit_lengths(num_codes):
+    """Limit the lengths of codes by T.81, K.2: one of two codes becomes shorter, the other one splits a third code."""
     for length in range(num_codes.size - 1, _LONGEST_CODE, -1):
         while num_codes[length] > 0:
             shorter = length - 2
@@ -434,22 +439,22 @@ def _shorten(num_codes):
 
 @nb.njit(**_KERNEL)
 def _build_table_into(counts, table):
-    """The table as a JPEG stores it: the number of codes of each length, then the symbols by length."""
+    """Write a table in the form of a JPEG: the number of codes of each length, then the symbols by length."""
     used = np.empty(256, np.int64)
     num_used = 0
     for symbol in range(256):
         if counts[symbol] > 0:
             used[num_used] = symbol
             num_used += 1
-    # One more symbol, the rarest, takes the code that is all ones, which must not be used.
+    # One more symbol, the rarest one, takes the code of all ones, which a JPEG must not use.
     weights, lengths = np.ones(num_used + 1, np.int64), np.zeros(num_used + 1, np.int64)
     for i in range(num_used):
         weights[i] = counts[used[i]]
-    _merge_rarest(weights, lengths)
+    _compute_lengths_into(weights, lengths)
     num_codes = np.zeros(num_used + 2 + _LONGEST_CODE, np.int64)
     for depth in lengths:
         num_codes[depth] += 1
-    _shorten(num_codes)
+    _limit_lengths(num_codes)
     longest = _LONGEST_CODE
     while num_codes[longest] == 0:
         longest -= 1
@@ -466,23 +471,24 @@ def _build_table_into(counts, table):
 
 @nb.njit((_array(nb.int16, 1), nb.int64, _array(nb.int64, 2)), **_KERNEL)
 def build_codes(dc, interval, ac_counts):
-    """Build the best Huffman tables for an image, as libjpeg's jchuff.c does.
+    """Build the best Huffman tables for an image, as jchuff.c of libjpeg does.
 
     Parameters
     ----------
     dc, ac_counts : ndarray
-        From `tokenise`.
+        ``dc`` and ``counts`` of `tokenise`.
     interval : int
         MCUs between restart markers.
 
     Returns
     -------
     tables : ndarray of uint8, shape (4, 272)
-        Luma's and chroma's DC, luma's and chroma's AC: the number of codes of each length, 1 to 16, and the symbols.
+        The tables for DC of luma, DC of chroma, AC of luma and AC of chroma. Each has the number of codes of the
+        lengths 1 to 16, and the symbols.
     codes : ndarray of uint32, shape (4, 256)
-        By table and symbol, for `write_scan`.
+        The codes by table and symbol, for `write_scan`.
     num_bits : int
-        Of the scan without padding and markers.
+        Size of the scan in bits, without padding and markers.
     """
     dc_counts = np.empty((2, 256), np.int64)
     _count_dc_into(dc, interval, dc_counts)
@@ -509,18 +515,18 @@ def build_codes(dc, interval, ac_counts):
 
 
 @nb.njit(**_KERNEL)
-def _store(bits, out, position):
+def _store_into(bits, out, position):
     for i in range(8):
         out[position + np.uint64(i)] = bits >> np.uint64(56 - 8 * i) & np.uint64(0xFF)
 
 
 @nb.njit(**_KERNEL)
 def _write_segment_into(dc, ends, tokens, first, codes, out):
-    """Write a restart segment, padded with ones to whole bytes, and return its size in bytes."""
+    """Write a restart segment, padded with ones to whole bytes. Return its size in bytes."""
     one, two, three, seven, sixteen = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(7), np.uint64(16)
     length_bits, length_mask = np.uint64(_LENGTH_BITS), np.uint64((1 << _LENGTH_BITS) - 1)
     last = np.zeros(3, np.int64)
-    # Bits wait at the upper end of a word, all of which is stored each time: that costs less than to decide.
+    # Bits are collected at the upper end of a word. The whole word is stored each time, which is faster than a test.
     bits = used = position = np.uint64(0)
     token = np.uint64(first)
     for block in range(dc.size):
@@ -536,7 +542,7 @@ def _write_segment_into(dc, ends, tokens, first, codes, out):
         while True:
             used += code & length_mask
             bits |= (code >> length_bits | extra) << (np.uint64(64) - used)
-            _store(bits, out, position)
+            _store_into(bits, out, position)
             position += used >> three
             bits <<= used & np.uint64(56)
             used &= seven
@@ -554,7 +560,7 @@ def _write_segment_into(dc, ends, tokens, first, codes, out):
 
 @nb.njit(**_KERNEL)
 def _stuff_into(data, num_bytes, out, position):
-    """Copy entropy-coded bytes, a zero behind each that is all ones, and return where they end."""
+    """Copy entropy-coded bytes with a zero after each byte of all ones. Return the end of the copy."""
     one = np.uint64(1)
     for i in range(num_bytes):
         out[position] = data[i]
@@ -575,19 +581,20 @@ def write_scan(dc, ends, tokens, interval, codes, num_bits):
     Parameters
     ----------
     dc, ends, tokens : ndarray
-        From `tokenise`.
+        Results of `tokenise`.
     interval : int
-        MCUs between restart markers; the number of MCUs is a multiple.
+        MCUs between restart markers. It divides the number of MCUs.
     codes : ndarray
+        Result of `build_codes` for this interval.
     num_bits : int
-        From `build_codes` for this interval.
+        Result of `build_codes` for this interval.
 
     Returns
     -------
     scan : ndarray of uint8, shape (size_bytes,)
         The restart segments with their markers, and EOI.
     starts : ndarray of int64, shape (num_segments + 1,)
-        Where in it each segment starts; behind them, where EOI does.
+        The start of each segment in the scan, and the start of EOI.
     """
     segment_blocks = _BLOCKS_PER_MCU * interval
     num_segments = dc.size // segment_blocks

@@ -1,9 +1,9 @@
-"""JPEG: encoding with restart segments and their index, and the one boundary to TurboJPEG.
+"""JPEG: an encoder with restart segments and their index, and the only calls of TurboJPEG.
 
-A file written by `encode` is an ordinary baseline JPEG. A restart marker every *k* MCUs, *k* dividing the MCUs of a
-row, makes every *k* MCUs decodable on their own, and an APP10 segment behind SOI says where each row of MCUs begins. A
-reader that knows both decodes a crop for what the crop covers; all others skip the one and expect the other.
-``docs/BETON_FORMAT.md`` has the bytes.
+`encode` writes an ordinary baseline JPEG with a restart marker after every *k* MCUs, where *k* divides the MCUs of a
+row. Therefore each segment of *k* MCUs can be decoded alone. An APP10 segment behind SOI has the offset of each row of
+MCUs. A reader that knows both decodes only the segments under a crop. Every other reader skips the APP10 segment, and
+handles restart markers as usual. ``docs/BETON_FORMAT.md`` describes the bytes.
 """
 
 import ctypes
@@ -17,15 +17,21 @@ from pathlib import Path
 
 import numpy as np
 
+from ffcv_ops.errors import UserError
+
 INDEX_MARKER = 0xEA
 INDEX_NAME = b"ffcvrow\0"
-# To be counted up with every change of the bytes that `encode` makes of an image.
+# Add 1 with every change of the bytes that `encode` makes of an image.
 ENCODER = 2
 MCU_PX = 16
 MAX_SIDE_PX = 65500
 _SEGMENT_MCUS = 2
 _SEGMENT_BYTES = 160
 _TJPF_RGB = 0
+
+
+class JPEGError(ValueError):
+    """A JPEG is damaged, or has too many pixels."""
 
 
 class TurboJPEGNotFound(ImportError):
@@ -45,36 +51,36 @@ def encode(image: np.ndarray, quality: int = 90) -> np.ndarray:
     Parameters
     ----------
     image : ndarray of uint8, shape (H, W, 3)
-        RGB, 1 to `MAX_SIDE_PX` px a side.
+        RGB, with sides from 1 to `MAX_SIDE_PX` px.
     quality : int
-        1 to 100, as libjpeg counts it.
+        1 to 100, on the scale of libjpeg.
 
     Returns
     -------
     ndarray of uint8, shape (size_bytes,)
-        A function of the image, the quality and `ENCODER` alone.
+        The JPEG: a function of the image, the quality and `ENCODER` only.
 
     Raises
     ------
-    ValueError
-        If the image is not uint8 (H, W, 3) or too large, or the quality is not from 1 to 100.
+    UserError
+        If the image is not uint8 (H, W, 3) or is too large, or if the quality is not from 1 to 100.
     """
-    from ffcv_ops.codec import encoder  # here, so that who only decodes does not compile it
+    from ffcv_ops.codec import encoder  # here, because its import compiles kernels that decoding does not need
 
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"a JPEG is made of uint8 pixels (H, W, 3), got {image.dtype} {image.shape}")
+        raise UserError(f"a JPEG is made of uint8 pixels (H, W, 3), got {image.dtype} {image.shape}")
     height, width = image.shape[:2]
     if max(height, width) > MAX_SIDE_PX:
-        raise ValueError(f"a JPEG has at most {MAX_SIDE_PX} px a side, got {height} x {width}")
+        raise UserError(f"a JPEG has at most {MAX_SIDE_PX} px a side, got {height} x {width}")
     if not 1 <= quality <= 100:
-        raise ValueError(f"quality must be 1 to 100, not {quality}")
-    tables, divisors = encoder.quantisation(int(quality))
+        raise UserError(f"quality must be 1 to 100, not {quality}")
+    tables, divisors = encoder.build_quantisation(int(quality))
     dc, ends, tokens, counts = encoder.tokenise(np.ascontiguousarray(image), divisors)
     mcus_per_row = -(-width // MCU_PX)
     interval = restart_interval(mcus_per_row, _SEGMENT_MCUS)
     huffman, codes, num_bits = encoder.build_codes(dc, interval, counts)
-    # A segment costs about three bytes more than its data. Where there is little data, as in the sky, longer segments
-    # keep the file as small as one without.
+    # A segment costs about three bytes more than its data. If there is little data, as in an image of the sky, longer
+    # segments keep the file as small as a file without segments.
     num_segments = mcus_per_row // interval * -(-height // MCU_PX)
     coarser = restart_interval(mcus_per_row, interval * _SEGMENT_BYTES * num_segments / (num_bits / 8))
     if coarser > interval:
@@ -90,10 +96,10 @@ def encode(image: np.ndarray, quality: int = 90) -> np.ndarray:
 
 
 def _header(height: int, width: int, tables: bytes, huffman: bytes, interval: int) -> bytes:
-    """From APP0 to SOS, as libjpeg writes it."""
+    """Return the segments from APP0 to SOS, as libjpeg writes them."""
     segments = [_segment(0xE0, b"JFIF\0\1\1\0\0\1\0\1\0\0")]
     segments += [_segment(0xDB, bytes([number]) + tables[64 * number : 64 * number + 64]) for number in range(2)]
-    # Eight bits; three components: number, sampling factors, quantisation table.
+    # Eight bits. Three components, each with number, sampling factors and quantisation table.
     size = height.to_bytes(2, "big") + width.to_bytes(2, "big")
     segments.append(_segment(0xC0, b"\x08" + size + b"\3\1\x22\0\2\x11\1\3\x11\1"))
     size_bytes = len(huffman) // 4
@@ -101,7 +107,7 @@ def _header(height: int, width: int, tables: bytes, huffman: bytes, interval: in
         table = huffman[number * size_bytes : (number + 1) * size_bytes]
         segments.append(_segment(0xC4, bytes([name]) + table[: 16 + sum(table[:16])]))
     segments.append(_segment(0xDD, interval.to_bytes(2, "big")))
-    # Three components: number, Huffman tables; all coefficients, whole.
+    # Three components, each with number and Huffman tables. Then: all coefficients, in one scan.
     segments.append(_segment(0xDA, b"\3\1\0\2\x11\3\x11\0\x3f\0"))
     return b"".join(segments)
 
@@ -111,7 +117,7 @@ def _segment(marker: int, content: bytes) -> bytes:
 
 
 def restart_interval(mcus_per_row: int, wanted: float) -> int:
-    """MCUs between restart markers: the divisor of `mcus_per_row` whose ratio to `wanted` is nearest 1."""
+    """Return the number of MCUs of a segment: the divisor of `mcus_per_row` whose ratio to `wanted` is nearest to 1."""
     return min(_divisors(mcus_per_row), key=lambda k: max(k / wanted, wanted / k))
 
 
@@ -121,19 +127,19 @@ def _divisors(number: int) -> list[int]:
 
 
 def index_bytes(jpeg: np.ndarray) -> int:
-    """Size in bytes of a JPEG's index of restart segments, its marker included; 0 where it has none."""
+    """Return the size in bytes of a JPEG's index of restart segments, marker included; 0 if there is no index."""
     if bytes(jpeg[2:4]) != bytes([0xFF, INDEX_MARKER]) or bytes(jpeg[6 : 6 + len(INDEX_NAME)]) != INDEX_NAME:
         return 0
     return 2 + int.from_bytes(bytes(jpeg[4:6]), "big")
 
 
 def scan_start(jpeg: np.ndarray) -> tuple[int, int]:
-    """The offset of the first entropy-coded byte, and the restart interval in MCUs, 0 for none.
+    """Return the offset of the first entropy-coded byte, and the restart interval in MCUs (0 for none).
 
     Raises
     ------
     IndexError
-        Where the JPEG ends before.
+        If the JPEG ends before its entropy-coded data.
     """
     position, interval = 2, 0
     while True:
@@ -146,33 +152,35 @@ def scan_start(jpeg: np.ndarray) -> tuple[int, int]:
 
 
 def decode(jpeg: np.ndarray, *, max_pixels: int | None = None) -> np.ndarray:
-    """Decode a whole JPEG, whoever wrote it.
+    """Decode a whole JPEG of any origin.
 
     Parameters
     ----------
     jpeg : ndarray of uint8, shape (size_bytes,)
+        The JPEG.
     max_pixels : int, optional
-        Decode no image that claims to have more.
+        The largest number of pixels that the header may claim.
 
     Returns
     -------
     ndarray of uint8, shape (H, W, 3)
-        RGB, as TurboJPEG decodes it with the accurate DCT.
+        RGB, as decoded by TurboJPEG with the accurate DCT.
 
     Raises
     ------
-    ValueError
-        With TurboJPEG's message, if it reports an error or a warning; or for an image of too many pixels.
+    JPEGError
+        If TurboJPEG reports an error or a warning, with its message, or if the image has too many pixels.
     """
     return _decode(jpeg, 8, max_pixels)[0]
 
 
 def check(jpeg: np.ndarray) -> tuple[int, int]:
-    """Read a whole JPEG, whoever wrote it, for its damages, in less time than `decode` takes.
+    """Check a whole JPEG of any origin for damage, in less time than `decode` takes.
 
     Parameters
     ----------
     jpeg : ndarray of uint8, shape (size_bytes,)
+        The JPEG.
 
     Returns
     -------
@@ -181,15 +189,15 @@ def check(jpeg: np.ndarray) -> tuple[int, int]:
 
     Raises
     ------
-    ValueError
-        With TurboJPEG's message, if it reports an error or a warning.
+    JPEGError
+        If TurboJPEG reports an error or a warning, with its message.
     """
-    # TurboJPEG warns of headers and of entropy-coded data, and reads all of these at an eighth of the size too.
+    # TurboJPEG warns about headers and entropy-coded data. It reads all of them also at an eighth of the size.
     return _decode(jpeg, 1)[1]
 
 
 def _decode(jpeg: np.ndarray, eighths: int, max_pixels: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
-    """The pixels at a scale, and the height and width at full scale."""
+    """Return the pixels at a scale of `eighths` / 8, and the height and width at full scale."""
     library = turbojpeg()
     jpeg = np.ascontiguousarray(jpeg, dtype=np.uint8)
     handle = open_decompressor()
@@ -198,22 +206,23 @@ def _decode(jpeg: np.ndarray, eighths: int, max_pixels: int | None = None) -> tu
         found = map(ctypes.byref, (width, height, subsampling, colourspace))
         if library.tjDecompressHeader3(handle, jpeg.ctypes.data, jpeg.size, *found):
             if hasattr(library, "tj3DecompressHeader"):
-                # TurboJPEG 3's older function says of all bad headers that they lack a subsampling; this one says why.
+                # For every bad header, the old function of TurboJPEG 3 reports a missing subsampling. The new function
+                # reports the true reason.
                 library.tj3DecompressHeader(handle, jpeg.ctypes.data, jpeg.size)
-            raise ValueError(_last_error(handle))
+            raise JPEGError(_last_error(handle))
         if max_pixels is not None and height.value * width.value > max_pixels:
-            raise ValueError(f"{width.value} x {height.value} px are more than {max_pixels} px")
+            raise JPEGError(f"{width.value} x {height.value} px are more than {max_pixels} px")
         image = np.empty((-(-height.value * eighths // 8), -(-width.value * eighths // 8), 3), np.uint8)
         size = image.shape[1], 0, image.shape[0]
         if library.tjDecompress2(handle, jpeg.ctypes.data, jpeg.size, image.ctypes.data, *size, _TJPF_RGB, 0):
-            raise ValueError(_last_error(handle))
+            raise JPEGError(_last_error(handle))
         return image, (height.value, width.value)
     finally:
         close_decompressor(handle)
 
 
 def open_decompressor() -> int:
-    """A TurboJPEG handle for decompression, for one thread at a time, to be closed with `close_decompressor`."""
+    """Return a TurboJPEG handle for decompression by one thread at a time. Close it with `close_decompressor`."""
     handle = turbojpeg().tjInitDecompress()
     if not handle:
         raise MemoryError(f"TurboJPEG gives no decompressor: {_last_error(None)}")
@@ -230,20 +239,20 @@ def _last_error(handle: int | None) -> str:
 
 
 def function_addresses() -> dict[str, int]:
-    """The addresses of the TurboJPEG functions that compiled kernels call, by name."""
+    """Return the addresses of the TurboJPEG functions that compiled kernels call, by name."""
     names = ("tjInitDecompress", "tjDestroy", "tjDecompressHeader3", "tjDecompressToYUVPlanes", "tjDecompress2")
     return {name: ctypes.cast(getattr(turbojpeg(), name), ctypes.c_void_p).value or 0 for name in names}
 
 
 @lru_cache(maxsize=1)
 def turbojpeg() -> ctypes.CDLL:
-    """TurboJPEG's library, 2.1 or later, loaded once.
+    """Load the library of TurboJPEG, 2.1 or later, once.
 
     Returns
     -------
     ctypes.CDLL
-        From the path in the environment variable ``TURBOJPEG`` where it is set; else the copy packed with ffcv, a conda
-        environment's, the system's.
+        The library at the path in the environment variable ``TURBOJPEG``. If the variable is not set, the first of: the
+        copy inside the package ffcv, that of a conda environment, that of the system.
 
     Raises
     ------

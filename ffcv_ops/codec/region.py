@@ -1,11 +1,12 @@
-"""Region decode: of a JPEG, the part that a crop covers, as planes.
+"""Region decode: the part of a JPEG that a crop covers, as planes.
 
-`ffcv_ops.codec.jpeg.encode` cuts the entropy-coded data into restart segments, each a strip of one MCU row, and notes
-where each row begins. `splice_into` copies the segments under a crop behind a header that tells their extent: a smaller
-JPEG, which TurboJPEG decodes to what a full decode holds there, bit for bit. Any other JPEG is decoded whole.
+`ffcv_ops.codec.jpeg.encode` cuts the entropy-coded data into restart segments. Each segment is a part of one row of
+MCUs, and an index has the offset of each row. `splice_into` copies the segments under a crop, with a header for their
+extent, into a smaller JPEG. TurboJPEG decodes this JPEG to the pixels of a full decode, bit for bit. Any other JPEG is
+decoded whole.
 
-The kernels read files by address and call TurboJPEG themselves. Numba can keep them in its cache on disk because they
-name TurboJPEG's functions by symbols, whose addresses are registered each time this module is imported.
+The kernels read files by address and call TurboJPEG. They name its functions by symbols, whose addresses are registered
+on each import of this module. Therefore Numba can keep the kernels in its cache on disk.
 """
 
 from collections import namedtuple
@@ -25,7 +26,7 @@ for _name, _entry in jpeg.function_addresses().items():
 
 
 def _external(symbol: str, result: str, arguments: str) -> Any:
-    """A C function for kernels to call, its result and arguments given by their bytes: 8 for pointers, 4 for int."""
+    """Return a C function for kernels. The types are given by their bytes: 8 for pointers, 4 for int."""
     types: dict[str, Any] = {"4": nb.types.int32, "8": nb.types.int64}
     return nb.types.ExternalFunction(symbol, types[result](*(types[argument] for argument in arguments)))
 
@@ -51,20 +52,20 @@ RGB = -1
 _TJPF_RGB = 0
 _TJCS_YCBCR = 1
 _TJCS_GRAY = 2
-# Chroma samples are 1/v of luma's down and 1/h of luma's across, by TurboJPEG's number of the subsampling: 4:4:4,
-# 4:2:2, 4:2:0, gray, 4:4:0, 4:1:1, 4:4:1.
+# Luma has v times as many rows and h times as many columns as chroma. The places are TurboJPEG's numbers of the
+# subsamplings: 4:4:4, 4:2:2, 4:2:0, gray, 4:4:0, 4:1:1, 4:4:1.
 _CHROMA_V = (1, 1, 2, GRAY, 2, 1, 4)
 _CHROMA_H = (1, 2, 2, GRAY, 1, 4, 1)
 _SUBSAMPLING_420 = 2
 
 Layout = namedtuple("Layout", "height width frame interval scan")
-Layout.__doc__ = """Where things are in a JPEG: height and width in px, the offset of the height's two bytes in its
-frame header, the restart interval in MCUs, the offset of the entropy-coded data; all 0 in `NOT_INDEXED`."""
+Layout.__doc__ = """The layout of a JPEG: height and width in px, the offset of the height in the frame header, the
+restart interval in MCUs, the offset of the entropy-coded data. All are 0 in `NOT_INDEXED`."""
 NOT_INDEXED = Layout(0, 0, 0, 0, 0)
 
 Planes = namedtuple("Planes", "status top left height width v h")
-Planes.__doc__ = """What `decode_planes_into` has written: a status; the place of the decoded region in the image in px;
-the size of its luma plane; by what chroma's height and width are smaller, or `GRAY` or `RGB` twice."""
+Planes.__doc__ = """The result of `decode_planes_into`: a status; top and left of the decoded region in the image in px;
+height and width of its luma plane; the factors v and h by which chroma is smaller, or `GRAY` or `RGB` twice."""
 
 
 @intrinsic
@@ -76,8 +77,8 @@ def _pointer(typing_context, address) -> Any:
 
 
 @kernel
-def memory(address, size_bytes):
-    """The bytes at an address as an array (size_bytes,) of uint8, which must not outlive them."""
+def view_memory(address, size_bytes):
+    """Return a view of the bytes at an address, uint8 (size_bytes,). The bytes must live longer than the view."""
     return nb.carray(_pointer(np.int64(address)), (np.int64(size_bytes),), np.uint8)  # type: ignore[call-arg]
 
 
@@ -104,7 +105,7 @@ def _write_u2(data, offset, value):
 
 @kernel
 def read_layout(data):
-    """Where things are in a JPEG with restart segments and their index.
+    """Return the layout of a JPEG with restart segments and their index.
 
     Parameters
     ----------
@@ -113,7 +114,7 @@ def read_layout(data):
     Returns
     -------
     Layout
-        `NOT_INDEXED` for a JPEG that does not begin with an index, is not baseline 4:2:0, or contradicts its index.
+        `NOT_INDEXED` if the JPEG does not begin with an index, is not baseline 4:2:0, or contradicts its index.
     """
     if not _has_index(data):
         return NOT_INDEXED
@@ -152,22 +153,23 @@ def _is_420(data, frame):
 
 @kernel
 def splice_into(data, layout, rows, segments, out):
-    """Write the JPEG of some restart segments of another.
+    """Write a JPEG of some restart segments of another JPEG.
 
     Parameters
     ----------
     data : ndarray of uint8, shape (size_bytes,)
         A JPEG with restart segments and their index.
     layout : Layout
-        Its layout, from `read_layout`.
+        The layout, from `read_layout`.
     rows, segments : tuple of two int
-        First and last + 1 of the MCU rows, and of the segments in each.
+        First and last + 1 of the rows of MCUs, and of the segments in each row.
     out : ndarray of uint8, shape (at least size_bytes,)
+        The output.
 
     Returns
     -------
     int
-        Number of bytes written; 0 where a row or a marker is not where it should be.
+        Number of bytes written; 0 if a row or a marker is not at its expected offset.
     """
     segment_px = layout.interval * _MCU_PX
     segments_per_row = -(-layout.width // segment_px)
@@ -191,7 +193,7 @@ def splice_into(data, layout, rows, segments, out):
             return 0
         for segment in range(segments[1]):
             start = position
-            position = _next_marker(data, position, stop)
+            position = _find_marker(data, position, stop)
             is_last = row * _MCU_PX + _MCU_PX >= layout.height and segment + 1 == segments_per_row
             expected = 0xD9 if is_last else 0xD0 + (row * segments_per_row + segment) % 8
             if position < 0 or data[position + 1] != expected or length + position - start + 2 > out.size:
@@ -207,8 +209,8 @@ def splice_into(data, layout, rows, segments, out):
 
 
 @kernel
-def _next_marker(data, position, stop):
-    """The offset of the first marker that begins in [position, stop], -1 if there is none."""
+def _find_marker(data, position, stop):
+    """Return the offset of the first marker that begins in [position, stop]; -1 if there is none."""
     while position <= stop:
         found = _memchr(_address(data) + position, 0xFF, stop + 1 - position)
         if found == 0:
@@ -227,22 +229,22 @@ def decode_planes_into(handle, data, size, window, eighths, numbers, spliced, pl
     Parameters
     ----------
     handle : int
-        TurboJPEG's decompressor of this thread.
+        TurboJPEG's decompressor for this thread.
     data : ndarray of uint8, shape (size_bytes,)
         A JPEG.
     size : tuple of two int
-        The height and width that it must have, px.
+        Height and width in px that the JPEG must have.
     window : tuple of four int
         (y, x, h, w) in px, within the image.
     eighths : int
-        8, 4, 2 or 1: the scale of the decode, by a smaller inverse DCT; 8 for a window of less than 16 px a side.
+        Scale of the decode, by a smaller inverse DCT: 8, 4, 2 or 1. It is 8 if a side of the window is below 16 px.
     numbers : ndarray of int64, shape (8,)
         Scratch.
     spliced : ndarray of uint8, shape (at least size_bytes,)
         Scratch.
     planes : ndarray of uint8, shape (at least 3 x height x width, each rounded up to whole MCUs of 32 px,)
-        Where the planes go, one behind the other and without padding: Y, Cb, Cr; Y alone for a gray JPEG; interleaved
-        RGB for one that is neither.
+        The output: Y, Cb and Cr one after the other, without padding. For a gray JPEG it is Y only. For a JPEG that is
+        neither YCbCr nor gray it is interleaved RGB.
 
     Returns
     -------
@@ -282,7 +284,7 @@ def _decode(handle, data, region, subsampling, eighths, numbers, planes):
         status = _decompress_to_rgb(handle, _address(data), data.size, at, width, 0, height, _TJPF_RGB, 0)
         return Planes(OK if status == 0 else BAD_JPEG, top, left, height, width, RGB, RGB)
     v, h = _CHROMA_V[subsampling], _CHROMA_H[subsampling]
-    # TurboJPEG rounds its planes up to whole chroma samples, but wants to be asked for the image's size.
+    # TurboJPEG rounds its planes up to whole chroma samples, but its argument is the size of the image.
     v_step, h_step = max(v, 1), max(h, 1)
     plane_height, plane_width = -(-height // v_step) * v_step, -(-width // h_step) * h_step
     numbers[0] = at
@@ -297,12 +299,12 @@ def _decode(handle, data, region, subsampling, eighths, numbers, planes):
 
 @kernel
 def renew_decompressor(handle):
-    """Exchange a decompressor that has failed for a fresh one: TurboJPEG may leave it amid the bad image's header."""
+    """Replace a decompressor that has failed. TurboJPEG may leave it in the middle of the bad image's header."""
     _close_decompressor(handle)
     return _open_decompressor()
 
 
 @kernel
 def read_memory(address, size_bytes):
-    """A copy of the bytes at an address."""
-    return memory(address, size_bytes).copy()
+    """Return a copy of the bytes at an address."""
+    return view_memory(address, size_bytes).copy()

@@ -20,6 +20,7 @@ from llvmlite import ir
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
+from ffcv_ops import rng
 from ffcv_ops._ffcv import Operation
 from ffcv_ops._kernels import kernel
 
@@ -288,6 +289,10 @@ class Batch:
             When the allocation table does not know a pointer.
         """
         return self._memory.locate(data_ptrs)
+
+    def draw_uniforms(self, stream: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Return random numbers for each sample of the batch; see `rng.draw_uniforms`."""
+        return rng.draw_uniforms(self.seed, self.epoch, self.sample_ids, self.copies, stream, shape)
 
     def run(self, kernel: Callable[..., None], *args: Any) -> None:
         """Call ``kernel(worker, counter, *args)`` once on every worker; see `WorkerPool.run`.

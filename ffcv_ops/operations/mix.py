@@ -1,12 +1,12 @@
-"""Mixup and CutMix: one plan, an image side and a target side.
+"""Mixup and CutMix: one operation for the images of a batch, one operation for its targets.
 
-Both sides draw the same `Plan`, a pure function of (seed, epoch, the batch's sample ids, the image size), so they agree
-although they run at different times, on different threads and devices. The defaults and the arithmetic are those of
-timm 1.0.31's ``Mixup`` (Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899).
+Both operations draw the same `MixDraw`. It is a pure function of the seed, the epoch, the sample ids of the batch and
+the image size. Therefore both agree, although they run at different times, on different threads and devices. Defaults
+and arithmetic follow ``Mixup`` of timm 1.0.31 (Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899).
 
-A mixed pixel is ``lam * own + (1 - lam) * partner``. Mixup's lam is a multiple of 2**-16: the mixture of two 8-bit
-values then fits a float32's 24 bits, so that no device rounds it and all make the same byte of it: the nearest, halves
-upward.
+A mixed pixel is ``lam * own + (1 - lam) * partner``. The lam of Mixup is a multiple of 2**-16. The mixture of two 8-bit
+values then fits into the 24 bits of a float32, and no device rounds it. Every device makes the same byte of the
+mixture: the nearest one, and the upper one for a half.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ import torch
 
 from ffcv_ops._ffcv import AllocationQuery, State
 from ffcv_ops._kernels import kernel
+from ffcv_ops.errors import UserError
 from ffcv_ops.operations.base import Batch, BatchOperation, take
 from ffcv_ops.rng import MIX, batch_id, generator
 
@@ -26,22 +27,22 @@ _HALF = np.float32(0.5)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is mixed into each image of a batch, and how much of it.
+class MixDraw:
+    """The draw of a batch: what is mixed into each image, and how much of it.
 
     Attributes
     ----------
     partner : ndarray of int64, shape (N,)
-        Position in the batch of the other image: N - 1 - i, as timm's ``flip(0)``; in an odd batch (which timm refuses)
-        the middle image is its own partner and stays as it is.
+        Position of the other image in the batch: N - 1 - i, as ``flip(0)`` of timm. In an odd batch, which timm
+        refuses, the middle image is its own partner and does not change.
     lam : ndarray of float32, shape (N,)
-        Share of the image's own target, 0 to 1, a multiple of 2**-24 (so that 1 - lam is exact); 1 where nothing is
-        mixed in. Under CutMix the share of pixels kept.
+        Share of the image's own target, from 0 to 1; 1 if nothing is mixed in. Under CutMix, lam is the share of pixels
+        that are kept. Because lam is a multiple of 2**-24, 1 - lam is exact.
     box : ndarray of int64, shape (N, 4)
-        Top, bottom, left, right of the region that changes, in px, end exclusive: all of the image under Mixup, the box
-        clipped to the image under CutMix, empty where nothing is mixed in.
+        Top, bottom, left and right of the region that changes, in px, ends exclusive. Under Mixup it is the whole
+        image. Under CutMix it is the box, clipped to the image. It is empty if nothing is mixed in.
     use_cutmix : ndarray of bool, shape (N,)
-        Whether the region is the partner's (CutMix) or a mixture in the proportion lam (Mixup).
+        True if the region is copied from the partner (CutMix), False if it is a mixture (Mixup).
     """
 
     partner: np.ndarray
@@ -51,16 +52,16 @@ class Plan:
 
     @property
     def own_weight(self) -> np.ndarray:
-        """float32 (N,): the image's own weight inside its box, a multiple of 2**-16."""
+        """Return the weight of each image inside its own box: float32 (N,), a multiple of 2**-16."""
         return np.where(self.use_cutmix, np.float32(0), self.lam)
 
     @property
     def is_common(self) -> bool:
-        """Whether all images have the same box and weight."""
+        """Return True if all images have the same box and weight."""
         return bool((self.box == self.box[0]).all() and (self.own_weight == self.own_weight[0]).all())
 
 
-def draw_plan(
+def draw_mix(
     seed: int,
     epoch: int,
     sample_ids: np.ndarray,
@@ -71,22 +72,23 @@ def draw_plan(
     prob: float = 1.0,
     switch_prob: float = 0.5,
     per: str = "batch",
-) -> Plan:
-    """The plan of a batch: a pure function of its arguments, and of the version of NumPy, whose generator draws it.
+) -> MixDraw:
+    """Draw the mixing of a batch: a pure function of its arguments and of the version of NumPy.
 
     Parameters
     ----------
     seed, epoch : int
+        Seed of the loader, number of the epoch.
     sample_ids : ndarray of int64, shape (N,)
-        The batch, in its order.
-    size : tuple of int
-        Height and width of the images, px. Only CutMix depends on it.
+        Ids of the samples, in the order of the batch.
+    size : tuple of two int
+        Height and width of the images in px. Only CutMix depends on it.
     mixup_alpha, cutmix_alpha, prob, switch_prob, per
-        As for `Mix`; at least one alpha is positive.
+        As for `Mix`. At least one alpha is positive.
 
     Returns
     -------
-    Plan
+    MixDraw
     """
     num_samples = len(sample_ids)
     num_draws = 1 if per == "batch" else num_samples
@@ -102,7 +104,7 @@ def draw_plan(
     box[~applied] = 0
     lam = np.where(use_cutmix, kept, np.rint(mixup_lam * 2.0**16) / 2.0**16)
     lam[~applied] = 1.0
-    return Plan(
+    return MixDraw(
         partner=np.arange(num_samples)[::-1].copy(),
         lam=np.broadcast_to(lam.astype(np.float32), num_samples).copy(),
         box=np.broadcast_to(box, (num_samples, 4)).copy(),
@@ -111,23 +113,23 @@ def draw_plan(
 
 
 def cut_boxes(lam: np.ndarray, centre: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """CutMix's boxes, as timm 1.0.31 makes them: sides ``int(side * sqrt(1 - lam))``, clipped to the image.
+    """Return the boxes of CutMix as timm 1.0.31 does: sides ``int(side * sqrt(1 - lam))``, clipped to the image.
 
     Parameters
     ----------
     lam : ndarray of float64, shape (D,)
         Share of the image to keep.
     centre : ndarray of float64, shape (2, D)
-        Where the box's centre falls, as fractions of height and width in [0, 1).
-    size : tuple of int
-        Height and width, px.
+        Centre of each box, as fractions of height and width in [0, 1).
+    size : tuple of two int
+        Height and width of the images in px.
 
     Returns
     -------
     box : ndarray of int64, shape (D, 4)
-        Top, bottom, left, right, px.
+        Top, bottom, left and right in px.
     kept : ndarray of float64, shape (D,)
-        Share of pixels outside the clipped box, rounded to 2**-24.
+        Share of pixels outside the clipped box, rounded to multiples of 2**-24.
     """
     edges = []
     for side, position in zip(size, centre, strict=True):
@@ -140,7 +142,7 @@ def cut_boxes(lam: np.ndarray, centre: np.ndarray, size: tuple[int, int]) -> tup
 
 
 def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copy a small array to a device without waiting for it, which takes pinned memory."""
+    """Copy a small array to a device. Pinned memory is used, so that the CPU does not wait for the copy."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
@@ -154,7 +156,8 @@ def _height_and_width(shape: Sequence[int]) -> tuple[int, int]:
 
 
 @kernel
-def _weights_into(y, box, inside, weights):
+def _fill_weights_into(y, box, inside, weights):
+    """Write the weight of an image's own bytes in row y: `inside` within the box, 1 elsewhere."""
     weights[:] = 1.0
     if box[0] <= y < box[1]:
         weights[3 * box[2] : 3 * box[3]] = inside
@@ -162,6 +165,7 @@ def _weights_into(y, box, inside, weights):
 
 @kernel
 def _mix_rows(first, second, first_weights, second_weights):
+    """Mix two rows of bytes into each other, in place."""
     for x in range(len(first)):
         a = np.float32(first[x])
         b = np.float32(second[x])
@@ -171,18 +175,20 @@ def _mix_rows(first, second, first_weights, second_weights):
 
 @kernel
 def mix_pairs(worker, counter, images, boxes, weights, scratch):
-    """Mix the images at i and N - 1 - i into each other, in place, two rows at a time.
+    """Mix the images i and N - 1 - i into each other, in place, two rows at a time.
 
     Parameters
     ----------
     worker, counter
-        As `Batch.run` passes them.
+        Passed by `Batch.run`.
     images : ndarray of uint8, shape (N, H, W * 3)
+        The images. They are changed.
     boxes : ndarray of int64, shape (N, 4)
-        As `Plan.box`.
+        See `MixDraw.box`.
     weights : ndarray of float32, shape (N,)
-        As `Plan.own_weight`.
-    scratch : ndarray of float32, shape (workers, 2, W * 3)
+        See `MixDraw.own_weight`.
+    scratch : ndarray of float32, shape (num_workers, 2, W * 3)
+        Memory of the workers.
     """
     num_samples = len(images)
     while True:
@@ -193,8 +199,8 @@ def mix_pairs(worker, counter, images, boxes, weights, scratch):
         left = 3 * min(boxes[i, 2], boxes[j, 2])
         right = 3 * max(boxes[i, 3], boxes[j, 3])
         for y in range(min(boxes[i, 0], boxes[j, 0]), max(boxes[i, 1], boxes[j, 1])):
-            _weights_into(y, boxes[i], weights[i], scratch[worker, 0])
-            _weights_into(y, boxes[j], weights[j], scratch[worker, 1])
+            _fill_weights_into(y, boxes[i], weights[i], scratch[worker, 0])
+            _fill_weights_into(y, boxes[j], weights[j], scratch[worker, 1])
             _mix_rows(
                 images[i, y, left:right],
                 images[j, y, left:right],
@@ -203,28 +209,29 @@ def mix_pairs(worker, counter, images, boxes, weights, scratch):
             )
 
 
-def mix_tensor(images: torch.Tensor, plan: Plan) -> None:
-    """Mix a batch in place, on its device, without waiting for it.
+def mix_tensor(images: torch.Tensor, draw: MixDraw) -> None:
+    """Mix a batch in place, on its device. The CPU does not wait for the device.
 
     Parameters
     ----------
     images : tensor of uint8 or float, shape (N, H, W, 3) or (N, 3, H, W), any strides
-        8-bit values come out as `mix_pairs` makes them: the exact mixture, halves rounded up.
-    plan : Plan
+        The images. 8-bit values become those of `mix_pairs`: the exact mixture, with halves rounded up.
+    draw : MixDraw
+        The draw of the batch.
     """
-    if images.is_floating_point() and plan.is_common:
-        # Nothing outside the box is read or written, and what is mixed is rounded once, whatever the dtype.
-        top, bottom, left, right = plan.box[0].tolist()
+    if images.is_floating_point() and draw.is_common:
+        # Only the box is read and written, and each mixed value is rounded once, for every dtype.
+        top, bottom, left, right = draw.box[0].tolist()
         region = (
             images[:, top:bottom, left:right]
             if _channel_axis(images.shape) == -1
             else images[:, :, top:bottom, left:right]
         )
-        torch.lerp(region.flip(0), region, float(plan.own_weight[0]), out=region)
+        torch.lerp(region.flip(0), region, float(draw.own_weight[0]), out=region)
         return
     height, width = _height_and_width(images.shape[1:])
-    box = _upload(plan.box, images.device)
-    inner = _upload(plan.own_weight, images.device).view(-1, 1, 1)
+    box = _upload(draw.box, images.device)
+    inner = _upload(draw.own_weight, images.device).view(-1, 1, 1)
     y = torch.arange(height, device=images.device)
     x = torch.arange(width, device=images.device)
     in_rows = (y >= box[:, :1]) & (y < box[:, 1:2])
@@ -235,53 +242,55 @@ def mix_tensor(images: torch.Tensor, plan: Plan) -> None:
     images.copy_(mixed if images.is_floating_point() else mixed.add_(0.5))
 
 
-def dense_targets_into(labels: torch.Tensor, plan: Plan | None, smoothing: float, targets: torch.Tensor) -> None:
-    """Write the smoothed, mixed targets: ``lam * s(y) + (1 - lam) * s(y of the partner)``.
+def dense_targets_into(labels: torch.Tensor, draw: MixDraw | None, smoothing: float, targets: torch.Tensor) -> None:
+    """Write the smoothed, mixed targets ``lam * s(y) + (1 - lam) * s(y of the partner)``.
 
     Parameters
     ----------
     labels : tensor of int64, shape (N,)
-    plan : Plan or None
-        None: nothing is mixed.
+        The label y of each image.
+    draw : MixDraw or None
+        The draw of the batch; None if nothing is mixed.
     smoothing : float
-        s(y) is ``smoothing / K`` everywhere, plus ``1 - smoothing`` at y.
+        s(y) is ``smoothing / K`` in all K places, plus ``1 - smoothing`` at y.
     targets : tensor of float32, shape (N, K)
-        On the device of `labels`.
+        The output, on the device of `labels`.
     """
     targets.fill_(smoothing / targets.shape[1])
     own = torch.ones(len(labels), device=labels.device)
-    if plan is not None:
-        own = _upload(plan.lam, labels.device)
+    if draw is not None:
+        own = _upload(draw.lam, labels.device)
         partner_labels = labels.flip(0)
         targets.scatter_add_(1, partner_labels[:, None], ((1.0 - smoothing) * (1.0 - own))[:, None])
     targets.scatter_add_(1, labels[:, None], ((1.0 - smoothing) * own)[:, None])
 
 
 class Mix:
-    """Mixup, CutMix, or either by chance, with label smoothing.
+    """Mixup, CutMix, or either of them by chance, with label smoothing.
 
-    `images` goes into the image's pipeline, `targets` into the label's pipeline of the same loader. With both alphas
-    zero only the dense, smoothed target is made.
+    Put `images` into the pipeline of the images, and `targets` into the pipeline of the labels of the same loader. If
+    both alphas are 0, the images do not change, and the targets are smoothed only.
 
     Parameters
     ----------
     num_classes : int
-        K, the width of the targets.
+        Number of classes K, the width of the targets.
     mixup_alpha, cutmix_alpha : float
-        lam is drawn from Beta(alpha, alpha); 0 switches the one or the other off.
+        The parameter of Beta(alpha, alpha), from which lam is drawn; 0 turns Mixup or CutMix off.
     prob : float
-        Probability that a batch (or image) is mixed at all.
+        Probability that a batch (or an image) is mixed.
     switch_prob : float
-        Probability of CutMix where both alphas are positive.
+        Probability of CutMix if both alphas are positive.
     smoothing : float
-        Label smoothing, 0 to below 1. A loss on these targets must not smooth again.
-    per : str
-        "batch": one lam and one box for the batch; "element": one for each image (timm's modes "batch" and "elem").
+        Label smoothing, at least 0 and below 1. The loss must not smooth the targets again.
+    per : {"batch", "element"}
+        "batch": one lam and one box for the batch. "element": one for each image. timm calls these modes "batch" and
+        "elem".
 
     Raises
     ------
-    ValueError
-        For a value outside its range.
+    UserError
+        If a value is outside its range.
     """
 
     def __init__(
@@ -295,15 +304,15 @@ class Mix:
         per: str = "batch",
     ):
         if num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}; it must be at least 1")
+            raise UserError(f"num_classes is {num_classes}; it must be at least 1")
         if min(mixup_alpha, cutmix_alpha) < 0:
-            raise ValueError(f"mixup_alpha is {mixup_alpha} and cutmix_alpha {cutmix_alpha}; neither may be negative")
+            raise UserError(f"mixup_alpha is {mixup_alpha} and cutmix_alpha {cutmix_alpha}; neither may be negative")
         if not (0 <= prob <= 1 and 0 <= switch_prob <= 1):
-            raise ValueError(f"prob is {prob} and switch_prob {switch_prob}; both are probabilities, 0 to 1")
+            raise UserError(f"prob is {prob} and switch_prob {switch_prob}; both are probabilities, 0 to 1")
         if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing is {smoothing}; it must be at least 0 and below 1")
+            raise UserError(f"smoothing is {smoothing}; it must be at least 0 and below 1")
         if per not in ("batch", "element"):
-            raise ValueError(f"per is {per!r}; it must be 'batch' or 'element'")
+            raise UserError(f"per is {per!r}; it must be 'batch' or 'element'")
         self.num_classes = num_classes
         self.mixup_alpha = mixup_alpha
         self.cutmix_alpha = cutmix_alpha
@@ -314,31 +323,31 @@ class Mix:
         self.size: tuple[int, int] | None = None
 
     def images(self) -> "MixImages":
-        """The image side: uint8 (N, H, W, 3) arrays in Numba, tensors of any layout, type and device in torch."""
+        """Return the operation for images: arrays uint8 (N, H, W, 3), or tensors of any layout, dtype and device."""
         return MixImages(self)
 
     def targets(self) -> "MixTargets":
-        """The target side: labels -> dense float32 tensor (N, num_classes)."""
+        """Return the operation for labels: it makes dense targets, a float32 tensor (N, num_classes)."""
         return MixTargets(self)
 
     @property
     def mixes(self) -> bool:
-        """Whether images are ever mixed."""
+        """Return True if images are ever mixed."""
         return max(self.mixup_alpha, self.cutmix_alpha) > 0 and self.prob > 0
 
-    def plan(self, batch: Batch) -> Plan | None:
-        """The batch's plan, or None where nothing is ever mixed.
+    def draw(self, batch: Batch) -> MixDraw | None:
+        """Draw the mixing of a batch; return None if images are never mixed.
 
         Raises
         ------
-        ValueError
-            If no image pipeline has told the size of the images.
+        UserError
+            If `images` is in no pipeline, so that the size of the images is unknown.
         """
         if not self.mixes:
             return None
         if self.size is None:
-            raise ValueError("the label's pipeline has targets() of this Mix; add its images() to the image's pipeline")
-        return draw_plan(
+            raise UserError("the label's pipeline has targets() of this Mix; add its images() to the image's pipeline")
+        return draw_mix(
             batch.seed,
             batch.epoch,
             batch.sample_ids,
@@ -352,7 +361,7 @@ class Mix:
 
 
 class MixImages(BatchOperation):
-    """The image side of a `Mix`; changes the batch in place."""
+    """The operation of a `Mix` for images. It changes the batch in place."""
 
     def __init__(self, mix: Mix):
         super().__init__()
@@ -366,26 +375,26 @@ class MixImages(BatchOperation):
         mix = self.mix
 
         def mix_images(images: np.ndarray | torch.Tensor, _: None, batch: Batch) -> np.ndarray | torch.Tensor:
-            plan = mix.plan(batch)
-            if plan is None:
+            draw = mix.draw(batch)
+            if draw is None:
                 return images
             size = _height_and_width(images.shape[1:])
             if size != mix.size:
-                raise ValueError(f"images are {size} px, but the epoch began with {mix.size}: targets would not match")
+                raise UserError(f"images are {size} px, but the epoch began with {mix.size}: targets would not match")
             if isinstance(images, torch.Tensor):
-                mix_tensor(images, plan)
+                mix_tensor(images, draw)
             else:
                 assert images.dtype == np.uint8 and images.flags.c_contiguous
                 rows = images.reshape(*images.shape[:2], -1)
                 scratch = np.empty((batch.num_workers, 2, rows.shape[2]), dtype=np.float32)
-                batch.run(mix_pairs, rows, plan.box, plan.own_weight, scratch)
+                batch.run(mix_pairs, rows, draw.box, draw.own_weight, scratch)
             return images
 
         return mix_images
 
 
 class MixTargets(BatchOperation):
-    """The target side of a `Mix`: int labels, array or tensor, (N,) or (N, 1) -> float32 tensor (N, num_classes)."""
+    """The operation of a `Mix` for labels: int array or tensor, (N,) or (N, 1) -> float32 tensor (N, num_classes)."""
 
     def __init__(self, mix: Mix):
         super().__init__()
@@ -403,7 +412,7 @@ class MixTargets(BatchOperation):
             labels = torch.as_tensor(labels).reshape(-1).long()
             if labels.device.type == "cpu":
                 _check_labels(labels, batch.sample_ids, mix.num_classes)
-            dense_targets_into(labels, mix.plan(batch), mix.smoothing, targets)
+            dense_targets_into(labels, mix.draw(batch), mix.smoothing, targets)
             return targets
 
         return mix_targets
@@ -413,7 +422,7 @@ def _check_labels(labels: torch.Tensor, sample_ids: np.ndarray, num_classes: int
     wrong = torch.nonzero((labels < 0) | (labels >= num_classes)).flatten().tolist()
     if wrong:
         first = wrong[0]
-        raise ValueError(
+        raise UserError(
             f"sample {sample_ids[first]} has label {labels[first].item()}, but num_classes is {num_classes}: "
             f"labels must be 0 to {num_classes - 1}"
         )

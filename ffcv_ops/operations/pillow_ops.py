@@ -1,7 +1,9 @@
-"""Pillow's operations on 8-bit images, in place: ImageOps, ImageEnhance, ``transform`` and ``rotate``.
+"""Operations of Pillow on 8-bit images, in place: ImageOps, ImageEnhance, ``transform`` and ``rotate``.
 
-Every operation gives the bytes of Pillow 13, with one exception: a turn by an odd multiple of 45 degrees may differ by
-1 in a few bytes of 150,000, because there the 15th digit of the sine decides, which Pillow rounds to.
+Every operation gives the bytes of Pillow 13, with one exception. A rotation by an odd multiple of 45 degrees may differ
+by 1 in a few bytes of 150,000, because Pillow rounds the sine to 15 digits, and the last digit decides there.
+
+To add an operation, write its constant, its kernel and its branch of `apply_operation`.
 """
 
 import math
@@ -30,31 +32,32 @@ from ffcv_ops._kernels import kernel
     TRANSLATE_Y,
 ) = range(16)
 
-# Pixels around the image that an interpolation may ask for: copies of the image's edge.
+# Number of pixels around the image that an interpolation may read. They are copies of the edge of the image.
 _MARGIN = 2
 
 
 class Scratch(NamedTuple):
-    """What one worker needs to change an image in place.
+    """The memory of one worker while it changes an image in place.
 
-    A turn gathers whole pixels, so its rows have four bytes a pixel, the last without meaning; a shift's have three.
+    A rotation gathers whole pixels. Therefore its rows have four bytes per pixel, of which the last is unused. The rows
+    of a shift have three bytes per pixel.
 
     Attributes
     ----------
     source : ndarray of uint8, shape ((H + 4) * (W + 4) * 4,)
-        The image before the operation, with its edge repeated: by rows of (W + 4) * 3 or of (W + 4) * 4 bytes.
+        The image before the operation, with its edge repeated. A row has (W + 4) * 3 or (W + 4) * 4 bytes.
     rows : ndarray of uint8, shape (4, W * 4)
-        The rows that are interpolated between.
+        Four rows, between which a row is interpolated.
     middle : ndarray of float64, shape (4, W * 4)
-        Rows interpolated along x.
+        Rows that are interpolated along x.
     along, down : ndarray of float64, shape (W * 4,)
-        Where between its neighbours in the row, and between the rows, each byte lies.
+        Position of each byte between its neighbours in the row, and between the rows: 0 to 1.
     position : ndarray of int32, shape (W,)
-        Where each pixel's neighbours are.
+        Index of each pixel's neighbours.
     outside : ndarray of bool, shape (W,)
-        Whether a pixel comes from outside the image.
+        True for a pixel from outside the image.
     centre : ndarray of float64, shape (W * 3,)
-        The middle of each byte's pixel, px; constant.
+        The centre of each byte's pixel in px; constant.
     """
 
     source: np.ndarray
@@ -68,7 +71,7 @@ class Scratch(NamedTuple):
 
 
 def build_scratch(num_workers: int, height: int, width: int) -> Scratch:
-    """The scratch of all workers; every array has a leading axis of `num_workers`."""
+    """Build the scratch of all workers. Every array has one more axis, the first, of length `num_workers`."""
     return Scratch(
         source=np.empty((num_workers, (height + 2 * _MARGIN) * (width + 2 * _MARGIN) * 4), dtype=np.uint8),
         rows=np.empty((num_workers, 4, width * 4), dtype=np.uint8),
@@ -85,7 +88,7 @@ def build_scratch(num_workers: int, height: int, width: int) -> Scratch:
 
 
 @kernel
-def _look_up(values, tables):
+def _map_values(values, tables):
     for i in range(0, len(values), 3):
         values[i] = tables[0, values[i]]
         values[i + 1] = tables[1, values[i + 1]]
@@ -93,8 +96,8 @@ def _look_up(values, tables):
 
 
 @kernel
-def _ranges(values):
-    """Lowest and highest value of each channel; scalars, so that the loop runs in vector registers."""
+def _find_ranges(values):
+    """Return the lowest and the highest value of each channel. Scalars keep the loop in vector registers."""
     low_red = low_green = low_blue = np.uint8(255)
     high_red = high_green = high_blue = np.uint8(0)
     for i in range(len(values) // 3):
@@ -110,14 +113,14 @@ def auto_contrast(image):
     """Stretch each channel to 0 to 255: ``ImageOps.autocontrast``."""
     values = image.reshape(-1)
     tables = np.empty((3, 256), dtype=np.uint8)
-    lows, highs = _ranges(values)
+    lows, highs = _find_ranges(values)
     for channel in range(3):
         low, high = float(lows[channel]), float(highs[channel])
         scale = 255.0 / (high - low) if high > low else 1.0
         offset = -low * scale if high > low else 0.0
         for value in range(256):
             tables[channel, value] = min(max(int(value * scale + offset), 0), 255)
-    _look_up(values, tables)
+    _map_values(values, tables)
 
 
 @kernel
@@ -137,12 +140,12 @@ def equalize(image):
         for value in range(256):
             tables[channel, value] = min(below // step, 255) if step > 0 else value
             below += counts[channel, value]
-    _look_up(values, tables)
+    _map_values(values, tables)
 
 
 @kernel
 def invert(image):
-    """``ImageOps.invert``."""
+    """Invert all values: ``ImageOps.invert``."""
     values = image.reshape(-1)
     for i in range(len(values)):
         values[i] = 255 - values[i]
@@ -170,23 +173,23 @@ def solarize(image, threshold):
 
 @kernel
 def solarize_add(image, addend):
-    """Add to values below 128, at most up to 255: timm's ``solarize_add``."""
+    """Add to values below 128, up to 255: ``solarize_add`` of timm."""
     values = image.reshape(-1)
     for i in range(len(values)):
         values[i] = min(values[i] + addend, 255) if values[i] < 128 else values[i]
 
 
-# --- blends with a degenerate image, in float32 as ``Image.blend``: the integers in between are exact
+# --- blends with a degenerate image, in float32 as in ``Image.blend``; integers are exact there
 
 
 @kernel
-def _blended(degenerate, value, factor):
+def _blend(degenerate, value, factor):
     mixed = degenerate + factor * (value - degenerate)
     return np.int32(min(max(mixed, np.float32(0)), np.float32(255)))
 
 
 @kernel
-def _grey(red, green, blue):
+def _compute_grey(red, green, blue):
     total = np.float32(19595) * red + np.float32(38470) * green + np.float32(7471) * blue + np.float32(0x8000)
     return np.float32(np.int32(total * np.float32(2.0**-16)))
 
@@ -198,10 +201,10 @@ def color(image, factor):
     factor = np.float32(factor)
     for i in range(len(values) // 3):
         red, green, blue = np.float32(values[3 * i]), np.float32(values[3 * i + 1]), np.float32(values[3 * i + 2])
-        grey = _grey(red, green, blue)
-        values[3 * i] = _blended(grey, red, factor)
-        values[3 * i + 1] = _blended(grey, green, factor)
-        values[3 * i + 2] = _blended(grey, blue, factor)
+        grey = _compute_grey(red, green, blue)
+        values[3 * i] = _blend(grey, red, factor)
+        values[3 * i + 1] = _blend(grey, green, factor)
+        values[3 * i + 2] = _blend(grey, blue, factor)
 
 
 @kernel
@@ -210,7 +213,7 @@ def _blend_with(image, level, factor):
     level = np.float32(level)
     factor = np.float32(factor)
     for i in range(len(values)):
-        values[i] = _blended(level, np.float32(values[i]), factor)
+        values[i] = _blend(level, np.float32(values[i]), factor)
 
 
 @kernel
@@ -220,7 +223,7 @@ def contrast(image, factor):
     num_pixels = len(values) // 3
     total = 0
     for i in range(num_pixels):
-        grey = _grey(np.float32(values[3 * i]), np.float32(values[3 * i + 1]), np.float32(values[3 * i + 2]))
+        grey = _compute_grey(np.float32(values[3 * i]), np.float32(values[3 * i + 1]), np.float32(values[3 * i + 2]))
         total += int(grey)
     _blend_with(image, int(total / num_pixels + 0.5), factor)
 
@@ -232,41 +235,41 @@ def brightness(image, factor):
 
 
 @kernel
-def _row_sum(row, i):
+def _sum_row(row, i):
     return np.float32(row[i]) + np.float32(row[i + 3]) + np.float32(row[i + 6])
 
 
 @kernel
-def _sharpen_row(above, row, below, factor, out):
-    """`out` begins one pixel after the rows and ends one before."""
+def _sharpen_row_into(above, row, below, factor, out):
+    """Sharpen a row. `out` begins one pixel after the rows, and ends one pixel before their end."""
     for i in range(len(out)):
         value = np.float32(row[i + 3])
-        total = _row_sum(above, i) + _row_sum(row, i) + _row_sum(below, i) + np.float32(4) * value
-        # a thirteenth of an integer is never near a half, so the inexact product is rounded as the exact one
+        total = _sum_row(above, i) + _sum_row(row, i) + _sum_row(below, i) + np.float32(4) * value
+        # a thirteenth of an integer is never near a half, so that the inexact product is rounded as the exact one
         smooth = np.float32(np.int32(total * np.float32(1 / 13) + np.float32(0.5)))
-        out[i] = _blended(smooth, value, factor)
+        out[i] = _blend(smooth, value, factor)
 
 
 @kernel
 def sharpness(image, factor, scratch):
-    """Blend with the smoothed image, the edge excepted: ``ImageEnhance.Sharpness``."""
+    """Blend with the smoothed image, except at the edge: ``ImageEnhance.Sharpness``."""
     rows = image.reshape(image.shape[0], -1)
     source = scratch.source[: rows.size].reshape(rows.shape)
     _copy_into(image.reshape(-1), scratch.source[: rows.size])
     for y in range(1, len(rows) - 1):
-        _sharpen_row(source[y - 1], source[y], source[y + 1], np.float32(factor), rows[y, 3:-3])
+        _sharpen_row_into(source[y - 1], source[y], source[y + 1], np.float32(factor), rows[y, 3:-3])
 
 
-# --- shifts and turns, in float64 as in Pillow; `cubic`: bicubic, not bilinear; `fill`: the colour from outside
+# --- shifts and rotations, in float64 as in Pillow; `cubic` selects bicubic; `fill` is the colour from outside
 
 
 @kernel
-def _line(first, second, fraction):
+def _interpolate_linear(first, second, fraction):
     return first + (second - first) * fraction
 
 
 @kernel
-def _cubic(first, second, third, fourth, fraction):
+def _interpolate_cubic(first, second, third, fourth, fraction):
     linear = third - first
     square = 2.0 * (first - second) + third - fourth
     cube = second - first - third + fourth
@@ -275,14 +278,14 @@ def _cubic(first, second, third, fourth, fraction):
 
 @kernel
 def _interpolate_into(first, second, third, fourth, fraction, cubic, out):
-    """Between the second and the third row."""
+    """Interpolate between the second and the third row."""
     if cubic:
         for i in range(len(out)):
             a, b, c, d = np.float64(first[i]), np.float64(second[i]), np.float64(third[i]), np.float64(fourth[i])
-            out[i] = _cubic(a, b, c, d, fraction[i])
+            out[i] = _interpolate_cubic(a, b, c, d, fraction[i])
     else:
         for i in range(len(out)):
-            out[i] = _line(np.float64(second[i]), np.float64(third[i]), fraction[i])
+            out[i] = _interpolate_linear(np.float64(second[i]), np.float64(third[i]), fraction[i])
 
 
 @kernel
@@ -293,14 +296,14 @@ def _clip_into(values, out):
 
 @kernel
 def _copy_into(row, out):
-    """A loop, because Numba's assignment of slices does not become a vector copy."""
+    """Copy a row by a loop, because Numba does not compile an assignment of slices to a vector copy."""
     for i in range(len(row)):
         out[i] = row[i]
 
 
 @kernel
 def _pad_into(image, source):
-    """The image with its edge repeated: `source` is (H + 4, (W + 4) * 3)."""
+    """Write the image with its edge repeated to `source`, (H + 4, (W + 4) * 3)."""
     height, num_bytes = image.shape[0], image.shape[1] * 3
     rows = image.reshape(height, num_bytes)
     for y in range(len(source)):
@@ -312,7 +315,7 @@ def _pad_into(image, source):
 
 
 @kernel
-def _padded(image, scratch):
+def _pad(image, scratch):
     height, row_bytes = image.shape[0] + 2 * _MARGIN, (image.shape[1] + 2 * _MARGIN) * 3
     source = scratch.source[: height * row_bytes].reshape(height, row_bytes)
     _pad_into(image, source)
@@ -327,33 +330,36 @@ def _fill(row, begin, end, fill):
 
 
 @kernel
-def _inside(offset, length):
-    """The pixels whose centre, moved by `offset`, stays within 0 to `length`: first and end."""
+def _find_inside(offset, length):
+    """Return first and end of the pixels whose centre, moved by `offset`, stays within 0 to `length`."""
     first = min(max(int(math.ceil(-0.5 - offset)), 0), length)
     return first, min(max(int(math.ceil(length - 0.5 - offset)), first), length)
 
 
 @kernel
-def _fraction_into(centre, tilt, shift, whole, fraction):
-    """In Pillow's order of sums: where a byte comes to an integer but for rounding, the last bit decides it."""
+def _write_fraction_into(centre, tilt, shift, whole, fraction):
+    """Write the fraction of each position, with sums in the order of Pillow.
+
+    If a byte is an integer but for rounding, the last bit of the sum decides its value.
+    """
     for i in range(len(fraction)):
         fraction[i] = centre[i] + tilt + shift - 0.5 - (centre[i] - 0.5 + whole)
 
 
 @kernel
 def _shift_rows(image, slope, shift, cubic, fill, scratch):
-    """Take pixel (y, x) from x + slope * (y + 0.5) + shift of the same row."""
+    """Take each pixel (y, x) from x + slope * (y + 0.5) + shift of the same row."""
     height, width = image.shape[:2]
     rows = image.reshape(height, width * 3)
-    padded = _padded(image, scratch)
+    padded = _pad(image, scratch)
     for y in range(height):
         tilt = slope * (y + 0.5)
         whole = math.floor(tilt + shift)
-        begin, end = _inside(tilt + shift, width)
+        begin, end = _find_inside(tilt + shift, width)
         start, size = 3 * (begin + int(whole) + _MARGIN), 3 * (end - begin)
         source = padded[y + _MARGIN]
         if size > 0:
-            _fraction_into(scratch.centre[3 * begin : 3 * end], tilt, shift, whole, scratch.along[:size])
+            _write_fraction_into(scratch.centre[3 * begin : 3 * end], tilt, shift, whole, scratch.along[:size])
             _interpolate_into(
                 source[start - 3 : start - 3 + size],
                 source[start : start + size],
@@ -378,31 +384,31 @@ def _gather_row_into(source, y, whole, row):
 
 
 @kernel
-def _tilt_into(y, centre, slope, whole, fraction):
-    """Pillow's order of sums, as above."""
+def _write_tilt_into(y, centre, slope, whole, fraction):
+    """Write the fraction of each position, with sums in the order of Pillow; see `_write_fraction_into`."""
     for i in range(len(fraction)):
         fraction[i] = slope * centre[i] + (y + 0.5) - 0.5 - (y + whole[i])
 
 
 @kernel
 def shear_x(image, factor, cubic, fill, scratch):
-    """``transform(AFFINE, (1, factor, 0, 0, 1, 0))``."""
+    """Shear along x: ``transform(AFFINE, (1, factor, 0, 0, 1, 0))``."""
     _shift_rows(image, factor, 0.0, cubic, fill, scratch)
 
 
 @kernel
 def translate_x(image, shift_px, cubic, fill, scratch):
-    """``transform(AFFINE, (1, 0, shift_px, 0, 1, 0))``."""
+    """Shift along x: ``transform(AFFINE, (1, 0, shift_px, 0, 1, 0))``."""
     _shift_rows(image, 0.0, shift_px, cubic, fill, scratch)
 
 
 @kernel
 def translate_y(image, shift_px, cubic, fill, scratch):
-    """``transform(AFFINE, (1, 0, 0, 0, 1, shift_px))``."""
+    """Shift along y: ``transform(AFFINE, (1, 0, 0, 0, 1, shift_px))``."""
     height, width = image.shape[:2]
     rows = image.reshape(height, width * 3)
-    padded = _padded(image, scratch)[:, 3 * _MARGIN : 3 * (_MARGIN + width)]
-    begin, end = _inside(shift_px, height)
+    padded = _pad(image, scratch)[:, 3 * _MARGIN : 3 * (_MARGIN + width)]
+    begin, end = _find_inside(shift_px, height)
     whole = math.floor(shift_px)
     for y in range(begin, end):
         scratch.down[:] = y + 0.5 + shift_px - 0.5 - (y + whole)
@@ -418,25 +424,25 @@ def translate_y(image, shift_px, cubic, fill, scratch):
 
 @kernel
 def shear_y(image, factor, cubic, fill, scratch):
-    """``transform(AFFINE, (1, 0, 0, factor, 1, 0))``."""
+    """Shear along y: ``transform(AFFINE, (1, 0, 0, factor, 1, 0))``."""
     height, width = image.shape[:2]
     rows = image.reshape(height, width * 3)
-    padded = _padded(image, scratch)
+    padded = _pad(image, scratch)
     whole, taps = scratch.middle[0, : width * 3], scratch.rows[:, : width * 3]
     for x in range(width):
         scratch.position[x] = math.floor(factor * (x + 0.5))
         whole[3 * x : 3 * x + 3] = scratch.position[x]
-    # Row y lies between four sheared rows, of which the next row needs three again.
+    # Row y is interpolated between four sheared rows. The next row needs three of them again.
     for y in range(-1, 2):
         _gather_row_into(padded, y, scratch.position, taps[y + 1])
     for y in range(height):
         _gather_row_into(padded, y + 2, scratch.position, taps[(y + 3) % 4])
-        _tilt_into(y, scratch.centre, factor, whole, scratch.down[: width * 3])
+        _write_tilt_into(y, scratch.centre, factor, whole, scratch.down[: width * 3])
         above, here, below, under = taps[y % 4], taps[(y + 1) % 4], taps[(y + 2) % 4], taps[(y + 3) % 4]
         _interpolate_into(above, here, below, under, scratch.down, cubic, scratch.middle[1, : 3 * width])
         _clip_into(scratch.middle[1], rows[y])
     for x in range(width):
-        begin, end = _inside(factor * (x + 0.5), height)
+        begin, end = _find_inside(factor * (x + 0.5), height)
         for y in range(begin):
             _fill(rows[y], x, x + 1, fill)
         for y in range(end, height):
@@ -445,7 +451,7 @@ def shear_y(image, factor, cubic, fill, scratch):
 
 @kernel
 def _pad_words_into(image, source):
-    """The image with its edge repeated, four bytes a pixel: `source` is (H + 4, W + 4, 4)."""
+    """Write the image with its edge repeated and four bytes per pixel to `source`, (H + 4, W + 4, 4)."""
     height, width = image.shape[:2]
     for y in range(len(source)):
         from_y = min(max(y - _MARGIN, 0), height - 1)
@@ -458,14 +464,14 @@ def _pad_words_into(image, source):
 
 
 @kernel
-def _turn_row_into(y, height, width, matrix, along, down, position, outside):
-    """Where the pixels of row y come from."""
+def _rotate_row_into(y, height, width, matrix, along, down, position, outside):
+    """Compute the source position of each pixel of row y."""
     cosine, sine, shift_x, shift_y = matrix
     for x in range(width):
         from_x = cosine * (x + 0.5) + sine * (y + 0.5) + shift_x
         from_y = -sine * (x + 0.5) + cosine * (y + 0.5) + shift_y
         outside[x] = (from_x < 0.0) | (from_x >= width) | (from_y < 0.0) | (from_y >= height)
-        # some pixel that exists, where it does not matter which
+        # any pixel of the image, because pixels from outside are overwritten with the fill
         from_x, from_y = (0.0, 0.0) if outside[x] else (from_x - 0.5, from_y - 0.5)
         left, top = math.floor(from_x), math.floor(from_y)
         along[x] = from_x - left
@@ -475,7 +481,7 @@ def _turn_row_into(y, height, width, matrix, along, down, position, outside):
 
 @kernel
 def _spread_into(pixels, values):
-    """The value of each pixel four times, once for every byte."""
+    """Write the value of each pixel four times, once for each byte."""
     for x in range(len(pixels)):
         values[4 * x] = values[4 * x + 1] = values[4 * x + 2] = values[4 * x + 3] = pixels[x]
 
@@ -488,7 +494,7 @@ def _gather_words_into(words, position, offset, row):
 
 @kernel
 def rotate(image, degrees, cubic, fill, scratch):
-    """Turn counter-clockwise about the centre: ``rotate(degrees)``."""
+    """Rotate counter-clockwise about the centre: ``rotate(degrees)``."""
     height, width = image.shape[:2]
     stride = width + 2 * _MARGIN
     _pad_words_into(image, scratch.source.reshape(height + 2 * _MARGIN, stride, 4))
@@ -506,7 +512,7 @@ def rotate(image, degrees, cubic, fill, scratch):
     shift_y = -sine * (-width / 2) + cosine * (-height / 2) + height / 2
     for y in range(height):
         matrix = (cosine, sine, shift_x, shift_y)
-        _turn_row_into(y, height, width, matrix, along, down, position, outside)
+        _rotate_row_into(y, height, width, matrix, along, down, position, outside)
         _spread_into(along, scratch.along)
         _spread_into(down, scratch.down)
         for tap_y in range(-1 if cubic else 0, 3 if cubic else 2):
@@ -530,15 +536,17 @@ def apply_operation(image, operation, argument, cubic, fill, scratch):
     Parameters
     ----------
     image : ndarray of uint8, shape (H, W, 3), C-contiguous
+        The image. It is changed.
     operation : int
-        One of this module's constants.
+        A constant of this module.
     argument : float
-        As the operation's function takes it; ignored by those that take none.
+        The argument of the operation's function. Operations without an argument ignore it.
     cubic : bool
-        Bicubic instead of bilinear, for those that interpolate.
+        True for bicubic, False for bilinear interpolation. Operations without interpolation ignore it.
     fill : ndarray of uint8, shape (3,)
+        Colour of pixels from outside the image.
     scratch : Scratch
-        Of one worker.
+        Memory of one worker.
     """
     if operation == AUTO_CONTRAST:
         auto_contrast(image)

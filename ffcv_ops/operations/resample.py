@@ -1,17 +1,19 @@
-"""Antialiased resampling of a region, in Numba, with Pillow's arithmetic.
+"""Antialiased resampling of a crop, in Numba, with the arithmetic of Pillow.
 
-An output pixel is the weighted mean of source pixels under a filter (a triangle, or Keys' cubic with a = -0.5) that is
-stretched by the downscale factor, one axis after the other, both in 22 bit fixed point and rounded to 8 bits between
-them, as Pillow's ``Resample.c`` has it. A region resampled here equals ``Image.crop(region).resize(...)`` of Pillow 13
-to the bit. Earlier versions always begin with x; where this does not, they differ: by a grey level for bilinear, by
-more for bicubic, whose overshoot is clipped between the passes.
+An output pixel is the weighted mean of source pixels under a filter. The filter is a triangle, or the cubic of Keys
+with a = -0.5, and it is stretched by the downscale factor. The axes are resampled one after the other. As in
+``Resample.c`` of Pillow, both passes use 22 bit fixed point, and the result of the first pass is rounded to 8 bits. A
+crop that is resampled here equals ``Image.crop(region).resize(...)`` of Pillow 13 to the bit. Earlier versions of
+Pillow always begin with the x axis. If this module begins with the y axis, the results differ from theirs: by one grey
+level for bilinear, and by more for bicubic, because its overshoot is clipped between the passes.
 
-A box ``(y, x, height, width)`` is in pixels of the plane and may be fractional, as the boxes of subsampled chroma are.
-Weights stay within the pixels that the box touches: as "decode, crop, resize" has it, nothing beyond the crop is seen.
-Pillow's ``resize(box=...)`` clamps to the image instead; for a box that is the whole image the two agree.
+A crop ``(y, x, height, width)`` is in px of the plane. It may be fractional, as the crops of subsampled chroma are.
+Weights stay within the pixels that the crop touches, so that no pixel beyond the crop has an effect.
+``resize(box=...)`` of Pillow uses pixels of the whole image instead. If the crop is the whole image, the two agree.
 
-The pass along x is what costs, as its pixels lie side by side in memory, where vector instructions cannot weigh them.
-Stripes of rows are therefore transposed tile by tile, weighed as the other pass weighs rows, and transposed back.
+Most of the time goes into the pass along x. Its pixels lie side by side in memory, and vector instructions cannot weigh
+them there. Therefore stripes of rows are transposed tile by tile, weighed as the pass along y weighs rows, and
+transposed back.
 """
 
 import math
@@ -30,22 +32,22 @@ BICUBIC = 1
 INTERPOLATIONS = {"bilinear": BILINEAR, "bicubic": BICUBIC}
 
 PRECISION_BITS = 22
-TILE = 16
-ALIGNMENT = 64
-TOLERANCE = 1e-6
-"""What a box may reach into a pixel, in pixels, without touching it: boxes are scaled, and rounded on the way."""
+TILE_PX = 16
+ALIGNMENT_BYTES = 64
+TOLERANCE_PX = 1e-6
+"""A crop does not touch a pixel that it covers by less than this, in px. Crops are scaled, which rounds them."""
 
-MAX_STRIPE = 160
-"""Rows transposed and weighed together: enough to hide the cost of starting a loop, few enough to stay in cache."""
+MAX_STRIPE_PX = 160
+"""Rows that are transposed and weighed together. More rows leave the cache. Fewer rows pay more for starting loops."""
 
-Taps = namedtuple("Taps", "firsts counts weights stride")
-"""For each output position: its first source position from the box on, how many follow, and their weights, flat."""
+AxisTaps = namedtuple("AxisTaps", "firsts counts weights stride")
+"""For each output position of an axis: its first source position in the crop, the number of positions, the weights."""
 
 Scratch = namedtuple("Scratch", "columns weighed sums between")
-"""A transposed stripe, the same weighed, sums of a row, and the image between the two passes."""
+"""Arrays: a transposed stripe, the weighed stripe, the sums of a row, the image between the two passes."""
 
-Plan = namedtuple("Plan", "num_rows num_columns x_taps y_taps flip scratch")
-"""What resampling planes of one size from one box takes."""
+ResampleTaps = namedtuple("ResampleTaps", "num_rows num_columns x_taps y_taps flip scratch")
+"""The taps of both axes, with the size of the crop and the scratch: for planes of one size and one crop."""
 
 _KERNEL: dict[str, Any] = {"cache": CAN_CACHE, "nogil": True, "boundscheck": False, "error_model": "numpy"}
 
@@ -57,12 +59,12 @@ def _rounded_up(size, multiple):
 
 @register_jitable
 def _first_touched(start):
-    return int(math.floor(start + TOLERANCE))
+    return int(math.floor(start + TOLERANCE_PX))
 
 
 @register_jitable
 def _num_touched(start, extent):
-    return int(math.ceil(start + extent - TOLERANCE)) - _first_touched(start)
+    return int(math.ceil(start + extent - TOLERANCE_PX)) - _first_touched(start)
 
 
 @register_jitable
@@ -72,7 +74,7 @@ def _support(extent, size, interpolation):
 
 @register_jitable
 def _weights_stride(extent, size, interpolation):
-    """Weights of one output position, padded, as they are read by fours."""
+    """Return the number of weights of one output position, padded because they are read four at a time."""
     return _rounded_up(2 * int(math.ceil(_support(extent, size, interpolation))) + 1, 4)
 
 
@@ -82,42 +84,44 @@ def _taps_entries(extent, size, interpolation):
 
 
 def workspace_bytes(max_height: int, max_width: int, size: int) -> int:
-    """Size of a workspace that serves every region up to a given size.
+    """Return the size of a workspace that is large enough for every crop up to a given size.
 
     Parameters
     ----------
     max_height, max_width : int
-        Largest box, in pixels of the largest plane.
+        Sides of the largest crop, in px of the largest plane.
     size : int
-        Largest side of the output, in pixels.
+        Largest side of the output in px.
 
     Returns
     -------
     int
-        Bytes of the ``uint8`` array that the kernels take as ``workspace``, for either interpolation.
+        Bytes of the uint8 array that the kernels take as ``workspace``, for both interpolations.
     """
-    height, width = max_height + 2, max_width + 2  # what a fractional box touches
+    height, width = max_height + 2, max_width + 2  # a fractional crop touches up to two more
     longest = max(height, width, size)
-    taps = 4 * (4 * (height + width) + 2 * 10 * size)  # above _taps_entries, which a smaller output may raise
-    stripe = (MAX_STRIPE + TILE) * (width + size)
+    taps = 4 * (4 * (height + width) + 2 * 10 * size)  # an upper bound of _taps_entries, also for smaller outputs
+    stripe = (MAX_STRIPE_PX + TILE_PX) * (width + size)
     planes = 3 * (height * width + size * size)
     num_pieces = 16
-    return taps + 8 * (longest + MAX_STRIPE + TILE) + stripe + longest * size + planes + num_pieces * ALIGNMENT
+    return (
+        taps + 8 * (longest + MAX_STRIPE_PX + TILE_PX) + stripe + longest * size + planes + num_pieces * ALIGNMENT_BYTES
+    )
 
 
 @register_jitable
-def _is_within(box, shape):
-    y, x, height, width = box
+def _is_within(crop, shape):
+    y, x, height, width = crop
     bottom, right = _first_touched(y) + _num_touched(y, height), _first_touched(x) + _num_touched(x, width)
-    return min(height, width) > 0 and min(y, x) > -TOLERANCE and bottom <= shape[0] and right <= shape[1]
+    return min(height, width) > 0 and min(y, x) > -TOLERANCE_PX and bottom <= shape[0] and right <= shape[1]
 
 
 @nb.njit(**_KERNEL)
-def _cut(workspace, num_bytes):
-    """A piece of the workspace, and the rest of it."""
+def _take_piece(workspace, num_bytes):
+    """Return a piece of the workspace, and the rest of the workspace."""
     if num_bytes > workspace.size:
         raise ValueError("the workspace is too small for this region: size it with workspace_bytes()")
-    return workspace[:num_bytes], workspace[_rounded_up(num_bytes, ALIGNMENT) :]
+    return workspace[:num_bytes], workspace[_rounded_up(num_bytes, ALIGNMENT_BYTES) :]
 
 
 @nb.njit(**_KERNEL)
@@ -133,8 +137,8 @@ def _filter(x, interpolation):
 
 
 @nb.njit(**_KERNEL)
-def _lay_taps_into(start, extent, interpolation, taps):
-    """Pillow's coefficients for one axis, without those that round to nothing at either end."""
+def _compute_axis_taps_into(start, extent, interpolation, taps):
+    """Compute the coefficients of Pillow for one axis, without the zeros at both ends."""
     scale = extent / taps.firsts.size
     shrink = 1.0 / max(scale, 1.0)
     support = _support(extent, taps.firsts.size, interpolation)
@@ -163,31 +167,33 @@ def _lay_taps_into(start, extent, interpolation, taps):
 
 
 @nb.njit(**_KERNEL)
-def _cut_taps(workspace, start, extent, size, interpolation):
-    piece, workspace = _cut(workspace, 4 * _taps_entries(extent, size, interpolation))
+def _build_axis_taps(workspace, start, extent, size, interpolation):
+    piece, workspace = _take_piece(workspace, 4 * _taps_entries(extent, size, interpolation))
     entries = piece.view(np.int32)
     stride = _weights_stride(extent, size, interpolation)
-    taps = Taps(entries[:size], entries[size : 2 * size], entries[2 * size :], stride)
-    _lay_taps_into(start, extent, interpolation, taps)
+    taps = AxisTaps(entries[:size], entries[size : 2 * size], entries[2 * size :], stride)
+    _compute_axis_taps_into(start, extent, interpolation, taps)
     return taps, workspace
 
 
 def _transpose_tile_into(source, at, stride, out, out_at, out_stride):
-    """Transpose TILE x TILE bytes between two flat arrays."""
-    for row in range(TILE):
-        for column in range(TILE):
+    """Transpose TILE_PX x TILE_PX bytes from one flat array into another."""
+    for row in range(TILE_PX):
+        for column in range(TILE_PX):
             out[out_at + column * out_stride + row] = source[at + row * stride + column]
 
 
 @intrinsic
 def _shuffle_tile_into(typing_context, source, at, stride, out, out_at, out_stride):
-    """Transpose a tile within sixteen vector registers, which LLVM finds no way to from loops.
+    """Transpose a tile within sixteen vector registers. LLVM does not find this from loops.
 
-    Interleaving the first half of the rows with the second, four times over, transposes sixteen rows of sixteen.
+    To transpose sixteen rows of sixteen bytes, the first half of the rows is interleaved with the second, four times.
     """
-    vector = ir.VectorType(ir.IntType(8), TILE)
-    lanes = ir.VectorType(ir.IntType(32), TILE)
-    interleave = [ir.Constant(lanes, [half + i // 2 + TILE * (i % 2) for i in range(TILE)]) for half in (0, TILE // 2)]
+    vector = ir.VectorType(ir.IntType(8), TILE_PX)
+    lanes = ir.VectorType(ir.IntType(32), TILE_PX)
+    interleave = [
+        ir.Constant(lanes, [half + i // 2 + TILE_PX * (i % 2) for i in range(TILE_PX)]) for half in (0, TILE_PX // 2)
+    ]
 
     def generate(context, builder, signature, args):
         source_value, at_value, stride_value, out_value, out_at_value, out_stride_value = args
@@ -197,11 +203,11 @@ def _shuffle_tile_into(typing_context, source, at, stride, out, out_at, out_stri
             offset = builder.add(at, builder.mul(stride, ir.Constant(stride.type, row)))
             return builder.bitcast(builder.gep(data, [offset]), vector.as_pointer())
 
-        inputs = [row_pointer(source, source_value, at_value, stride_value, row) for row in range(TILE)]
-        outputs = [row_pointer(out, out_value, out_at_value, out_stride_value, row) for row in range(TILE)]
+        inputs = [row_pointer(source, source_value, at_value, stride_value, row) for row in range(TILE_PX)]
+        outputs = [row_pointer(out, out_value, out_at_value, out_stride_value, row) for row in range(TILE_PX)]
         rows = [builder.load(pointer, align=1) for pointer in inputs]
         for _ in range(4):
-            pairs = zip(rows[: TILE // 2], rows[TILE // 2 :], strict=True)
+            pairs = zip(rows[: TILE_PX // 2], rows[TILE_PX // 2 :], strict=True)
             rows = [builder.shuffle_vector(*pair, order) for pair in pairs for order in interleave]
         for row, pointer in zip(rows, outputs, strict=True):
             builder.store(row, pointer, align=1)
@@ -220,38 +226,38 @@ def _overload_transpose_tile_into(source, at, stride, out, out_at, out_stride):
 
 @nb.njit(**_KERNEL)
 def _transpose_into(source, stride, height, width, out, out_stride):
-    """Transpose (height, width) bytes; the last tiles overlap their neighbours, so that no byte beyond is touched."""
-    if height < TILE or width < TILE:
+    """Transpose (height, width) bytes. The last tiles overlap their neighbours, so that no byte beyond is touched."""
+    if height < TILE_PX or width < TILE_PX:
         for row in range(height):
             for column in range(width):
                 out[column * out_stride + row] = source[row * stride + column]
         return
-    for tile_row in range(0, height, TILE):
-        row = min(tile_row, height - TILE)
-        for tile_column in range(0, width, TILE):
-            column = min(tile_column, width - TILE)
+    for tile_row in range(0, height, TILE_PX):
+        row = min(tile_row, height - TILE_PX)
+        for tile_column in range(0, width, TILE_PX):
+            column = min(tile_column, width - TILE_PX)
             _transpose_tile_into(source, row * stride + column, stride, out, column * out_stride + row, out_stride)
 
 
 @nb.njit(**_KERNEL)
-def _product(byte, weight):
-    # Numba's own ``*`` widens 32 bit operands to 64, which halves the lanes of a vector; the ufunc keeps their type.
+def _multiply(byte, weight):
+    # ``*`` of Numba widens operands of 32 bits to 64, which halves the lanes of a vector. The ufunc keeps their type.
     return np.multiply(np.int32(byte), weight)
 
 
 @nb.njit(**_KERNEL)
-def _to_byte(total):
+def _round_to_byte(total):
     value = np.right_shift(np.int32(total), np.int32(PRECISION_BITS))
     return np.uint8(min(max(value, np.int32(0)), np.int32(255)))
 
 
 @nb.njit(forceinline=True, **_KERNEL)
 def _weigh_rows_into(source, at, stride, count, weights, tap, sums, out, out_at, length):
-    """Weigh count rows of bytes, stride apart, into one, four at a time, so that most sums stay in registers.
+    """Weigh `count` rows of bytes, `stride` apart, into one row, four at a time. Most sums then stay in registers.
 
-    The first half of sums holds 0.5 in fixed point, for rounding, the second what all but the last four rows add up to.
-    Offsets are passed and not views of rows: those would be counted in and out of use by atomic instructions that take
-    as long as a row. They are unsigned, as a test for negative indices would keep the loops from being vectorised.
+    The first half of `sums` holds 0.5 in fixed point, for rounding. The second half holds the sum of all but the last
+    four rows. The arguments are offsets, because views of rows would be counted by atomic instructions, which take as
+    long as a row. Offsets are unsigned, because a test for negative indices would prevent vector code.
     """
     a, stride, target, length = np.uint64(at), np.uint64(stride), np.uint64(out_at), np.uint64(length)
     b, c, d = a + stride, a + stride + stride, a + stride + stride + stride
@@ -263,8 +269,8 @@ def _weigh_rows_into(source, at, stride, count, weights, tap, sums, out, out_at,
     while count > 4:
         w0, w1, w2, w3 = weights[tap], weights[tap + 1], weights[tap + 2], weights[tap + 3]
         for i in range(length):
-            total = _product(source[a + i], w0) + _product(source[b + i], w1)
-            sums[carried + i] += total + _product(source[c + i], w2) + _product(source[d + i], w3)
+            total = _multiply(source[a + i], w0) + _multiply(source[b + i], w1)
+            sums[carried + i] += total + _multiply(source[c + i], w2) + _multiply(source[d + i], w3)
         a = d + stride
         b, c, d = a + stride, a + stride + stride, a + stride + stride + stride
         tap += 4
@@ -272,18 +278,20 @@ def _weigh_rows_into(source, at, stride, count, weights, tap, sums, out, out_at,
     w0, w1, w2, w3 = weights[tap], weights[tap + 1], weights[tap + 2], weights[tap + 3]
     if count == 1:
         for i in range(length):
-            out[target + i] = _to_byte(sums[carried + i] + _product(source[a + i], w0))
+            out[target + i] = _round_to_byte(sums[carried + i] + _multiply(source[a + i], w0))
     elif count == 2:
         for i in range(length):
-            out[target + i] = _to_byte(sums[carried + i] + _product(source[a + i], w0) + _product(source[b + i], w1))
+            out[target + i] = _round_to_byte(
+                sums[carried + i] + _multiply(source[a + i], w0) + _multiply(source[b + i], w1)
+            )
     elif count == 3:
         for i in range(length):
-            total = sums[carried + i] + _product(source[a + i], w0) + _product(source[b + i], w1)
-            out[target + i] = _to_byte(total + _product(source[c + i], w2))
+            total = sums[carried + i] + _multiply(source[a + i], w0) + _multiply(source[b + i], w1)
+            out[target + i] = _round_to_byte(total + _multiply(source[c + i], w2))
     else:
         for i in range(length):
-            total = sums[carried + i] + _product(source[a + i], w0) + _product(source[b + i], w1)
-            out[target + i] = _to_byte(total + _product(source[c + i], w2) + _product(source[d + i], w3))
+            total = sums[carried + i] + _multiply(source[a + i], w0) + _multiply(source[b + i], w1)
+            out[target + i] = _round_to_byte(total + _multiply(source[c + i], w2) + _multiply(source[d + i], w3))
 
 
 @nb.njit(**_KERNEL)
@@ -297,8 +305,8 @@ def _weigh_along_y_into(source, stride, width, taps, scratch, out):
 
 @register_jitable
 def _stripe_height(height):
-    num_stripes = (height + MAX_STRIPE - 1) // MAX_STRIPE
-    return _rounded_up((height + num_stripes - 1) // num_stripes, TILE)
+    num_stripes = (height + MAX_STRIPE_PX - 1) // MAX_STRIPE_PX
+    return _rounded_up((height + num_stripes - 1) // num_stripes, TILE_PX)
 
 
 @nb.njit(**_KERNEL)
@@ -309,7 +317,7 @@ def _weigh_along_x_into(source, stride, height, width, taps, flip, scratch, out)
     lanes = _stripe_height(height)
     num_rows = min(height, lanes)
     for stripe in range(0, height, lanes):
-        row = min(stripe, height - num_rows)  # the last stripe overlaps the one before it, to be a whole one too
+        row = min(stripe, height - num_rows)  # the last stripe overlaps the one before, so that it is whole too
         _transpose_into(source[row * stride :], stride, num_rows, width, columns, lanes)
         for x in range(size):
             at, target = firsts[x] * lanes, (size - 1 - x if flip else x) * lanes
@@ -318,28 +326,28 @@ def _weigh_along_x_into(source, stride, height, width, taps, flip, scratch, out)
 
 
 @nb.njit(**_KERNEL)
-def _plan(box, shape, flip, interpolation, workspace):
-    y, x, height, width = box
+def _build_taps(crop, shape, flip, interpolation, workspace):
+    y, x, height, width = crop
     num_rows, num_columns = _num_touched(y, height), _num_touched(x, width)
-    y_taps, workspace = _cut_taps(workspace, y, height, shape[0], interpolation)
-    x_taps, workspace = _cut_taps(workspace, x, width, shape[1], interpolation)
+    y_taps, workspace = _build_axis_taps(workspace, y, height, shape[0], interpolation)
+    x_taps, workspace = _build_axis_taps(workspace, x, width, shape[1], interpolation)
     lanes = max(_stripe_height(num_rows), _stripe_height(shape[0]))
-    columns, workspace = _cut(workspace, lanes * num_columns)
-    weighed, workspace = _cut(workspace, lanes * shape[1])
+    columns, workspace = _take_piece(workspace, lanes * num_columns)
+    weighed, workspace = _take_piece(workspace, lanes * shape[1])
     longest = max(lanes, num_columns, shape[1])
-    sums, workspace = _cut(workspace, 8 * longest)
-    between, workspace = _cut(workspace, max(shape[0] * num_columns, num_rows * shape[1]))
+    sums, workspace = _take_piece(workspace, 8 * longest)
+    between, workspace = _take_piece(workspace, max(shape[0] * num_columns, num_rows * shape[1]))
     scratch = Scratch(columns, weighed, sums.view(np.int32), between)
     scratch.sums[:longest] = 1 << (PRECISION_BITS - 1)
-    return Plan(num_rows, num_columns, x_taps, y_taps, flip, scratch)
+    return ResampleTaps(num_rows, num_columns, x_taps, y_taps, flip, scratch)
 
 
 @nb.njit(**_KERNEL)
-def _resample_into(source, stride, plan, out):
-    """Resample the box that begins with the source; out is flat."""
-    num_rows, num_columns, x_taps, y_taps, flip, scratch = plan
+def _resample_into(source, stride, taps, out):
+    """Resample the crop whose first byte is the first of `source`. `out` is flat."""
+    num_rows, num_columns, x_taps, y_taps, flip, scratch = taps
     out_height, out_width = y_taps.firsts.size, x_taps.firsts.size
-    # As Pillow does since version 13: along y first where that takes away more than twice the rows that x does columns.
+    # As Pillow since version 13: y comes first if it removes more than twice as many rows as x removes columns.
     if num_rows > out_height and num_rows - out_height > 2 * (num_columns - out_width):
         _weigh_along_y_into(source, stride, num_columns, y_taps, scratch, scratch.between)
         _weigh_along_x_into(scratch.between, num_columns, out_height, num_columns, x_taps, flip, scratch, out)
@@ -349,14 +357,14 @@ def _resample_into(source, stride, plan, out):
 
 
 @nb.njit(**_KERNEL)
-def _from_first_touched(plane, box):
-    assert _is_within(box, plane.shape)
-    return plane.reshape(-1)[_first_touched(box[0]) * plane.shape[1] + _first_touched(box[1]) :]
+def _skip_to_first_touched(plane, crop):
+    assert _is_within(crop, plane.shape)
+    return plane.reshape(-1)[_first_touched(crop[0]) * plane.shape[1] + _first_touched(crop[1]) :]
 
 
 @nb.njit(**_KERNEL)
-def _split_channels_into(image, box, red, green, blue):
-    top, left, width = _first_touched(box[0]), _first_touched(box[1]), _num_touched(box[1], box[3])
+def _split_channels_into(image, crop, red, green, blue):
+    top, left, width = _first_touched(crop[0]), _first_touched(crop[1]), _num_touched(crop[1], crop[3])
     for row in range(red.size // width):
         pixels = image[top + row, left : left + width].reshape(-1)
         target = slice(row * width, (row + 1) * width)
@@ -377,107 +385,107 @@ def _join_channels_into(red, green, blue, out):
 
 
 @nb.njit(**_KERNEL)
-def _channel(total):
+def _round_to_channel(total):
     return np.uint8(min(max(np.right_shift(np.int32(total), np.int32(16)), np.int32(0)), np.int32(255)))
 
 
 @nb.njit(**_KERNEL)
 def _convert_colour_into(y, cb, cr, out):
-    """JPEG's full-range BT.601, in the 16 bit fixed point of libjpeg's jdcolor.c."""
+    """Convert YCbCr to RGB as JPEG does (full-range BT.601), in the 16 bit fixed point of jdcolor.c in libjpeg."""
     pixels = out.reshape(-1)
     for i in range(y.size):
-        luma = _product(y[i], np.int32(65536)) + 32768
+        luma = _multiply(y[i], np.int32(65536)) + 32768
         blue, red = np.subtract(np.int32(cb[i]), np.int32(128)), np.subtract(np.int32(cr[i]), np.int32(128))
-        pixels[3 * i] = _channel(luma + _product(red, np.int32(91881)))
-        pixels[3 * i + 1] = _channel(luma - _product(blue, np.int32(22554)) - _product(red, np.int32(46802)))
-        pixels[3 * i + 2] = _channel(luma + _product(blue, np.int32(116130)))
+        pixels[3 * i] = _round_to_channel(luma + _multiply(red, np.int32(91881)))
+        pixels[3 * i + 1] = _round_to_channel(luma - _multiply(blue, np.int32(22554)) - _multiply(red, np.int32(46802)))
+        pixels[3 * i + 2] = _round_to_channel(luma + _multiply(blue, np.int32(116130)))
 
 
 @nb.njit(**_KERNEL)
-def resample_region_into(plane, box, interpolation, workspace, out):
-    """Resample a region of one plane.
+def resample_plane_into(plane, crop, interpolation, workspace, out):
+    """Resample a crop of one plane.
 
     Parameters
     ----------
     plane : ndarray of uint8, shape (height, width), C-contiguous
         Source.
-    box : tuple of float
-        Region ``(y, x, height, width)`` in pixels of the plane, within it, of positive extent.
+    crop : tuple of float
+        ``(y, x, height, width)`` in px of the plane, within the plane, with positive sides.
     interpolation : int
         ``BILINEAR`` or ``BICUBIC``.
     workspace : ndarray of uint8, shape (n,)
-        Scratch of one thread; see :func:`workspace_bytes`.
+        Scratch of one thread; see `workspace_bytes`.
     out : ndarray of uint8, shape (out_height, out_width), C-contiguous
-        Where the result is written.
+        The output.
     """
-    plan = _plan(box, out.shape, False, interpolation, workspace)
-    _resample_into(_from_first_touched(plane, box), plane.shape[1], plan, out.reshape(-1))
+    taps = _build_taps(crop, out.shape, False, interpolation, workspace)
+    _resample_into(_skip_to_first_touched(plane, crop), plane.shape[1], taps, out.reshape(-1))
 
 
 @nb.njit(**_KERNEL)
-def resample_planes_into(y, cb, cr, y_box, c_box, flip, interpolation, workspace, out):
-    """Resample a region of a JPEG's planes and convert it to RGB.
+def resample_planes_into(y, cb, cr, y_crop, c_crop, flip, interpolation, workspace, out):
+    """Resample a crop of the planes of a JPEG and convert it to RGB.
 
-    Luma and chroma are resampled each from its own resolution, and colour is converted for output pixels alone.
+    Luma and chroma are resampled from their own resolutions. Colour is converted for the pixels of the output only.
 
     Parameters
     ----------
     y, cb, cr : ndarray of uint8, shape (height, width), C-contiguous
-        Luma and chroma planes, chroma of any subsampling and both alike; of size 0 for a grayscale image.
-    y_box, c_box : tuple of float
-        The region ``(y, x, height, width)`` in pixels of the luma and of the chroma planes, within them, of positive
-        extent. ``c_box`` is not looked at for a grayscale image.
+        Luma and chroma planes. Both chroma planes have the same subsampling. For a gray image they have size 0.
+    y_crop, c_crop : tuple of float
+        The crop ``(y, x, height, width)`` in px of the luma plane and of the chroma planes, within the planes, with
+        positive sides. ``c_crop`` is ignored for a gray image.
     flip : bool
-        Whether to mirror the output horizontally.
+        True to flip the output from left to right.
     interpolation : int
         ``BILINEAR`` or ``BICUBIC``.
     workspace : ndarray of uint8, shape (n,)
-        Scratch of one thread; see :func:`workspace_bytes`.
+        Scratch of one thread; see `workspace_bytes`.
     out : ndarray of uint8, shape (out_height, out_width, 3), C-contiguous
-        Where the RGB image is written.
+        The output, RGB.
     """
     shape = out.shape[:2]
-    y_plane, rest = _cut(workspace, shape[0] * shape[1])
-    cb_plane, rest = _cut(rest, shape[0] * shape[1])
-    cr_plane, rest = _cut(rest, shape[0] * shape[1])
-    plan = _plan(y_box, shape, flip, interpolation, rest)
-    _resample_into(_from_first_touched(y, y_box), y.shape[1], plan, y_plane)
+    y_plane, rest = _take_piece(workspace, shape[0] * shape[1])
+    cb_plane, rest = _take_piece(rest, shape[0] * shape[1])
+    cr_plane, rest = _take_piece(rest, shape[0] * shape[1])
+    taps = _build_taps(y_crop, shape, flip, interpolation, rest)
+    _resample_into(_skip_to_first_touched(y, y_crop), y.shape[1], taps, y_plane)
     if cb.size == 0:
         _join_channels_into(y_plane, y_plane, y_plane, out)
         return
-    plan = _plan(c_box, shape, flip, interpolation, rest)
-    _resample_into(_from_first_touched(cb, c_box), cb.shape[1], plan, cb_plane)
-    _resample_into(_from_first_touched(cr, c_box), cr.shape[1], plan, cr_plane)
+    taps = _build_taps(c_crop, shape, flip, interpolation, rest)
+    _resample_into(_skip_to_first_touched(cb, c_crop), cb.shape[1], taps, cb_plane)
+    _resample_into(_skip_to_first_touched(cr, c_crop), cr.shape[1], taps, cr_plane)
     _convert_colour_into(y_plane, cb_plane, cr_plane, out)
 
 
 @nb.njit(**_KERNEL)
-def resample_rgb_into(image, box, flip, interpolation, workspace, out):
-    """Resample a region of an interleaved RGB image.
+def resample_rgb_into(image, crop, flip, interpolation, workspace, out):
+    """Resample a crop of an interleaved RGB image.
 
     Parameters
     ----------
     image : ndarray of uint8, shape (height, width, 3), C-contiguous
         Source.
-    box : tuple of float
-        Region ``(y, x, height, width)`` in pixels, within the image, of positive extent.
+    crop : tuple of float
+        ``(y, x, height, width)`` in px, within the image, with positive sides.
     flip : bool
-        Whether to mirror the output horizontally.
+        True to flip the output from left to right.
     interpolation : int
         ``BILINEAR`` or ``BICUBIC``.
     workspace : ndarray of uint8, shape (n,)
-        Scratch of one thread; see :func:`workspace_bytes`.
+        Scratch of one thread; see `workspace_bytes`.
     out : ndarray of uint8, shape (out_height, out_width, 3), C-contiguous
-        Where the result is written.
+        The output.
     """
-    assert _is_within(box, image.shape)
+    assert _is_within(crop, image.shape)
     shape = out.shape[:2]
-    size, out_size = _num_touched(box[0], box[2]) * _num_touched(box[1], box[3]), shape[0] * shape[1]
-    region, rest = _cut(workspace, 3 * size)
-    planes, rest = _cut(rest, 3 * out_size)
-    plan = _plan(box, shape, flip, interpolation, rest)
-    _split_channels_into(image, box, region[:size], region[size : 2 * size], region[2 * size :])
+    size, out_size = _num_touched(crop[0], crop[2]) * _num_touched(crop[1], crop[3]), shape[0] * shape[1]
+    region, rest = _take_piece(workspace, 3 * size)
+    planes, rest = _take_piece(rest, 3 * out_size)
+    taps = _build_taps(crop, shape, flip, interpolation, rest)
+    _split_channels_into(image, crop, region[:size], region[size : 2 * size], region[2 * size :])
     for channel in range(3):
         target = planes[channel * out_size : (channel + 1) * out_size]
-        _resample_into(region[channel * size :], plan.num_columns, plan, target)
+        _resample_into(region[channel * size :], taps.num_columns, taps, target)
     _join_channels_into(planes[:out_size], planes[out_size : 2 * out_size], planes[2 * out_size :], out)
