@@ -302,7 +302,7 @@ def run_python(code, **environment):
 
 
 def test_a_library_that_is_not_there_is_named():
-    result = run_python("from ffcv_ops import jpeg; jpeg.turbojpeg()", TURBOJPEG="/nowhere/libturbojpeg.so")
+    result = run_python("from ffcv_ops.codec import jpeg; jpeg.turbojpeg()", TURBOJPEG="/nowhere/libturbojpeg.so")
     assert result.returncode == 1
-    assert "ImportError: TurboJPEG 2.1 or later was not found" in result.stderr
+    assert "TurboJPEGNotFound: TurboJPEG 2.1 or later was not found" in result.stderr
     assert "/nowhere/libturbojpeg.so" in result.stderr

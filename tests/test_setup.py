@@ -106,7 +106,7 @@ def test_the_wheel_of_ffcv_brings_its_libraries(clone: Path, tmp_path: Path) -> 
     (wheel,) = clone.glob("dist/*.whl")
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path, wheel]
     subprocess.run(pip, check=True)
-    code = "import ffcv; from ffcv_ops import jpeg; print(jpeg.turbojpeg()._name); jpeg.open_decompressor()"
+    code = "import ffcv; from ffcv_ops.codec import jpeg; print(jpeg.turbojpeg()._name); jpeg.open_decompressor()"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert Path(said.stdout.strip()).parent == tmp_path / "ffcv.libs"
