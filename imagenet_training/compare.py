@@ -24,14 +24,7 @@ from imagenet_training.page import percent, show_setting, write_page
 from imagenet_training.report import environment, key_figures
 
 HEADERS = ("run", "epochs", "best top-1", "top-5 there", "epoch", "last top-1", "images/s", "data wait", "epoch time")
-PARTS_OF_FACTS = {
-    "recipe": dict,
-    "versions": dict,
-    "data": dict,
-    "world_size": int,
-    "seed": int,
-    "global_batch_size": int,
-}
+PARTS_OF_FACTS = dict.fromkeys(("recipe", "versions", "data"), dict) | dict.fromkeys(("world_size", "seed"), int)
 
 
 @dataclass(frozen=True)
@@ -70,10 +63,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read_runs(given: Sequence[str]) -> list[Run]:
-    """Read runs by the names of their folders or records.
-
-    The name of a run on the page is the last part of what was given. If two runs share that name, each run is named by
-    all that was given.
+    """Read runs, given as folders or records. A run is named by the last part of its path, if that is unique.
 
     Raises
     ------

@@ -10,19 +10,9 @@ from ffcv_ops.files import replacing
 
 @dataclass(frozen=True)
 class ClassResult:
-    """The result for one class.
+    """The result for one class: its images, and the share of them with a correct prediction.
 
-    Attributes
-    ----------
-    label : int
-    num_images : int
-        Images of the class.
-    accuracy : float
-        Share of these images with a correct prediction, in [0, 1].
-    confused_with : int
-        The class that is most often predicted instead.
-    num_confused : int
-        Images for which that class is predicted.
+    ``confused_with`` is the class that is most often predicted instead, for ``num_confused`` images.
     """
 
     label: int

@@ -24,33 +24,16 @@ MAX_NAME_LENGTH = 20
 
 
 def denormalized(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Turn normalised images into 8-bit images.
-
-    Parameters
-    ----------
-    images : Tensor of float, shape (N, 3, H, W)
-    mean, std : sequence of float
-        Of each channel, in the range 0 to 255.
-
-    Returns
-    -------
-    ndarray of uint8, shape (N, H, W, 3)
-    """
+    """Return normalised images, float (N, 3, H, W), as uint8 (N, H, W, 3). Mean and std are in the range 0 to 255."""
     channels_last = images.permute(0, 2, 3, 1).float().cpu()
     return (channels_last * torch.tensor(std) + torch.tensor(mean)).round().clamp(0, 255).byte().numpy()
 
 
 def take_images(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], num_batches: int) -> tuple[torch.Tensor, ...]:
-    """Return the first images of the first few batches, at most `NUM_IMAGES` in all, and their targets.
+    """Return images, float (N, 3, H, W), and targets, float (N, K), of the first few of `num_batches` batches.
 
-    The images come from several batches, because one batch may share a draw of Mixup or CutMix.
-
-    Parameters
-    ----------
-    batches : iterable
-        Images, float (N, 3, H, W), and targets, float (N, K). A batch is valid until the next one is requested.
-    num_batches : int
-        Length of `batches`.
+    N is at most `NUM_IMAGES`. The images come from several batches, because one batch may share a draw of Mixup or
+    CutMix. A batch is valid until the next one is requested.
     """
     rows = min(NUM_IMAGES // COLUMNS, num_batches)
     taken = [
@@ -62,15 +45,7 @@ def take_images(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], num_batche
 
 
 def class_names(classes: Sequence[str] | None, num_classes: int) -> list[str]:
-    """Return a name to show for each class. An ImageNet class, such as ``n01440764``, gets its name in words.
-
-    Parameters
-    ----------
-    classes : sequence of str or None
-        Names of the classes in the data set, if it has them.
-    num_classes : int
-        Number of classes, if there are no names.
-    """
+    """Return a name to show for each class. An ImageNet class, such as ``n01440764``, gets its name in words."""
     if classes is None:
         return [f"class {label}" for label in range(num_classes)]
     if not any(re.fullmatch(r"n\d{8}", name) for name in classes):

@@ -99,7 +99,7 @@ def environment(facts: Mapping[str, Any]) -> dict[str, str]:
     """Return what a run was computed on and with, as text by name."""
     rows = {"processes": facts["world_size"], "device": facts.get("device", "-")}
     rows |= {"commit": facts.get("commit") or "not a git checkout", "seed": facts["seed"]}
-    rows |= {"global batch": facts["global_batch_size"], **facts["versions"]}
+    rows |= {"global batch": facts.get("global_batch_size", "-"), **facts["versions"]}
     for split, data in facts["data"].items():
         rows[f"{split} data"] = f"{data['path']}, {data['num_samples']:,} images"
         rows[f"{split} digest"] = data["digest"] or "no manifest"

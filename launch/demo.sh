@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole job on handwritten digits, from image folder to accuracy: make demo
+# Run the whole job on handwritten digits, from image folders to accuracy: make demo
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH" PYTHONUNBUFFERED=1
@@ -17,11 +17,11 @@ run python train_imagenet.py --config-file rn50_configs/demo.yaml
 
 cat <<'END'
 
-Made  demo/digits/  the digits as image folders, and as .beton files with their manifests
-      demo/run/     the run: report.html; log, record and curve in logs/; checkpoints and exported weights in
-                    checkpoints/
+These folders are new:
+  demo/digits/  the digits as image folders, and as .beton files with their manifests
+  demo/run/     the run: report.html; log, record and curve in logs/; checkpoints and exported weights in checkpoints/
 
-Next, on ImageNet:
+The same steps for ImageNet:
   source .venv/bin/activate
   python write_beton.py --split train --source /data/imagenet/train --target /data/imagenet/train.beton
   python write_beton.py --split val --source /data/imagenet/val --target /data/imagenet/val.beton
