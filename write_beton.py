@@ -205,7 +205,7 @@ def run_write(chosen: Write, leader: ranks.Leader | None, progress: Progress) ->
 
 
 def show_settings(settings: WriteSettings) -> str:
-    """The settings that take effect, as the flags that set them."""
+    """Return the settings that take effect, as text."""
     unused = {"raw_share": settings.mode != "proportion", "smart_threshold": settings.mode != "smart"}
     unused |= {"quality": settings.mode == "raw", "subset": settings.subset == -1}
     return ", ".join(f"{name} {value}" for name, value in vars(settings).items() if not unused.get(name))
@@ -242,7 +242,7 @@ def paths(chosen: Write) -> tuple[Path, Path]:
 
 
 def train_classes(chosen: Write, target: Path) -> list[str] | None:
-    """The classes of the training split, which number those of all splits; None if there is nothing to agree with."""
+    """Return the classes of the training split, or None if there is nothing to compare them with."""
     if chosen.split != "val":
         return None
     path = Path(chosen.train_manifest) if chosen.train_manifest else manifest_path(target.with_name("train.beton"))

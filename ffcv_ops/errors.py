@@ -18,6 +18,11 @@ def exit_with_user_error(error: UserError) -> NoReturn:
 
     A launcher such as torchrun ends all processes as soon as one of them has exited. Only the first process of a node
     prints at once. The other processes wait a few seconds, and print only an error that the first one does not have.
+
+    Raises
+    ------
+    SystemExit
+        Always.
     """
     message = str(error)
     if machine.local_rank():

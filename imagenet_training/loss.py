@@ -37,7 +37,7 @@ def binary_cross_entropy(
 
 
 def build_loss(name: str, *, bce_threshold: float | None = None) -> Loss:
-    """The loss of a recipe: ``"cross_entropy"`` or ``"bce"``."""
+    """Return the loss of a recipe: ``"cross_entropy"`` or ``"bce"``."""
     losses: dict[str, Loss] = {
         "cross_entropy": soft_target_cross_entropy,
         "bce": partial(binary_cross_entropy, threshold=bce_threshold),
