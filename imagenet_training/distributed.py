@@ -142,6 +142,11 @@ def start() -> World:
     -------
     World
         If there are several processes, the process group uses NCCL on GPUs and Gloo on CPUs.
+
+    Raises
+    ------
+    UserError
+        If the node has fewer GPUs than processes.
     """
     rank, local_rank, world_size = machine.rank(), machine.local_rank(), machine.world_size()
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -184,6 +189,11 @@ def _agree_on_start(store: dist.Store, rank: int, world_size: int) -> str:
     such as the addresses of ranks that are gone. The nodes may count restarts differently, so the environment does not
     distinguish old notes from new ones. Therefore each rank asks a question with a random name, rank 0 answers the
     questions with the name of this start, and each rank confirms the answer. An old answer never fits a new question.
+
+    Raises
+    ------
+    UserError
+        If a rank does not ask in time.
     """
     if rank:
         question = uuid.uuid4().hex
