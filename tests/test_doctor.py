@@ -18,8 +18,9 @@ from betons import photographs, write_images
 
 import write_beton
 from ffcv_ops import _kernels, read_beton
-from imagenet_training import doctor, logs
+from imagenet_training import doctor
 from imagenet_training import doctor_checks as checks
+from imagenet_training import wandb as wandb_runs
 from imagenet_training.recipe import Data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +80,7 @@ def test_without_a_venv_that_works_it_takes_python3_and_says_what_to_install(tmp
     (tmp_path / ".venv/bin/python").symlink_to("/nowhere/python")
     venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
     path = os.pathsep.join([str(tmp_path / "bare/bin"), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": ""}
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": "", "WANDB_MODE": "online"}
     done = subprocess.run(
         ["make", "--no-print-directory", "doctor"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
@@ -291,7 +292,7 @@ def test_a_home_without_a_wandb_key(monkeypatch, tmp_path):
 )
 def test_a_key_is_looked_for_if_runs_are_to_be_online(monkeypatch, mode, key, status):
     monkeypatch.setenv("WANDB_MODE", mode)
-    monkeypatch.setattr(logs, "has_wandb_key", lambda: key)
+    monkeypatch.setattr(wandb_runs, "has_wandb_key", lambda: key)
     (finding,) = here("W&B")
     assert finding.status == status
 
