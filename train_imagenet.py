@@ -172,7 +172,7 @@ def run(recipe: Recipe) -> None:
     if recipe.training.dry_run:
         command = show_plan
     elif recipe.training.preview:
-        from imagenet_training.preview_run import draw_preview as command
+        from imagenet_training.preview import draw_preview as command
     elif recipe.training.eval_only:
         command = evaluate_only
     try:

@@ -26,9 +26,9 @@ from ffcv_ops import (
     read_beton,
 )
 from ffcv_ops.machine import cpus_per_rank
+from imagenet_training.contact_sheet import denormalized
 from imagenet_training.distributed import World
 from imagenet_training.plan import RunPlan
-from imagenet_training.preview import denormalized
 from imagenet_training.recipe import Recipe
 from imagenet_training.trainer import DTYPES
 

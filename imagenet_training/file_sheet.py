@@ -9,7 +9,7 @@ from ffcv_ops.beton import layout as beton
 from ffcv_ops.beton.describe import Description, read_stored, spread
 from ffcv_ops.beton.layout import Beton
 from ffcv_ops.codec import jpeg
-from imagenet_training.preview import MIN_CELL_PX, NUM_IMAGES, class_names, draw_contact_sheet
+from imagenet_training.contact_sheet import MIN_CELL_PX, NUM_IMAGES, class_names, draw_contact_sheet
 
 _WHITE, _GREY = 255, 128
 _NAME_LENGTH = 24

@@ -12,6 +12,7 @@ from ffcv_ops import Beton
 from ffcv_ops.settings.command_line import replace_settings
 from imagenet_training.background import BackgroundTask
 from imagenet_training.checkpoint import CheckpointFolder, checkpoint_content, copy_to_cpu
+from imagenet_training.contact_sheet import class_names
 from imagenet_training.data import TrainingData, validation_images
 from imagenet_training.distributed import World, wait_for_all
 from imagenet_training.logs import RunLog
@@ -20,7 +21,6 @@ from imagenet_training.model import find_library, model_on_paper, model_size
 from imagenet_training.plan import RunPlan
 from imagenet_training.predictions import Predictions
 from imagenet_training.preemption import Stopped
-from imagenet_training.preview import class_names
 from imagenet_training.provenance import describe_run, differences
 from imagenet_training.recipe import FLAGS, Recipe, courses
 from imagenet_training.report import NUM_MISTAKES_SHOWN, write_report

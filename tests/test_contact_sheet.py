@@ -6,8 +6,15 @@ import pytest
 import torch
 from betons import photographs
 
+from imagenet_training.contact_sheet import (
+    NUM_IMAGES,
+    caption,
+    class_names,
+    denormalized,
+    draw_contact_sheet,
+    take_images,
+)
 from imagenet_training.model import IMAGENET_MEAN, IMAGENET_STD
-from imagenet_training.preview import NUM_IMAGES, caption, class_names, denormalized, draw_contact_sheet, take_images
 
 
 def test_denormalizing_gives_the_bytes_back():
