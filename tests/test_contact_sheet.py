@@ -14,7 +14,7 @@ from imagenet_training.contact_sheet import (
     draw_contact_sheet,
     take_images,
 )
-from imagenet_training.model import IMAGENET_MEAN, IMAGENET_STD
+from imagenet_training.data import IMAGENET_MEAN, IMAGENET_STD
 
 
 def test_denormalizing_gives_the_bytes_back():
