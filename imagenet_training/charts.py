@@ -158,7 +158,7 @@ def draw_svg(chart: Chart) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def draw_curve(records: Records, path: Path, courses: ExpectedAccuracy) -> None:
+def draw_curve(records: Records, path: Path, expected_accuracy: ExpectedAccuracy) -> None:
     """Draw loss and accuracies over the epochs into a PNG.
 
     Parameters
@@ -167,13 +167,15 @@ def draw_curve(records: Records, path: Path, courses: ExpectedAccuracy) -> None:
         One for each epoch: ``epoch`` and some of ``train/loss``, ``val/acc1``, ...
     path : Path
         The PNG. An earlier one is replaced whole.
-    courses : dict
+    expected_accuracy : dict
         The expected accuracies, drawn as crosses.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.8), layout="constrained")
-    for axes, chart in zip(figure.subplots(1, len(METRICS)), _metric_charts({"": records}, courses), strict=True):
+    for axes, chart in zip(
+        figure.subplots(1, len(METRICS)), _metric_charts({"": records}, expected_accuracy), strict=True
+    ):
         _plot(axes, chart)
         axes.set_title(chart.title, loc="left", fontsize=11, fontweight="bold")
         axes.set_xlabel("epochs finished", color=COLORS["faint"])

@@ -24,17 +24,17 @@ from imagenet_training.page import percent, show_setting, write_page
 from imagenet_training.report import environment, key_figures
 
 HEADERS = ("run", "epochs", "best top-1", "top-5 there", "epoch", "last top-1", "images/s", "data wait", "epoch time")
-PARTS_OF_FACTS = dict.fromkeys(("recipe", "versions", "data"), dict) | dict.fromkeys(("world_size", "seed"), int)
+PARTS_OF_PROVENANCE = dict.fromkeys(("recipe", "versions", "data"), dict) | dict.fromkeys(("world_size", "seed"), int)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as read from disk: its name on the page, its records, and its facts. Without its file, facts is empty."""
+    """A run as read from disk: its name on the page, its records, and its provenance, which may be empty."""
 
     name: str
     path: Path
     records: list[dict[str, Any]]
-    facts: dict[str, Any]
+    provenance: dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -78,7 +78,7 @@ def read_runs(given: Sequence[str]) -> list[Run]:
     if len(set(names)) < len(names):
         names = list(given)
     return [
-        Run(name, path, read_records(path), read_facts(path.with_suffix(".recipe.json")))
+        Run(name, path, read_records(path), read_provenance(path.with_suffix(".recipe.json")))
         for name, path in zip(names, paths, strict=True)
     ]
 
@@ -113,19 +113,19 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def read_facts(path: Path) -> dict[str, Any]:
-    """Return the facts stored with a run. If their file is not there, print a note and return an empty dict."""
+def read_provenance(path: Path) -> dict[str, Any]:
+    """Return the provenance stored with a run. If its file is not there, print a note and return an empty dict."""
     if not path.is_file():
         print(f"note: {path} is not there, so this run's recipe is not compared", file=sys.stderr)
         return {}
     try:
-        facts = json.loads(_read_text(path))
+        provenance = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: cannot be read as a run's recipe ({error})") from None
-    for name, kind in PARTS_OF_FACTS.items():
-        if not isinstance(facts, dict) or not isinstance(facts.get(name), kind):
+    for name, kind in PARTS_OF_PROVENANCE.items():
+        if not isinstance(provenance, dict) or not isinstance(provenance.get(name), kind):
             raise UserError(f"{path}: cannot be read as a run's recipe (it has no {name})")
-    return facts
+    return provenance
 
 
 def _read_text(path: Path) -> str:
@@ -137,7 +137,7 @@ def _read_text(path: Path) -> str:
 
 def write_comparison(path: Path, runs: Sequence[Run]) -> None:
     """Write the page that compares runs."""
-    known = {run.name: run.facts for run in runs if run.facts}
+    known = {run.name: run.provenance for run in runs if run.provenance}
     write_page(
         path,
         "compare",
@@ -147,8 +147,12 @@ def write_comparison(path: Path, runs: Sequence[Run]) -> None:
         charts=draw_charts({run.name: run.records for run in runs}, {}),
         names=list(known),
         differences={
-            "Differences of the recipes": differing({name: _settings(facts) for name, facts in known.items()}),
-            "Differences of the environments": differing({name: environment(facts) for name, facts in known.items()}),
+            "Differences of the recipes": differing(
+                {name: _settings(provenance) for name, provenance in known.items()}
+            ),
+            "Differences of the environments": differing(
+                {name: environment(provenance) for name, provenance in known.items()}
+            ),
         },
         records=[(run.name, str(run.path)) for run in runs],
     )
@@ -171,10 +175,10 @@ def figures(run: Run) -> tuple[str, ...]:
     )
 
 
-def _settings(facts: Mapping[str, Any]) -> dict[str, str]:
+def _settings(provenance: Mapping[str, Any]) -> dict[str, str]:
     return {
         f"{section}.{key}": show_setting(value)
-        for section, values in facts["recipe"].items()
+        for section, values in provenance["recipe"].items()
         for key, value in values.items()
     }
 

@@ -34,7 +34,7 @@ class RunLog:
         Holds ``<run>.log`` as the console shows it, ``<run>.jsonl``, ``<run>.png``. `open` makes the folder.
     is_main : bool
         True on rank 0.
-    courses : dict of str to dict of int to float, optional
+    expected_accuracy : dict of str to dict of int to float, optional
         Accuracies to compare with, in percent by epochs finished: for ``train/acc1``, ``val/acc1``, ``val/acc5``.
     eta : EtaEstimator, optional
         Estimates the end of the run; needed by `step` and `epoch`.
@@ -46,12 +46,17 @@ class RunLog:
         self,
         folder: Path,
         is_main: bool,
-        courses: ExpectedAccuracy | None = None,
+        expected_accuracy: ExpectedAccuracy | None = None,
         *,
         eta: "EtaEstimator | None" = None,
         log_every: int = 0,
     ):
-        self.folder, self.is_main, self.courses, self.log_every = folder, is_main, courses or {}, log_every
+        self.folder, self.is_main, self.expected_accuracy, self.log_every = (
+            folder,
+            is_main,
+            expected_accuracy or {},
+            log_every,
+        )
         self._eta = eta
         self._file: TextIO | None = None
         self._run_name = ""
@@ -195,7 +200,7 @@ class RunLog:
         epoch, resolutions = state.epoch - 1, self.eta.resolutions
         left_s = self.eta.remaining_s(epoch, self.eta.steps_per_epoch, values["step_s"])
         values = {**values, "remaining_s": left_s - (self.eta.pause_s or 0.0)}
-        expected = pace(values, self.courses, epoch + 1)
+        expected = pace(values, self.expected_accuracy, epoch + 1)
         self.print(epoch_line(values, epoch, len(resolutions), resolutions[epoch], expected))
         self.last = {"epoch": epoch, **values, "resolution": resolutions[epoch]}
         self._write_records([*self.records(), {**self.last, "step": state.step, "time": time.time()}])
@@ -204,7 +209,7 @@ class RunLog:
 
     def draw(self) -> None:
         """Draw the curve of the epochs so far."""
-        draw_curve(self.records(), self.folder / f"{self._run_name}.png", self.courses)
+        draw_curve(self.records(), self.folder / f"{self._run_name}.png", self.expected_accuracy)
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the W&B run and the log file."""

@@ -402,7 +402,7 @@ def _check_files(recipe: Recipe) -> None:
 def _find_notices(recipe: Recipe) -> Iterable[str]:
     lr, training, model = recipe.lr, recipe.training, recipe.model
     stated = _stated_accuracy(recipe)
-    if stated and not courses(recipe):
+    if stated and not expected_accuracy(recipe):
         yield (
             f"the expected accuracies are those of {max(map(max, stated.values()))} epochs; this run has "
             f"{training.epochs} and is not compared with them"
@@ -428,7 +428,7 @@ def _stated_accuracy(recipe: Recipe) -> dict[str, dict[int, float]]:
     return {name: course for name, course in stated.items() if course}
 
 
-def courses(recipe: Recipe) -> dict[str, dict[int, float]]:
+def expected_accuracy(recipe: Recipe) -> dict[str, dict[int, float]]:
     """Return the accuracies to compare a run with, in percent by epochs finished, under the names of the metrics.
 
     If the stated accuracies go beyond the epochs of the run, there are none to compare with, since a shorter schedule

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page from its records, its facts, and its predictions for the validation split."""
+"""The report of a run: one HTML page from its records, its provenance, and its predictions for the validation split."""
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +23,8 @@ def write_report(
     *,
     name: str,
     records: Records,
-    facts: Mapping[str, Any],
-    courses: ExpectedAccuracy,
+    provenance: Mapping[str, Any],
+    expected_accuracy: ExpectedAccuracy,
     files: Mapping[str, str] | None = None,
     predictions: "Predictions | None" = None,
     names: Sequence[str] = (),
@@ -40,9 +40,9 @@ def write_report(
         Name of the run.
     records : sequence of dict
         The records of the run's epochs. Empty for an evaluation without training.
-    facts : dict
-        The facts stored with the run: ``recipe``, ``recipe_history``, ``versions``, ``data``, ...
-    courses : dict
+    provenance : dict
+        The provenance stored with the run: ``recipe``, ``recipe_history``, ``versions``, ``data``, ...
+    expected_accuracy : dict
         The expected accuracies.
     files : dict of str to str, optional
         The paths of the run's files by description.
@@ -53,17 +53,17 @@ def write_report(
     mistakes : ndarray of uint8, shape (M, H, W, 3), optional
         The images of ``predictions.mistakes(M)``, in RGB.
     """
-    history: Mapping[str, Sequence[tuple[Any, str]]] = facts.get("recipe_history", {})
-    base = next(iter(facts.get("recipe_files", {})), None)
+    history: Mapping[str, Sequence[tuple[Any, str]]] = provenance.get("recipe_history", {})
+    base = next(iter(provenance.get("recipe_files", {})), None)
     images = () if mistakes is None or predictions is None else mistakes
     write_page(
         path,
         "report",
-        title=f"{facts['recipe']['model']['arch']}, {name}",
+        title=f"{provenance['recipe']['model']['arch']}, {name}",
         records=records,
-        recipe=facts["recipe"],
+        recipe=provenance["recipe"],
         figures=key_figures(records),
-        charts=draw_charts({"": records}, courses),
+        charts=draw_charts({"": records}, expected_accuracy),
         predictions=predictions,
         mistakes=list(zip(images, predictions.mistakes(len(images)), strict=True)) if predictions else [],
         worst_classes=predictions.worst_classes(NUM_CLASSES_SHOWN) if predictions else [],
@@ -71,9 +71,9 @@ def write_report(
         base=base,
         changes=list(_changes(history, base)),
         set_by={key: given[-1][1] for key, given in history.items()},
-        recipe_files=facts.get("recipe_files", {}),
+        recipe_files=provenance.get("recipe_files", {}),
         files=files,
-        environment=environment(facts),
+        environment=environment(provenance),
     )
 
 
@@ -95,12 +95,12 @@ def key_figures(records: Records) -> dict[str, Any]:
     }
 
 
-def environment(facts: Mapping[str, Any]) -> dict[str, str]:
+def environment(provenance: Mapping[str, Any]) -> dict[str, str]:
     """Return what a run was computed on and with, as text by name."""
-    rows = {"processes": facts["world_size"], "device": facts.get("device", "-")}
-    rows |= {"commit": facts.get("commit") or "not a git checkout", "seed": facts["seed"]}
-    rows |= {"global batch": facts.get("global_batch_size", "-"), **facts["versions"]}
-    for split, data in facts["data"].items():
+    rows = {"processes": provenance["world_size"], "device": provenance.get("device", "-")}
+    rows |= {"commit": provenance.get("commit") or "not a git checkout", "seed": provenance["seed"]}
+    rows |= {"global batch": provenance.get("global_batch_size", "-"), **provenance["versions"]}
+    for split, data in provenance["data"].items():
         rows[f"{split} data"] = f"{data['path']}, {data['num_samples']:,} images"
         rows[f"{split} digest"] = data["digest"] or "no manifest"
     return {name: str(value) for name, value in rows.items()}

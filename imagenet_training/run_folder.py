@@ -22,7 +22,7 @@ from imagenet_training.plan import RunPlan
 from imagenet_training.predictions import Predictions
 from imagenet_training.preemption import Stopped
 from imagenet_training.provenance import describe_run, differences
-from imagenet_training.recipe import FLAGS, Recipe, courses
+from imagenet_training.recipe import FLAGS, Recipe, expected_accuracy
 from imagenet_training.report import NUM_MISTAKES_SHOWN, write_report
 from imagenet_training.resume import RUN_NOTE, ResumePoint
 from imagenet_training.state import TrainState
@@ -66,7 +66,7 @@ class RunFolder:
         self.log = RunLog(
             self.folder / "logs",
             self.world.is_main,
-            courses(recipe),
+            expected_accuracy(recipe),
             eta=EtaEstimator(resolutions, plan.steps_per_epoch, plan.num_val / plan.global_batch_size),
             log_every=recipe.logging.log_every if recipe.logging.log_level else 0,
         )
@@ -162,8 +162,8 @@ class RunFolder:
                 self.report,
                 name=state.run_name,
                 records=self.log.records(),
-                facts=self.provenance,
-                courses=self.log.courses,
+                provenance=self.provenance,
+                expected_accuracy=self.log.expected_accuracy,
                 files={what: str(path) for what, path in files.items() if path.exists()},
                 predictions=shown,
                 names=names_of(self.data.val),
@@ -225,8 +225,8 @@ def report_evaluation(
         Path(recipe.training.report),
         name=f"evaluated with {weights or 'pretrained weights'}",
         records=[],
-        facts=provenance,
-        courses={},
+        provenance=provenance,
+        expected_accuracy={},
         predictions=predictions,
         names=names_of(data.val),
         mistakes=validation_images(recipe, data.val, world, predictions.mistakes(NUM_MISTAKES_SHOWN)),

@@ -15,7 +15,7 @@ from imagenet_training.logs import RunLog, draw_curve, pace
 from imagenet_training.meters import EtaEstimator
 from imagenet_training.state import TrainState
 
-COURSES = {"train/acc1": {10: 35.0, 25: 55.0}, "val/acc1": {10: 30.0, 25: 60.0, 50: 65.0}}
+EXPECTED = {"train/acc1": {10: 35.0, 25: 55.0}, "val/acc1": {10: 30.0, 25: 60.0, 50: 65.0}}
 
 
 @pytest.mark.parametrize(
@@ -29,19 +29,19 @@ COURSES = {"train/acc1": {10: 35.0, 25: 55.0}, "val/acc1": {10: 30.0, 25: 60.0, 
     ],
 )
 def test_pace_is_interpolated_between_stated_epochs(num_epochs, expected):
-    assert pace({"train/acc1": 0.40, "val/acc1": 0.312}, COURSES, num_epochs) == expected
+    assert pace({"train/acc1": 0.40, "val/acc1": 0.312}, EXPECTED, num_epochs) == expected
 
 
 def test_pace_speaks_only_of_what_was_measured():
-    assert pace({"train/acc1": 0.40}, COURSES, 10) == "expected train top-1 35.0 % (+5.0)"
+    assert pace({"train/acc1": 0.40}, EXPECTED, 10) == "expected train top-1 35.0 % (+5.0)"
     assert pace({"train/acc1": 0.40}, {}, 10) == ""
 
 
 def test_the_curve_draws_what_is_expected(tmp_path):
     record = {"train/loss": 2.0, "val/loss": 2.0, "train/acc1": 0.2, "val/acc1": 0.25}
     records = [{**record, "epoch": epoch} for epoch in range(3)]
-    for name, courses in (("without", {}), ("with", COURSES)):
-        draw_curve(records, tmp_path / f"{name}.png", courses)
+    for name, expected_accuracy in (("without", {}), ("with", EXPECTED)):
+        draw_curve(records, tmp_path / f"{name}.png", expected_accuracy)
     without, expected = (cv2.imread(str(tmp_path / f"{name}.png")) for name in ("without", "with"))
     assert without.shape == expected.shape and (without != expected).any()
 

@@ -25,7 +25,7 @@ from ffcv_ops.settings.declare import parameters_of
 from ffcv_ops.settings.fields import Choice, Integer, Number, Switch, show
 from ffcv_ops.settings.suggestions import did_you_mean
 from imagenet_training.plan import plan_run, rescaled_ema_decay
-from imagenet_training.recipe import FLAGS, Recipe, courses, read_recipe
+from imagenet_training.recipe import FLAGS, Recipe, expected_accuracy, read_recipe
 from imagenet_training.summary import resolved_recipe, summary
 
 ROOT = Path(__file__).parent.parent
@@ -651,7 +651,7 @@ def test_ffcv_imagenets_recipes_resolve_and_ours_agree(write, name, epochs):
         "training.distributed", "dist.world_size", "logging.folder", "logging.log_level",
         "expected.global_batch_size", "expected.val_acc1", "expected.val_acc5",
     }  # fmt: skip
-    assert courses(ours).keys() == {"val/acc1", "val/acc5"} and list(ours.expected.val_acc1) == [epochs]
+    assert expected_accuracy(ours).keys() == {"val/acc1", "val/acc5"} and list(ours.expected.val_acc1) == [epochs]
     plans = [plan_run(recipe, world_size=world_size, **IMAGENET) for recipe in (ours, theirs)]
     assert plans[0].lr == plans[1].lr == (0.5 if name == "rn18" else 1.7)
     assert plans[0].total_steps == plans[1].total_steps and not plans[0].notices
@@ -708,7 +708,10 @@ def test_evaluating_untrained_weights_is_noticed(tmp_path):
 
 def test_expected_accuracies_are_read_alike_from_files_and_the_command_line(write):
     recipe = read_recipe(["-C", write("expected:\n  val_acc1: {25: 50, 10: 3e1}\n  train_acc1: null\n"), "--epochs=25"])
-    assert courses(recipe) == {"val/acc1": {10: 30.0, 25: 50.0}} and list(recipe.expected.val_acc1) == [10, 25]
+    assert expected_accuracy(recipe) == {"val/acc1": {10: 30.0, 25: 50.0}} and list(recipe.expected.val_acc1) == [
+        10,
+        25,
+    ]
     assert recipe.notices == ()
     other = read_recipe(["--expected.val_acc1=10:30,25:50", "--epochs=25"])
     assert other.flat() == recipe.flat() and show(other.expected.val_acc1) == "10:30,25:50"

@@ -19,7 +19,7 @@ from imagenet_training.predictions import ClassResult, Predictions
 from imagenet_training.report import write_report
 
 HOSTILE = '</title><script>document.title="x"</script><img src=x onerror=alert(1)>"\'&'
-FACTS = {
+PROVENANCE = {
     "recipe": {"model": {"arch": "resnet18"}, "lr": {"base_lr": 0.5}, "training": {"epochs": 4, "loss": HOSTILE}},
     "recipe_history": {
         "lr.base_lr": [[1.0, "default"], [0.25, "base.yaml"], [0.5, "more.yaml"]],
@@ -67,8 +67,8 @@ def report(tmp_path):
         path,
         name=HOSTILE,
         records=records(3),
-        facts=FACTS,
-        courses={"val/acc1": {2: 71.0}},
+        provenance=PROVENANCE,
+        expected_accuracy={"val/acc1": {2: 71.0}},
         files={"best": HOSTILE},
         predictions=PREDICTIONS,
         names=[HOSTILE, "hen", "café"],
@@ -153,7 +153,7 @@ def test_a_report_is_written_without_an_epoch_and_without_numbers(tmp_path, coun
     perfect = Predictions(-1, *[np.zeros(2, int)] * 2, *[np.zeros(2, np.float32)] * 2)
     for name, given in (("broken", broken), ("whole", records(count))):
         path = tmp_path / f"{name}.html"
-        write_report(path, name=name, records=given, facts=FACTS, courses={}, predictions=perfect)
+        write_report(path, name=name, records=given, provenance=PROVENANCE, expected_accuracy={}, predictions=perfect)
         text = PageReader(path).text
         assert ("An evaluation without training." in text) == (count == 0)
         assert ("100.00 % top-1 2 images 0.0000 loss" in text) == (given is broken or count == 0)
@@ -175,8 +175,8 @@ def runs(tmp_path):
         logs.mkdir(parents=True)
         lines = [json.dumps(record) + "\n" for record in records(count)]
         (logs / "train_2026-01-01_00-00-00.jsonl").write_text("".join(lines))
-        facts = {**FACTS, "recipe": {**FACTS["recipe"], "lr": {"base_lr": count}}, "seed": 3}
-        (logs / "train_2026-01-01_00-00-00.recipe.json").write_text(json.dumps(facts))
+        provenance = {**PROVENANCE, "recipe": {**PROVENANCE["recipe"], "lr": {"base_lr": count}}, "seed": 3}
+        (logs / "train_2026-01-01_00-00-00.recipe.json").write_text(json.dumps(provenance))
     return tmp_path / "first", tmp_path / "second"
 
 
@@ -210,7 +210,7 @@ def test_a_comparison_opens_in_a_browser(runs, tmp_path):
     screenshot(tmp_path / "out.html", tmp_path)
 
 
-def test_a_run_without_facts_is_compared_without_them(runs, tmp_path, capsys):
+def test_a_run_without_provenance_is_compared_without_it(runs, tmp_path, capsys):
     (record,) = runs[1].glob("logs/*.jsonl")
     record.with_suffix(".recipe.json").unlink()
     shutil.copy(record, record.with_name("train_2025-01-01_00-00-00.jsonl"))
@@ -241,8 +241,8 @@ def test_what_cannot_be_compared_is_named(runs, tmp_path, capsys):
     for text, message in (("", "has not finished an epoch"), ('{"epoch": 0}\n{"epo', "line 2: not a record")):
         record.write_text(text)
         assert main([str(runs[1])]) == 2 and message in capsys.readouterr().err
-    facts = runs[0] / "logs" / "train_2026-01-01_00-00-00.recipe.json"
-    for text in ("{", "[]", '{"recipe": {"lr": 1}}', json.dumps({"recipe": FACTS["recipe"]})):
-        facts.write_text(text)
+    provenance = runs[0] / "logs" / "train_2026-01-01_00-00-00.recipe.json"
+    for text in ("{", "[]", '{"recipe": {"lr": 1}}', json.dumps({"recipe": PROVENANCE["recipe"]})):
+        provenance.write_text(text)
         assert main([str(runs[0])]) == 2 and "cannot be read as a run's recipe" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.html"))
