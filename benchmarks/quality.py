@@ -30,7 +30,6 @@ from torchvision import datasets, transforms
 
 from ffcv_ops import CenterCrop, Loader, OrderOption, RandomResizedCrop, read_beton
 from ffcv_ops.codec import jpeg, region
-from ffcv_ops.loading.storage import MappedFile
 from ffcv_ops.operations.crops import draw_crops_into
 from ffcv_ops.sources.folder import load_image
 from ffcv_ops.writing.encode import shrink
@@ -45,10 +44,9 @@ SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 def payloads(path: Path) -> Iterator[np.ndarray]:
     """The JPEGs of a .beton file, in order."""
     beton = read_beton(path)
-    mapped = MappedFile(path, beton.alloc_table)
-    for pointer in beton.metadata["f0"]["data_ptr"]:
-        addresses, sizes = mapped.locate(np.array([pointer]))
-        yield region.read_memory(np.int64(addresses[0]), np.int64(sizes[0]))
+    pointers = beton.metadata["f0"]["data_ptr"]
+    for pointer, size in zip(pointers.tolist(), beton.allocations.sizes_at(pointers).tolist(), strict=True):
+        yield np.fromfile(path, np.uint8, size, offset=pointer)
 
 
 def count_differing_crops(path: Path, crops: int) -> str:

@@ -28,9 +28,10 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 from timm.data.auto_augment import rand_augment_transform
 
-from ffcv_ops.operations.base import Batch, Memory, WorkerPool
+from ffcv_ops.operations.base import Batch, Storage
 from ffcv_ops.operations.image_operation import IMAGENET_MEAN
 from ffcv_ops.operations.rand_augment import Augmentation, RandAugment, TrivialAugmentWide
+from ffcv_ops.operations.workers import WorkerPool
 
 BATCH_SIZE = 64
 
@@ -51,7 +52,7 @@ def load_images(folder: Path | None, size: int) -> np.ndarray:
 def build_ours(policy: Augmentation, images: np.ndarray) -> Callable[[int], None]:
     augment, pool, work = policy.generate_code(), WorkerPool(1), images.copy()
 
-    no_file = cast(Memory, None)  # augmentations read none
+    no_file = cast(Storage, None)  # augmentations read no samples
 
     def turn(number: int) -> None:
         np.copyto(work, images)

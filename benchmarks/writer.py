@@ -108,7 +108,7 @@ def decode_all(folder: Path, num_workers: int, progress: Callable[[int, int], No
     """Decode every JPEG of the file to RGB, in one process."""
     import numpy as np
 
-    from ffcv_ops.beton.layout import read_beton
+    from ffcv_ops.beton.reading import read_beton
     from ffcv_ops.codec.jpeg import decode
 
     found = read_beton(folder / "ours.beton")

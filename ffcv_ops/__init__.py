@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ffcv_ops._ffcv import OrderOption, ToDevice, ToTensor
-    from ffcv_ops.beton.layout import Beton, read_beton
+    from ffcv_ops.beton.reading import Beton, read_beton
     from ffcv_ops.errors import UserError
     from ffcv_ops.loading.loader import Loader
     from ffcv_ops.operations.base import SampleError
@@ -65,7 +65,7 @@ __all__ = [
     "read_beton",
 ]
 _HOMES = {
-    "Beton": "beton.layout",
+    "Beton": "beton.reading",
     "CenterCrop": "operations.crops",
     "Label": "operations.normalize",
     "Loader": "loading.loader",
@@ -80,7 +80,7 @@ _HOMES = {
     "ToTensor": "_ffcv",
     "TrivialAugmentWide": "operations.rand_augment",
     "UserError": "errors",
-    "read_beton": "beton.layout",
+    "read_beton": "beton.reading",
 }
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from ffcv_ops.beton import layout as beton
 from ffcv_ops.beton.describe import Description, read_stored, spread
-from ffcv_ops.beton.layout import Beton
+from ffcv_ops.beton.reading import Beton
 from ffcv_ops.codec import jpeg
 from imagenet_training.contact_sheet import MIN_CELL_PX, NUM_IMAGES, class_names, draw_contact_sheet
 

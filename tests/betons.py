@@ -9,6 +9,7 @@ import numpy as np
 from sklearn.datasets import load_digits, load_sample_images
 
 from ffcv_ops.beton import layout as beton
+from ffcv_ops.beton.reading import read_beton
 
 ROOT = Path(__file__).parent.parent
 PHOTOGRAPHS = load_sample_images().images
@@ -84,7 +85,7 @@ def write_tables(path, images, sizes, place, raw, labels, page_size=PAGE_SIZE):
 
 def spoil(path, sample_id):
     """Overwrite the JPEG of one sample with zeros, leaving the tables right."""
-    entry = beton.read_beton(path).alloc_table[sample_id]
+    entry = read_beton(path).alloc_table[sample_id]
     with open(path, "r+b") as file:
         file.seek(int(entry["ptr"]))
         file.write(bytes(int(entry["size"])))

@@ -13,7 +13,8 @@ from ffcv.writer import DatasetWriter
 from sklearn.datasets import load_sample_image
 
 from ffcv_ops.beton import layout as beton
-from ffcv_ops.beton.layout import manifest_path, read_beton
+from ffcv_ops.beton.layout import manifest_path
+from ffcv_ops.beton.reading import read_beton
 
 PAGE_SIZE = 1 << 21
 PHOTOGRAPH = load_sample_image("china.jpg")
@@ -327,7 +328,7 @@ def test_every_flipped_bit_is_noticed_with_a_manifest(with_manifest, plain_file)
         (lambda manifest: manifest | {"num_samples": 7}, "num_samples is 20 and should be 7"),
         (lambda manifest: manifest | {"tables": "00"}, "another SHA-256"),
         (lambda manifest: manifest | {"classes": ["a"]}, "sample 1 has label 1, the manifest 1 classes"),
-        (lambda manifest: manifest | {"classes": [0, 1, 2, 3]}, "classes are no names"),
+        (lambda manifest: manifest | {"classes": [0, 1, 2, 3]}, "classes are not names"),
         (lambda manifest: manifest | {"class_counts": [6, 5, 5, 4]}, "images per class"),
         (lambda manifest: manifest | {"format": 2}, "not a manifest of format 1"),
         (lambda manifest: {"format": 1}, "lacks 'size_bytes'"),

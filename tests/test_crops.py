@@ -24,8 +24,9 @@ from torchvision.transforms import v2
 
 from ffcv_ops import rng
 from ffcv_ops.codec import jpeg
-from ffcv_ops.operations.base import Batch, SampleError, WorkerPool
+from ffcv_ops.operations.base import Batch, SampleError
 from ffcv_ops.operations.crops import CenterCrop, RandomResizedCrop, center_crops, draw_crop, draw_crops_into
+from ffcv_ops.operations.workers import WorkerPool
 from tests import reference
 
 if nb.config.DISABLE_JIT:

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from ffcv_ops.beton import layout as beton
-from ffcv_ops.beton.layout import manifest_path, read_beton
+from ffcv_ops.beton.layout import manifest_path
+from ffcv_ops.beton.reading import read_beton
 from tests.betons import photographs
 
 NUM_SAMPLES = 12

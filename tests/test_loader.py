@@ -323,7 +323,7 @@ def test_an_epoch_leaves_the_batches_of_another_alone(path, os_cache):
         expected = [digests(loader.epoch(epoch)) for epoch in range(2)]
         first = loader.epoch(0)
         begun = digests(next(first) for _ in range(4))
-        first._run.thread.join()
+        first._producer.thread.join()
         assert digests(loader.epoch(1)) == expected[1]
         assert begun + digests(first) == expected[0]
 

@@ -10,12 +10,13 @@ from scipy import stats
 from sklearn.datasets import load_sample_images
 
 from ffcv_ops.loading.loader import Loader, OrderOption
-from ffcv_ops.operations.base import Batch, WorkerPool
+from ffcv_ops.operations.base import Batch
 from ffcv_ops.operations.crops import CenterCrop
 from ffcv_ops.operations.erasing import RandomErasing
 from ffcv_ops.operations.mix import Mix, MixDraw, cut_boxes, dense_targets_into, draw_mix, mix_pairs, mix_tensor
 from ffcv_ops.operations.normalize import Label, Normalize
 from ffcv_ops.operations.rand_augment import RandAugment
+from ffcv_ops.operations.workers import WorkerPool
 from tests.betons import photographs as photographs_of
 from tests.betons import write_images
 from tests.reference import mixed_images, mixed_targets
@@ -33,7 +34,7 @@ def photographs(num_images, size=SIZE):
 
 
 def batch_of(sample_ids, seed=0, epoch=0, num_workers=1):
-    return Batch(seed, epoch, np.asarray(sample_ids), WorkerPool(num_workers), memory=None)
+    return Batch(seed, epoch, np.asarray(sample_ids), WorkerPool(num_workers), storage=None)
 
 
 def plans(per, num_samples=7, size=SIZE, count=6, **settings):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.data.distributed_sampler import RepeatAugSampler
 
+from ffcv_ops.beton.allocations import AllocationTable
 from ffcv_ops.beton.layout import ALLOC_TYPE
 from ffcv_ops.loading.epoch_length import batches_per_rank, samples_per_rank
 from ffcv_ops.loading.order import (
@@ -178,7 +179,7 @@ def settings_of_a_loader(num_samples, rank, world_size, drop_last, repeats):
     return SimpleNamespace(
         indices=np.arange(num_samples), seed=1, distributed=True, rank=rank, world_size=world_size,
         drop_last=drop_last, repeats=repeats,
-        beton=SimpleNamespace(alloc_table=table, num_samples=num_samples, page_size=1000),
+        beton=SimpleNamespace(allocations=AllocationTable.from_rows(table), num_samples=num_samples, page_size=1000),
     )  # fmt: skip
 
 
@@ -225,7 +226,7 @@ def test_sample_pages_is_the_page_of_the_lowest_pointer():
     table = np.zeros(5, dtype=[("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
     table["sample_id"] = [2, 0, 2, 3, 0]
     table["ptr"] = [900, 350, 250, 100, 120]
-    np.testing.assert_array_equal(sample_pages(table, 5, 100), [1, 0, 2, 1, 0])
+    np.testing.assert_array_equal(sample_pages(AllocationTable.from_rows(table), 5, 100), [1, 0, 2, 1, 0])
 
 
 def test_imagenet_s_orders_take_less_than_a_second():

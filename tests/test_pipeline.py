@@ -13,9 +13,12 @@ import numba as nb
 import numpy as np
 import pytest
 
-from ffcv_ops.beton.layout import read_beton
-from ffcv_ops.loading.storage import MappedFile, PagedFile, Regions, paged_reader, plan_pages
-from ffcv_ops.operations.base import Batch, SampleError, WorkerPool, take
+from ffcv_ops.beton.allocations import AllocationTable
+from ffcv_ops.beton.reading import read_beton
+from ffcv_ops.errors import UserError
+from ffcv_ops.loading.storage import MappedFile, PagedFile, paged_reader, schedule_pages
+from ffcv_ops.operations.base import Batch, SampleError
+from ffcv_ops.operations.workers import WorkerPool, take
 from tests.betons import PAGE_SIZE, jpeg_bytes, photographs, write_images
 
 
@@ -64,7 +67,7 @@ def test_take_refuses_other_counters():
 def test_the_interpreted_kernel_takes_every_position_once():
     code = f"""
 import numpy as np
-from ffcv_ops.operations.base import WorkerPool, take
+from ffcv_ops.operations.workers import WorkerPool, take
 {inspect.getsource(count_into.py_func).replace("@nb.njit(nogil=True)", "")}
 with WorkerPool(3) as pool:
     counts, by_whom = np.zeros(1000, np.int64), np.zeros(1000, np.int64)
@@ -161,9 +164,9 @@ def bytes_at(address, size):
     return ctypes.string_at(int(address), int(size))
 
 
-def check_located(beton, images, memory, sample_ids):
+def check_located(beton, images, storage, sample_ids):
     with WorkerPool(1) as pool:
-        batch = Batch(0, 0, sample_ids, pool, memory)
+        batch = Batch(0, 0, sample_ids, pool, storage)
         addresses, sizes = batch.locate(beton.metadata["f0"]["data_ptr"][sample_ids])
     for sample_id, address, size in zip(sample_ids, addresses, sizes, strict=True):
         assert bytes_at(address, size) == jpeg_bytes(images[sample_id]).tobytes()
@@ -171,24 +174,31 @@ def check_located(beton, images, memory, sample_ids):
 
 def test_a_mapped_file_locates_every_sample(small):
     beton, images = small
-    check_located(beton, images, MappedFile(beton.path, beton.alloc_table), np.arange(11)[::-1])
+    check_located(beton, images, MappedFile(beton.path, beton.allocations), np.arange(11)[::-1])
+
+
+def test_a_table_in_any_order_is_the_same_table(small):
+    beton, images = small
+    mixed = AllocationTable.from_rows(beton.alloc_table[[4, 1, 0, 9, 3, 2, 10, 5, 7, 8, 6]])
+    assert mixed.sample_ids.tolist() == list(range(11))
+    check_located(beton, images, MappedFile(beton.path, mixed), np.arange(11))
 
 
 def test_an_unknown_pointer_is_refused(small):
     beton, _ = small
-    memory = MappedFile(beton.path, beton.alloc_table)
+    storage = MappedFile(beton.path, beton.allocations)
     for pointer in (0, int(beton.alloc_table["ptr"][2]) + 1, 2**63):
-        with pytest.raises(ValueError, match=f"no region at byte {pointer}"):
-            memory.locate(np.array([pointer], np.uint64))
+        with pytest.raises(UserError, match=f"no region at byte {pointer}"):
+            storage.locate(np.array([pointer], np.uint64))
 
 
 def open_paged(beton, batches):
-    regions = Regions.of(beton.alloc_table)
-    schedule = plan_pages(regions, PAGE_SIZE, batches)
-    return PagedFile(beton.path, regions, PAGE_SIZE, schedule, np.empty((schedule.num_slots, PAGE_SIZE), np.uint8))
+    table = beton.allocations
+    schedule = schedule_pages(table, PAGE_SIZE, batches)
+    return PagedFile(beton.path, table, PAGE_SIZE, schedule, np.empty((schedule.num_slots, PAGE_SIZE), np.uint8))
 
 
-def test_a_paged_file_locates_planned_and_other_samples(small):
+def test_a_paged_file_locates_scheduled_and_other_samples(small):
     beton, images = small
     batches = [np.array([0, 1, 2]), np.array([10, 3, 4]), np.array([5, 0, 9])]
     memory = open_paged(beton, batches)
@@ -212,12 +222,11 @@ def test_a_pointer_to_a_page_that_is_not_planned_leads_to_no_memory_of_others(sm
 
 def test_pages_are_read_once_into_few_slots(small):
     beton, _ = small
-    regions = Regions.of(beton.alloc_table)
     batches = [np.array([i]) for i in range(11)] + [np.array([0])]
-    schedule = plan_pages(regions, PAGE_SIZE, batches)
+    schedule = schedule_pages(beton.allocations, PAGE_SIZE, batches)
     assert sorted(page for pages in schedule.reads.values() for page in pages) == [1, 2, 3, 4]
     assert schedule.num_slots == 3  # the first page stays, another is in use, a third is read ahead
-    assert plan_pages(regions, PAGE_SIZE, []).num_slots == 0
+    assert schedule_pages(beton.allocations, PAGE_SIZE, []).num_slots == 0
 
 
 def test_a_file_cut_in_use_is_an_error_not_zeros(small, tmp_path):

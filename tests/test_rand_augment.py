@@ -13,10 +13,11 @@ from torchvision.transforms import TrivialAugmentWide as TorchvisionTrivial
 
 from ffcv_ops import rng
 from ffcv_ops.operations import pillow_ops, rand_augment
-from ffcv_ops.operations.base import Batch, WorkerPool
+from ffcv_ops.operations.base import Batch
 from ffcv_ops.operations.erasing import RandomErasing
 from ffcv_ops.operations.image_operation import ImageOperation
 from ffcv_ops.operations.rand_augment import RandAugment, TrivialAugmentWide, read_rand_augment
+from ffcv_ops.operations.workers import WorkerPool
 from tests.betons import photographs
 
 RSB = "rand-m7-mstd0.5-inc1"
@@ -44,7 +45,7 @@ TIMM_FUNCTIONS = {
 
 
 def batch_of(count, seed=0, epoch=0, num_workers=1, copies=None):
-    return Batch(seed, epoch, 5 + 3 * np.arange(count), WorkerPool(num_workers), memory=None, copies=copies)
+    return Batch(seed, epoch, 5 + 3 * np.arange(count), WorkerPool(num_workers), storage=None, copies=copies)
 
 
 def images(count):
@@ -187,7 +188,7 @@ def test_images_are_a_function_of_seed_epoch_sample_and_copy(policy):
     source = images(24)
     reference = augmented(policy, source, batch_of(24, seed=3, epoch=1))
     assert np.array_equal(reference, augmented(policy, source, batch_of(24, seed=3, epoch=1, num_workers=3)))
-    alone = augmented(policy, source[7:9], Batch(3, 1, 5 + 3 * np.arange(7, 9), WorkerPool(1), memory=None))
+    alone = augmented(policy, source[7:9], Batch(3, 1, 5 + 3 * np.arange(7, 9), WorkerPool(1), storage=None))
     assert np.array_equal(reference[7:9], alone)
     others = [batch_of(24, seed=4, epoch=1), batch_of(24, seed=3, epoch=2)]
     others.append(batch_of(24, seed=3, epoch=1, copies=np.ones(24, dtype=np.int64)))

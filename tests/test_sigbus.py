@@ -1,4 +1,4 @@
-"""Reading a mapped file that was cut: zeros and a note for a map that was announced, for others the end."""
+"""Reading a mapped file that was cut: zeros and a note for a watched map, the end of the process for others."""
 
 import signal
 import subprocess
@@ -11,18 +11,18 @@ import pytest
 SCRIPT = """
     import mmap, os, sys
     import numpy as np
-    from ffcv_ops.loading import sigbus
+    from ffcv_ops import _sigbus
 
     path, which = sys.argv[1:]
     with open(path, "rb") as file:
         ours, other = (mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) for _ in range(2))
     data = np.frombuffer(ours, np.uint8)
-    number = sigbus.announce(data.ctypes.data, data.size)
-    assert data.sum() == 1 << 20 and not sigbus.was_cut(number)
+    number = _sigbus.watch(data.ctypes.data, data.size)
+    assert data.sum() == 1 << 20 and not _sigbus.was_cut(number)
     os.truncate(path, 1 << 18)
-    assert data.sum() == 1 << 18 and sigbus.was_cut(number)
+    assert data.sum() == 1 << 18 and _sigbus.was_cut(number)
     if which == "forgotten":
-        sigbus.forget(number)
+        _sigbus.forget(number)
         os.truncate(path, 1 << 17)
         data[(1 << 18) - 1]
     elif which == "other":

@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from terminals import run_on_terminal, screen
 
-from ffcv_ops.beton.layout import read_beton
+from ffcv_ops.beton.reading import read_beton
 
 SCRIPT = Path(__file__).parents[1] / "write_beton.py"
 PHOTOGRAPHS = load_sample_images().images

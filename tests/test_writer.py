@@ -23,7 +23,8 @@ from sklearn.datasets import load_sample_images
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 
-from ffcv_ops.beton.layout import manifest_path, read_beton
+from ffcv_ops.beton.layout import manifest_path
+from ffcv_ops.beton.reading import read_beton
 from ffcv_ops.beton.verify import verify
 from ffcv_ops.codec import jpeg
 from ffcv_ops.codec.jpeg import decode

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ffcv_ops.beton import layout as beton
-from ffcv_ops.beton.layout import Beton, read_beton
+from ffcv_ops.beton.reading import Beton, read_beton
 from ffcv_ops.codec import jpeg
 from ffcv_ops.units import show_bytes
 

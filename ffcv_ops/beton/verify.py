@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ffcv_ops.beton import layout as beton
-from ffcv_ops.beton.layout import Beton, read_beton
+from ffcv_ops.beton.reading import Beton, read_beton
 from ffcv_ops.errors import UserError
 from ffcv_ops.workers.processes import Workers, choose_num_workers, map_in_order
 from ffcv_ops.workers.ranks import Leader

@@ -1,7 +1,7 @@
-"""How the operations of a loader's pipelines run: FFCV's by FFCV's calling convention, ours by `BatchOperation`'s.
+"""The operations of a loader's pipelines as steps, and the buffers that they write into.
 
-FFCV's graph of pipelines is walked once; every operation becomes a step, and a batch runs the steps one after the other
-in slots of buffers that are allocated once and used again.
+Every operation of FFCV's graph of pipelines becomes a step. A batch runs the steps one after the other, in a slot of
+buffers that are allocated once. FFCV's operations keep FFCV's calling convention. Ours have that of `BatchOperation`.
 """
 
 import threading
@@ -24,42 +24,43 @@ from ffcv_ops._ffcv import (
     RefNode,
     allocate_query,
 )
+from ffcv_ops.errors import UserError
 from ffcv_ops.operations.base import Batch, BatchOperation
 
 
 @dataclass(eq=False)
 class _Sharing:
-    """One of our operations as several loaders may use it: its scratch serves one batch at a time."""
+    """The use of one of our operations by several loaders. Its scratch serves one batch at a time."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    num_plans: int = 0
+    num_users: int = 0
 
 
 _sharing: weakref.WeakKeyDictionary[BatchOperation, _Sharing] = weakref.WeakKeyDictionary()
-# Reentrant: garbage collection within may let another plan go.
+# It is reentrant, because garbage collection may call `_release` while the lock is held.
 _sharing_lock = threading.RLock()
 
 
-def _let_go(operations: Sequence[BatchOperation]) -> None:
-    """Close the operations that no other plan uses."""
+def _release(operations: Sequence[BatchOperation]) -> None:
+    """Close the operations that no other loader uses."""
     for operation in operations:
         with _sharing_lock:
             sharing = _sharing[operation]
-            sharing.num_plans -= 1
-            unused = sharing.num_plans == 0
+            sharing.num_users -= 1
+            unused = sharing.num_users == 0
         if unused:
             with sharing.lock:
                 operation.close()
 
 
 class Step:
-    """One operation at its place in the pipelines: how to call it, and the memory it asked for.
+    """One operation at its place in the pipelines, with its code and the memory that it asked for.
 
     Parameters
     ----------
     node : ffcv.pipeline.graph.Node
     column : int
-        Number of the field that the pipeline reads.
+        The number of the field that the pipeline reads.
     """
 
     def __init__(self, node: Any, column: int):
@@ -68,7 +69,7 @@ class Step:
         self.is_decoder = isinstance(node, DecoderNode)
         self.operation = node.decoder if self.is_decoder else node.operation
         parent = node.parent
-        # What a reference refers to is an operation's node, never another reference.
+        # A reference refers to the node of an operation, never to another reference.
         self.parent_id: int = (parent.parent if isinstance(parent, RefNode) else parent).id if parent else -1
         self.is_ours = isinstance(self.operation, BatchOperation)
         if self.is_ours:
@@ -83,13 +84,18 @@ class Step:
 
     @property
     def is_number(self) -> bool:
-        """Whether this is FFCV's decoder of a number: a selection from the metadata, which needs no compilation."""
+        """True for FFCV's decoder of a number. It only selects from the metadata, so it needs no compilation."""
         return self.is_decoder and type(self.operation).generate_code is BasicDecoder.generate_code
 
     @property
     def is_compiled(self) -> bool:
-        """Whether FFCV would compile the operation, and we let it."""
+        """True if FFCV compiles the operation."""
         return self.jit and not self.is_ours and not self.is_number
+
+    @property
+    def reads_stock_state(self) -> bool:
+        """True for a decoder of FFCV that reads values by the storage state."""
+        return self.is_decoder and not self.is_ours and not self.is_number
 
     def generate_code(self) -> None:
         """Ask the operation for its code."""
@@ -109,13 +115,13 @@ class Step:
         ----------
         batch : Batch
         inputs : array or tensor
-            The previous operation's result; of no meaning for a decoder.
+            The previous operation's result. A decoder does not use it.
         memory, shared : array, tensor, tuple or None
-            What the operation asked for.
+            The memory that the operation asked for.
         column : structured ndarray (num_samples,)
-            Metadata of the field.
+            The metadata of the field.
         state : tuple of ndarray
-            What FFCV's decoders hand to their reader.
+            The storage state that FFCV's decoders pass to their reader.
         """
         if self.is_ours:
             with self.lock:
@@ -135,8 +141,8 @@ class Step:
         return self.code(*arguments)
 
 
-class Plan:
-    """The operations of all pipelines in the order they run, and which results make a batch.
+class PipelineSteps:
+    """The operations of all pipelines in the order in which they run, and the results that make a batch.
 
     Parameters
     ----------
@@ -146,19 +152,19 @@ class Plan:
     def __init__(self, graph: Graph):
         self.graph = graph
         self.steps: list[Step] = []
-        #: The CUDA device that the pipelines lead to, None for the current one; known once declared.
+        #: The CUDA device of the results, set by `declare`. None: the current device.
         self.device: torch.device | None = None
         self.outputs = [(leaf.parent if isinstance(leaf, RefNode) else leaf).id for leaf in graph.leaf_nodes.values()]
         for root in graph.root_nodes:
             self._add(root, graph.fieldname_to_fix[root.field_name])
-        # An operation that stands at several places has its shared memory initialised, and kept, at the first of them.
+        # An operation may stand at several places. Its shared memory is that of the first place.
         self.owners = {step.operation: step for step in reversed(self.steps)}
         ours = [operation for operation in self.owners if isinstance(operation, BatchOperation)]
         with _sharing_lock:
             for operation in ours:
-                _sharing[operation].num_plans += 1
-        #: Lets our operations free what they hold; called by garbage collection too.
-        self.close = weakref.finalize(self, _let_go, ours)
+                _sharing[operation].num_users += 1
+        #: Frees the memory of our operations; garbage collection calls it too.
+        self.close = weakref.finalize(self, _release, ours)
         self.close.atexit = False
 
     def _add(self, node: Any, column: int) -> None:
@@ -169,11 +175,11 @@ class Plan:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether FFCV compiles any operation."""
+        """True if FFCV compiles one of the operations."""
         return any(step.is_compiled for step in self.steps)
 
     def declare(self) -> None:
-        """Ask every operation for the memory it needs, passing shape, type and device from one to the next."""
+        """Ask every operation for the memory it needs. Pass shape, type and device on to the next operation."""
         states: dict[int, Any] = {}
         names = {column: name for name, column in self.graph.fieldname_to_fix.items()}
         for step in self.steps:
@@ -186,7 +192,7 @@ class Plan:
             step.jit = step.is_decoder or states[step.node_id].jit_mode
         devices = {torch.device(state.device) for state in states.values() if torch.device(state.device).type == "cuda"}
         if len(devices) > 1:
-            raise ValueError(f"the pipelines lead to several devices: {', '.join(sorted(map(str, devices)))}")
+            raise UserError(f"the pipelines lead to several devices: {', '.join(sorted(map(str, devices)))}")
         self.device = devices.pop() if devices else None
 
     def generate_code(self, *, only_ours: bool) -> None:
@@ -196,7 +202,7 @@ class Plan:
                 step.generate_code()
 
     def run(self, batch: Batch, buffers: "Buffers", slot: int, state: Any) -> tuple[Any, ...]:
-        """Prepare one batch in one slot of the buffers; return the pipelines' results."""
+        """Prepare one batch in one slot of the buffers, and return the results of the pipelines."""
         count = len(batch.sample_ids)
         shared = {op: _select(buffers.shared[step.node_id], slot, count) for op, step in self.owners.items()}
         for operation, step in self.owners.items():
@@ -230,33 +236,33 @@ def _select(memory: Any, slot: int, count: int) -> Any:
 
 
 class Buffers:
-    """What an epoch writes into: slots for the batches in flight, each with its CUDA stream, and pages of the file.
+    """The memory of an epoch: slots for batches, each with its CUDA stream, and pages of the file.
 
     Parameters
     ----------
-    plan : Plan
-        Whose operations have declared what they need.
+    steps : PipelineSteps
+        Their operations have declared the memory that they need.
     batch_size, num_slots : int
     """
 
-    def __init__(self, plan: Plan, batch_size: int, num_slots: int):
-        self.key = self.key_of(plan, batch_size, num_slots)
+    def __init__(self, steps: PipelineSteps, batch_size: int, num_slots: int):
+        self.key = self.key_of(steps, batch_size, num_slots)
         self.num_slots = num_slots
-        self.memory = {step.node_id: _allocate(step.query, batch_size, num_slots) for step in plan.steps}
-        self.shared = {step.node_id: _allocate(step.shared_query, batch_size, num_slots) for step in plan.steps}
+        self.memory = {step.node_id: _allocate(step.query, batch_size, num_slots) for step in steps.steps}
+        self.shared = {step.node_id: _allocate(step.shared_query, batch_size, num_slots) for step in steps.steps}
         self.pages = np.empty((0, 0), dtype=np.uint8)
         self.streams: list[torch.cuda.Stream] = []
         if torch.cuda.is_available():
-            self.streams = [torch.cuda.Stream(plan.device) for _ in range(num_slots)]
+            self.streams = [torch.cuda.Stream(steps.device) for _ in range(num_slots)]
 
     @staticmethod
-    def key_of(plan: Plan, batch_size: int, num_slots: int) -> tuple[Any, ...]:
-        """What decides the buffers' shapes: buffers fit a later epoch whose key is equal."""
-        queries = ((_comparable(step.query), _comparable(step.shared_query)) for step in plan.steps)
+    def key_of(steps: PipelineSteps, batch_size: int, num_slots: int) -> tuple[Any, ...]:
+        """Return the key of the buffers' shapes. Buffers fit a later epoch if its key is equal."""
+        queries = ((_comparable(step.query), _comparable(step.shared_query)) for step in steps.steps)
         return batch_size, num_slots, *queries
 
     def now(self) -> torch.cuda.Event | None:
-        """Mark what the calling thread has queued on the device so far, to be waited for by another thread."""
+        """Record an event behind all work that this thread has queued on the device. Other threads wait for it."""
         if not self.streams:
             return None
         event = torch.cuda.Event(blocking=True)
@@ -268,11 +274,11 @@ class Buffers:
         return torch.cuda.stream(self.streams[slot]) if self.streams else nullcontext()
 
     def join(self, slot: int) -> None:
-        """Let what the calling thread queues from now on wait for what was queued on the slot's stream."""
+        """Let all further work of this thread wait for the work on the slot's stream."""
         if self.streams:
             torch.cuda.current_stream(self.streams[slot].device).wait_stream(self.streams[slot])
 
     def finish(self) -> None:
-        """Wait until the device has done what was queued into the slots."""
+        """Wait until the device has done all work on the slots' streams."""
         for stream in self.streams:
             stream.synchronize()

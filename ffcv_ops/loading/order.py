@@ -1,33 +1,46 @@
-"""Which samples, in which order, on which rank: pure functions, and FFCV's TraversalOrder over them.
+"""The order of samples as pure functions, and the loader's orders, which are FFCV's TraversalOrder over them.
 
-Every function returns what one rank sees in one epoch. With ``drop_last`` (training) all ranks get equally many samples
-and fewer than ``world_size`` samples are left out; without it (validation) the ranks' samples are disjoint and together
-the whole set, each once, for any number of ranks.
+Every function returns the samples of one rank in one epoch. With ``drop_last`` (training) all ranks get equally many
+samples, and fewer than ``world_size`` samples are left out. Without it (validation) the ranks' samples are disjoint,
+and together they are the whole set, each once, for any number of ranks.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ffcv_ops import rng
-from ffcv_ops._ffcv import TraversalOrder
+from ffcv_ops._ffcv import OrderOption, TraversalOrder
+from ffcv_ops.beton.allocations import AllocationTable
+from ffcv_ops.errors import UserError
 from ffcv_ops.loading.epoch_length import repeated_samples_per_rank, samples_per_rank
+from ffcv_ops.operations.base import SampleError
+
+if TYPE_CHECKING:
+    from ffcv_ops.loading.loader import Loader
+
+_MAX_DRAWS = 1000
 
 
 def _dealt(ids: np.ndarray, rank: int, world_size: int, drop_last: bool) -> np.ndarray:
-    """Deal samples to ranks like cards, so that a global batch is the same set for any number of ranks."""
+    """Deal samples to ranks like cards, so that a global batch is the same set for any number of ranks.
+
+    The result is a copy, so that it does not keep the samples of all ranks in memory.
+    """
     end = len(ids) // world_size * world_size if drop_last else len(ids)
-    return ids[rank:end:world_size]
+    return ids[rank:end:world_size].copy()
 
 
 def sequential_order(ids: np.ndarray, *, rank: int = 0, world_size: int = 1, drop_last: bool = True) -> np.ndarray:
-    """Keep the given order; rank r of W gets the samples at r, r + W, r + 2 W, ...
+    """Keep the given order. Rank r of W gets the samples at r, r + W, r + 2 W, ...
 
     Parameters
     ----------
-    ids : ndarray int64 (N,)
+    ids : ndarray int (N,)
         Sample ids in the file.
     rank, world_size : int
     drop_last : bool
@@ -35,7 +48,7 @@ def sequential_order(ids: np.ndarray, *, rank: int = 0, world_size: int = 1, dro
 
     Returns
     -------
-    ndarray int64
+    ndarray, of the dtype of `ids`
     """
     return _dealt(ids, rank, world_size, drop_last)
 
@@ -43,14 +56,14 @@ def sequential_order(ids: np.ndarray, *, rank: int = 0, world_size: int = 1, dro
 def random_order(
     ids: np.ndarray, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1, drop_last: bool = True
 ) -> np.ndarray:
-    """Permute all samples, anew each epoch, and deal them to the ranks.
+    """Permute all samples and deal them to the ranks.
 
     Parameters
     ----------
     seed, epoch : int
-        What the permutation depends on, and nothing else: all ranks draw the same.
+        The permutation is a function of these two numbers. So all ranks draw the same permutation.
 
-    Others, and the return value, as for `sequential_order`.
+    The other parameters and the return value are as for `sequential_order`.
     """
     permuted = rng.generator(seed, epoch, rng.ORDER).permutation(ids)
     return _dealt(permuted, rank, world_size, drop_last)
@@ -69,26 +82,31 @@ def quasi_random_order(
 ) -> np.ndarray:
     """Permute the pages of the file, deal them to the ranks, and mix the samples of neighbouring pages.
 
-    A rank has at most `buffer_pages` + 1 pages in use at any time, and reads each page once. Pages are dealt in equal
-    numbers of samples, so that a page on a border is read by the two ranks it belongs to.
+    A rank has at most `buffer_pages` + 1 pages in use at any time, and reads each page once. Every rank gets the same
+    number of samples, so two neighbouring ranks may share a page, which both of them read.
 
     Parameters
     ----------
-    ids : ndarray int64 (N,)
+    ids : ndarray int (N,)
         Sample ids in the file.
-    pages : ndarray int64 (N,)
-        The page each of them is in; see `sample_pages`.
+    pages : ndarray int (N,)
+        The page of each sample; see `sample_pages`.
     buffer_pages : int
-        How many pages are mixed, at least 1. The stock loader mixes 2 x batch_size pages.
+        The number of pages that are mixed, at least 1. The stock loader mixes 2 x batch_size pages.
 
-    Others, and the return value, as for `random_order`.
+    The other parameters and the return value are as for `random_order`.
+
+    Raises
+    ------
+    UserError
+        If `buffer_pages` is below 1.
     """
     if buffer_pages < 1:
-        raise ValueError(f"buffer_pages is {buffer_pages}; it must be at least 1")
+        raise UserError(f"buffer_pages is {buffer_pages}; it must be at least 1")
     generator = rng.generator(seed, epoch, rng.ORDER)
     page_numbers, page_index = np.unique(pages, return_inverse=True)
     position_of_page = generator.permutation(len(page_numbers))
-    # Permuted before they are gathered by page, so that chance decides which samples of a page go to the next rank.
+    # The samples are permuted first. So chance decides which samples of a shared page go to which rank.
     shuffled = generator.permutation(len(ids))
     positions = position_of_page[page_index[shuffled]]
     by_page = np.argsort(positions, kind="stable")
@@ -118,25 +136,27 @@ def repeated_order(
     world_size: int = 1,
     shuffle: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Repeat each sample, its copies on neighbouring ranks, and keep a normal epoch's number of samples.
+    """Repeat each sample, with its copies on neighbouring ranks, in an epoch that is as long as without repeats.
 
-    Repeated augmentation (Hoffer et al. 2020; Berman et al. 2019, MultiGrain), with the selection of timm's
-    ``RepeatAugSampler``: of the N x repeats samples a rank sees (N rounded down to a multiple of 256) / W, so that an
-    epoch is as long as without repeats. Below 256 samples N is not rounded.
+    This is repeated augmentation (Hoffer et al. 2020; Berman et al. 2019, MultiGrain) with the selection of timm's
+    ``RepeatAugSampler``. Of the N x repeats samples, a rank sees (N rounded down to a multiple of 256) / W. Below 256
+    samples, N is not rounded.
 
     Parameters
     ----------
     repeats : int
-        Number of copies of a sample.
+        The number of copies of a sample.
     shuffle : bool
-        Permute the samples, else keep the given order.
+        If True, permute the samples. If False, keep the given order.
 
-    Others as for `random_order`.
+    The other parameters are as for `random_order`.
 
     Returns
     -------
-    ids, copies : ndarray int64, ndarray int64
-        Sample ids, and for each the number of its copy, 0 to repeats - 1.
+    ids : ndarray, of the dtype of `ids`
+        Sample ids.
+    copies : ndarray int32
+        The number of each sample's copy, 0 to repeats - 1.
     """
     num_samples = len(ids)
     selected = repeated_samples_per_rank(num_samples, world_size, repeats)
@@ -144,42 +164,80 @@ def repeated_order(
     if shuffle:
         ids = rng.generator(seed, epoch, rng.ORDER).permutation(ids)
     places %= max(1, num_samples * repeats)
-    return ids[places // repeats], places % repeats
+    return ids[places // repeats], (places % repeats).astype(np.int32)
 
 
-def sample_pages(alloc_table: np.ndarray, num_samples: int, page_size: int) -> np.ndarray:
-    """Find the page that each sample's first bytes are in.
+def sample_pages(allocations: AllocationTable, num_samples: int, page_size: int) -> np.ndarray:
+    """Return the page of each sample's first bytes.
 
     Parameters
     ----------
-    alloc_table : structured ndarray
-        The file's allocation table, fields ``sample_id`` and ``ptr``.
+    allocations : AllocationTable
     num_samples : int
     page_size : int
         Bytes.
 
     Returns
     -------
-    ndarray int64 (num_samples,)
-        0, the header's page, for a sample without data in pages.
+    ndarray int32 (num_samples,)
+        For a sample without bytes in pages: 0, the page of the header.
     """
-    pages = np.zeros(num_samples, dtype=np.int64)
-    last_first = np.argsort(alloc_table["ptr"], kind="stable")[::-1]
-    # Of several assignments to one sample the last stays: its lowest pointer's.
-    pages[alloc_table["sample_id"][last_first]] = alloc_table["ptr"][last_first] // page_size
+    pages = np.zeros(num_samples, dtype=np.int32)
+    # If an assignment names a sample several times, the last one stays. So the lowest offset comes last.
+    pages[allocations.sample_ids[::-1]] = allocations.ptrs[::-1] // np.uint64(page_size)
     return pages
 
 
-class EpochOrder(TraversalOrder):
-    """An order that also numbers the copies of its samples; base class of the loader's own orders.
+def replace_bad(
+    ids: np.ndarray, copies: np.ndarray, bad: Mapping[int, str], candidates: np.ndarray, *, seed: int, epoch: int
+) -> np.ndarray:
+    """Replace the bad samples of a batch by good ones.
+
+    The replacement is a function of (seed, epoch, sample id, copy): the first of a thousand draws that is not bad.
 
     Parameters
     ----------
-    loader : ffcv_ops.loader.Loader
-        Read for indices, seed, rank, world size and drop_last; not kept, so that a loader nobody uses is freed at once.
+    ids, copies : ndarray int64 (N,)
+        The batch.
+    bad : mapping of int to str
+        Bad samples, and the reason for each.
+    candidates : ndarray int (M,)
+        The samples to draw from.
+
+    Returns
+    -------
+    ndarray int64 (N,)
+
+    Raises
+    ------
+    SampleError
+        If all draws are bad.
+    """
+    ids = ids.copy()
+    for i in np.flatnonzero(np.isin(ids, list(bad))):
+        drawn = (
+            int(candidates[int(rng.uniform(seed, epoch, ids[i], copies[i], rng.REPLACEMENT, draw) * len(candidates))])
+            for draw in range(_MAX_DRAWS)
+        )
+        good = next((sample_id for sample_id in drawn if sample_id not in bad), None)
+        if good is None:
+            reason = f"{bad[int(ids[i])]}; no good sample to replace it was found"
+            raise SampleError([(int(ids[i]), reason)])
+        ids[i] = good
+    return ids
+
+
+class EpochOrder(TraversalOrder):
+    """An order that also numbers the copies of its samples; the base class of the loader's own orders.
+
+    Parameters
+    ----------
+    loader : Loader
+        Its indices, seed, rank, world size and drop_last are copied. The order does not keep the loader, so that a
+        loader without another reference is freed at once.
     """
 
-    def __init__(self, loader):
+    def __init__(self, loader: Loader):
         self.indices = loader.indices
         self.seed = loader.seed
         self.distributed = loader.distributed
@@ -188,14 +246,16 @@ class EpochOrder(TraversalOrder):
 
     def num_samples(self) -> int:
         """Return how many samples this rank sees in every epoch; no order is drawn."""
-        return samples_per_rank(len(self.indices), **self.topology, drop_last=self.drop_last)
+        return samples_per_rank(
+            len(self.indices), self.topology["world_size"], rank=self.topology["rank"], drop_last=self.drop_last
+        )
 
     @abstractmethod
     def draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the sample ids of this rank's epoch, and the numbers of the copies (None: all 0)."""
+        """Return the sample ids of this rank's epoch, and the numbers of their copies; None if all are 0."""
 
     def sample_order(self, epoch: int) -> np.ndarray:
-        """Return the sample ids of this rank's epoch, int64."""
+        """Return the sample ids of this rank's epoch."""
         return self.draw(epoch)[0]
 
 
@@ -214,12 +274,12 @@ class Random(EpochOrder):
 
 
 class QuasiRandom(EpochOrder):
-    """Pages permuted, a buffer of them mixed; see `quasi_random_order`."""
+    """A permutation of pages with a buffer of mixed pages; see `quasi_random_order`."""
 
-    def __init__(self, loader, buffer_pages: int = 64):
+    def __init__(self, loader: Loader, buffer_pages: int = 64):
         super().__init__(loader)
         beton = loader.beton
-        self.pages = sample_pages(beton.alloc_table, beton.num_samples, beton.page_size)[self.indices]
+        self.pages = sample_pages(beton.allocations, beton.num_samples, beton.page_size)[self.indices]
         self.buffer_pages = buffer_pages
 
     def num_samples(self) -> int:
@@ -241,15 +301,33 @@ class QuasiRandom(EpochOrder):
 class Repeated(EpochOrder):
     """Repeated augmentation; see `repeated_order`."""
 
-    def __init__(self, loader, shuffle: bool):
+    def __init__(self, loader: Loader, shuffle: bool):
         super().__init__(loader)
         self.repeats = loader.repeats
         self.shuffle = shuffle
 
     def num_samples(self) -> int:
-        return samples_per_rank(len(self.indices), **self.topology, repeats=self.repeats)
+        return repeated_samples_per_rank(len(self.indices), self.topology["world_size"], self.repeats)
 
     def draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         return repeated_order(
             self.indices, repeats=self.repeats, seed=self.seed, epoch=epoch, **self.topology, shuffle=self.shuffle
         )
+
+
+def build_order(loader: Loader, order: Any, order_kwargs: Mapping[str, Any]) -> TraversalOrder:
+    """Return the order that a loader's arguments ask for."""
+    if loader.repeats > 1:
+        if order not in (OrderOption.SEQUENTIAL, OrderOption.RANDOM) or not loader.drop_last:
+            raise UserError("repeats need the order SEQUENTIAL or RANDOM, and drop_last=True")
+        return Repeated(loader, shuffle=order == OrderOption.RANDOM)
+    if isinstance(order, OrderOption):
+        ours = {OrderOption.SEQUENTIAL: Sequential, OrderOption.RANDOM: Random, OrderOption.QUASI_RANDOM: QuasiRandom}
+        return ours[order](loader, **order_kwargs)
+    if isinstance(order, type) and issubclass(order, TraversalOrder):
+        return order(loader, **order_kwargs)
+    if isinstance(order, TraversalOrder):
+        if not hasattr(order, "loader"):
+            TraversalOrder.__init__(order, loader)
+        return order
+    raise UserError(f"order is {order!r}; it must be an OrderOption, or a TraversalOrder, class or instance")

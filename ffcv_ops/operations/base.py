@@ -1,83 +1,27 @@
-"""How operations of ours run: a batch's context, and the workers.
-
-FFCV compiles each operation with ``parallel=True``: the batch is cut into equal shares, every sample has its own
-scratch, and no exception leaves the kernel. Here a pool of Python threads calls one ``nogil`` kernel each; a worker
-takes the next sample from a shared counter, so that a slow sample delays nobody, scratch belongs to a worker, and
-exceptions propagate.
-"""
+"""The base class of our operations, and the batch that they work on."""
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
 from typing import Any, Protocol
 
-import numba as nb
 import numpy as np
-from llvmlite import ir
-from numba.core import cgutils, config
-from numba.extending import intrinsic
 
 from ffcv_ops import rng
 from ffcv_ops._ffcv import Operation
-from ffcv_ops._kernels import kernel
-
-# A counter set to this value tells every worker that there is nothing left to take.
-_NOTHING_LEFT = np.int64(1) << 62
+from ffcv_ops.errors import UserError
+from ffcv_ops.operations.workers import WorkerPool
 
 
-@intrinsic
-def _fetch_and_add_one(typing_context: Any, counter: Any) -> tuple[Any, Callable[..., Any]]:
-    """Atomically add one to ``counter[0]`` and return its value before."""
-    if not (isinstance(counter, nb.types.Array) and counter.dtype == nb.int64 and counter.mutable):
-        raise nb.errors.TypingError(f"take() needs a writable int64 array, not {counter}")
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=arguments[0])
-        return builder.atomic_rmw("add", array.data, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return nb.int64(counter), codegen
-
-
-if config.DISABLE_JIT:  # type: ignore[attr-defined]
-    _take_lock = threading.Lock()
-
-    def take(counter: np.ndarray) -> int:
-        """Take the next sample position (the interpreted twin of the compiled `take`)."""
-        with _take_lock:
-            position = int(counter[0])
-            counter[0] += 1
-        return position
-else:
-
-    @kernel
-    def take(counter: np.ndarray) -> int:
-        """Take the next sample position: an atomic fetch-and-add, for use inside kernels.
-
-        Parameters
-        ----------
-        counter : int64 array (1,)
-            The counter that `Batch.run` hands to a kernel.
-
-        Returns
-        -------
-        int64
-            The counter's value before; at or above the number of samples when none is left.
-        """
-        return _fetch_and_add_one(counter)  # type: ignore[call-arg]
-
-
-class SampleError(ValueError):
-    """Samples that could not be decoded.
+class SampleError(UserError):
+    """Samples that cannot be decoded.
 
     Parameters
     ----------
     failures : sequence of (int, str)
-        Sample id in the file and what is wrong with it, one pair a sample.
+        One pair for each sample: the sample's id in the file, and the reason.
     file : str, optional
-        The file the samples are in; the loader fills it in.
+        The file of the samples. The loader sets it.
     """
 
     def __init__(self, failures: Sequence[tuple[int, str]], file: str | None = None):
@@ -91,165 +35,33 @@ class SampleError(ValueError):
         return f"{self.file + ': ' if self.file else ''}{shown}{more}"
 
 
-def _serve(worker: int, inbox: SimpleQueue, outcomes: SimpleQueue) -> None:
-    """Run the tasks of one worker thread until it is sent None."""
-    while True:
-        task = inbox.get()
-        if task is None:
-            return
-        kernel, counter, args = task
-        outcome = None
-        try:
-            kernel(worker, counter, *args)
-        except BaseException as error:  # whatever it is, the caller of run() raises it
-            counter[0] = _NOTHING_LEFT
-            outcome = error
-        # Only what is running may keep a batch's arrays alive.
-        del task, kernel, counter, args
-        outcomes.put(outcome)
-        del outcome
-
-
-def _dismiss(inboxes: list[SimpleQueue]) -> None:
-    for inbox in inboxes:
-        inbox.put(None)
-
-
-class WorkerPool:
-    """A fixed number of workers: the calling thread is worker 0, the others are threads started at the first run.
-
-    Parameters
-    ----------
-    num_workers : int
-        Number of workers, at least 1.
-
-    Notes
-    -----
-    One run at a time. The threads end on `close`, or when the pool is garbage collected.
-    """
-
-    def __init__(self, num_workers: int):
-        if num_workers < 1:
-            raise ValueError(f"num_workers is {num_workers}; it must be at least 1")
-        self.num_workers = num_workers
-        self._inboxes: list[SimpleQueue] = []
-        self._outcomes: SimpleQueue = SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        self._counter: np.ndarray | None = None
-        self._stopped = False
-
-    def _start(self) -> None:
-        self._inboxes = [SimpleQueue() for _ in range(self.num_workers - 1)]
-        for worker, inbox in enumerate(self._inboxes, start=1):
-            thread = threading.Thread(
-                target=_serve, args=(worker, inbox, self._outcomes), name=f"ffcv_ops worker {worker}", daemon=True
-            )
-            thread.start()
-            self._threads.append(thread)
-        weakref.finalize(self, _dismiss, self._inboxes)
-
-    def run(self, kernel: Callable[..., None], *args: Any) -> None:
-        """Call ``kernel(worker, counter, *args)`` once on every worker; return when all are done.
-
-        Parameters
-        ----------
-        kernel : callable
-            Usually a compiled ``nogil`` function. ``worker`` is 0..num_workers-1, ``counter`` an int64 array (1,),
-            zero at the start, that all share.
-
-        Raises
-        ------
-        BaseException
-            The first exception of any worker. The others are told that no sample is left and waited for.
-        """
-        self._refuse_if_stopped()
-        if not self._threads and self.num_workers > 1:
-            self._start()
-        counter = np.zeros(1, dtype=np.int64)
-        self._counter = counter
-        for inbox in self._inboxes:
-            inbox.put((kernel, counter, args))
-        first: BaseException | None = None
-        try:
-            kernel(0, counter, *args)
-        except BaseException as error:
-            counter[0] = _NOTHING_LEFT
-            first = error
-        for _ in self._inboxes:
-            outcome = self._wait_for_one(counter)
-            first = first or outcome
-        self._counter = None
-        self._refuse_if_stopped()
-        if first is not None:
-            try:
-                raise first
-            finally:
-                del first  # a frame in its own traceback would keep the batch alive until the cycle is collected
-
-    def _wait_for_one(self, counter: np.ndarray) -> BaseException | None:
-        """Wait until one more worker is done, whatever interrupts the wait: workers write into the caller's arrays."""
-        interrupt: BaseException | None = None
-        while True:
-            try:
-                outcome = self._outcomes.get()
-                return interrupt or outcome
-            except KeyboardInterrupt as error:
-                counter[0] = _NOTHING_LEFT
-                interrupt = error
-
-    def _refuse_if_stopped(self) -> None:
-        if self._stopped:
-            raise RuntimeError("the workers were stopped: the loader or its epoch is closed")
-
-    def stop(self) -> None:
-        """Make a run in progress in another thread end early, and raise there, as every later run does."""
-        self._stopped = True
-        counter = self._counter
-        if counter is not None:
-            counter[0] = _NOTHING_LEFT
-
-    def close(self) -> None:
-        """End the threads and wait for them."""
-        self._stopped = True
-        _dismiss(self._inboxes)
-        for thread in self._threads:
-            thread.join()
-        self._inboxes, self._threads = [], []
-
-    def __enter__(self) -> WorkerPool:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-class Memory(Protocol):
-    """What a batch needs: the addresses of its samples."""
+class Storage(Protocol):
+    """The storage of the samples. A batch needs only this method of it."""
 
     def locate(self, data_ptrs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Map pointers in the file, uint64 (N,), to absolute addresses and sizes in bytes, each uint64 (N,)."""
+        """Return for offsets in the file, uint64 (N,), the addresses in memory and the sizes; see `Batch.locate`."""
 
 
 class Batch:
-    """What an operation learns of the batch it works on.
+    """The batch that an operation works on.
 
     Parameters
     ----------
     seed, epoch : int
-        The loader's seed and the epoch's number.
-    sample_ids : ndarray int64 (N,)
-        Ids in the file.
+        The loader's seed and the number of the epoch.
+    sample_ids : ndarray int (N,)
+        Ids in the file; converted to int64.
     pool : WorkerPool
         The workers that `run` uses.
-    memory : Memory
-        Where the samples' bytes are.
-    copies : ndarray int64 (N,), optional
-        Number of the copy of each sample under repeated augmentation; zeros when not given.
+    storage : Storage
+        The place of the samples.
+    copies : ndarray int (N,), optional
+        The number of each sample's copy under repeated augmentation, converted to int64. Zeros by default.
 
     Attributes
     ----------
     num_workers : int
-        Number of workers: the ``worker`` of a kernel is below it, so scratch can be one entry a worker.
+        The number of workers. The ``worker`` of a kernel is below it, so scratch can have one entry for each worker.
     """
 
     def __init__(
@@ -258,7 +70,7 @@ class Batch:
         epoch: int,
         sample_ids: np.ndarray,
         pool: WorkerPool,
-        memory: Memory,
+        storage: Storage,
         copies: np.ndarray | None = None,
     ):
         self.seed = int(seed)
@@ -267,28 +79,28 @@ class Batch:
         self.copies = np.zeros_like(self.sample_ids) if copies is None else np.ascontiguousarray(copies, dtype=np.int64)
         self.num_workers = pool.num_workers
         self._pool = pool
-        self._memory = memory
+        self._storage = storage
 
     def locate(self, data_ptrs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Find the bytes of samples, whether mapped (``os_cache``) or read into this process.
+        """Return the addresses of samples in memory, where the file is mapped or was read to.
 
         Parameters
         ----------
         data_ptrs : ndarray uint64 (N,)
-            Pointers in the file, as the fields' metadata have them, of samples of this batch.
+            Offsets in the file, from the metadata of the field, of samples of this batch.
 
         Returns
         -------
         addresses : ndarray uint64 (N,)
-            Absolute memory addresses, valid while the batch is being prepared.
+            Absolute memory addresses. They are valid while the batch is being prepared.
         sizes_bytes : ndarray uint64 (N,)
 
         Raises
         ------
-        ValueError
-            When the allocation table does not know a pointer.
+        UserError
+            If the allocation table does not have an offset.
         """
-        return self._memory.locate(data_ptrs)
+        return self._storage.locate(data_ptrs)
 
     def draw_uniforms(self, stream: int, shape: tuple[int, ...]) -> np.ndarray:
         """Return random numbers for each sample of the batch; see `rng.draw_uniforms`."""
@@ -309,21 +121,20 @@ class Batch:
 
 
 class BatchOperation(Operation):
-    """Base class of our operations; they go into the same pipelines as FFCV's.
+    """The base class of our operations. They stand in the same pipelines as FFCV's operations.
 
-    ``declare_state_and_memory`` is FFCV's and is asked at the start of every epoch, so that a size changed between
-    epochs counts.
-    ``generate_code`` returns an ordinary Python callable, which is never compiled (kernels inside it are):
+    The loader calls FFCV's method ``declare_state_and_memory`` at the start of every epoch. So a size may change
+    between epochs. ``generate_code`` returns a Python callable, which the loader does not compile:
 
-    - a decoder's is ``fn(sample_ids, destination, field_metadata, batch)``,
-    - a transform's is ``fn(inputs, destination, batch)``,
+    - for a decoder ``fn(sample_ids, destination, field_metadata, batch)``,
+    - for a transform ``fn(inputs, destination, batch)``.
 
-    where ``destination`` is what was asked for in the AllocationQuery, cut to the batch (a tuple if a tuple was asked
-    for, None if nothing was), and ``batch`` a `Batch`. Both return the array or tensor that the next operation gets. A
-    decoder raises `SampleError` for bad samples.
+    ``destination`` is the memory that the AllocationQuery asked for, cut to the size of the batch: a tuple for a tuple
+    of queries, None without a query. ``batch`` is a `Batch`. The callable returns the array or tensor for the next
+    operation. A decoder raises `SampleError` for samples that cannot be decoded.
 
-    In a pipeline that reads a field, the first operation, if it is one of ours, is the decoder.
+    If the first operation of a pipeline that reads a field is one of ours, it is the decoder.
     """
 
     def close(self) -> None:
-        """Free what belongs to the workers; called when the loader is closed or garbage collected."""
+        """Free the memory of the workers. Called when the last loader of the operation is closed or collected."""

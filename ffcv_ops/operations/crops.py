@@ -18,7 +18,8 @@ from ffcv_ops._kernels import kernel
 from ffcv_ops.codec import jpeg, region
 from ffcv_ops.errors import UserError
 from ffcv_ops.operations import resample
-from ffcv_ops.operations.base import Batch, BatchOperation, SampleError, take
+from ffcv_ops.operations.base import Batch, BatchOperation, SampleError
+from ffcv_ops.operations.workers import take
 
 _JPG = 0
 _RAW = 1

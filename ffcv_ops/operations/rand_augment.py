@@ -19,7 +19,7 @@ import torch
 
 from ffcv_ops._kernels import kernel
 from ffcv_ops.errors import UserError
-from ffcv_ops.operations.base import Batch, take
+from ffcv_ops.operations.base import Batch
 from ffcv_ops.operations.image_operation import IMAGENET_MEAN, ImageOperation, read_colour
 from ffcv_ops.operations.pillow_ops import (
     AUTO_CONTRAST,
@@ -42,6 +42,7 @@ from ffcv_ops.operations.pillow_ops import (
     apply_operation,
     build_scratch,
 )
+from ffcv_ops.operations.workers import take
 from ffcv_ops.rng import RAND_AUGMENT
 
 
