@@ -64,7 +64,7 @@ def test_the_arrows_between_the_rooms() -> None:
 @pytest.mark.parametrize(
     ("module", "homes"),
     [
-        ("ctypes", {"ffcv_ops/codec/jpeg.py"}),
+        ("ctypes", {"ffcv_ops/_sigbus.py", "ffcv_ops/codec/jpeg.py"}),
         ("ffcv", {"ffcv_ops/_ffcv.py"}),
         ("wandb", {"imagenet_training/wandb.py"}),
     ],
