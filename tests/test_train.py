@@ -468,6 +468,25 @@ def test_mistakes_are_refused_before_anything_is_created(call, recipe, data, tmp
         assert expected in err and "Traceback" not in err, (arguments, err)
 
 
+def test_a_bug_keeps_its_traceback(recipe, tmp_path):
+    """A ValueError that is no `UserError`, raised by NumPy while the model is built."""
+    program = textwrap.dedent("""
+        import sys
+        import numpy as np
+        import train_imagenet
+        from imagenet_training import trainer
+
+        trainer.build_model = lambda *arguments, **options: np.zeros(3) + np.zeros(4)
+        train_imagenet.main()
+    """)
+    command = [sys.executable, "-c", program, "--config-file", str(recipe), "--no_wandb"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and not [*tmp_path.iterdir()]
+    assert "Traceback" in done.stderr and "ValueError: operands could not be broadcast" in done.stderr
+    assert "error: " not in done.stderr
+
+
 def test_classes_numbered_differently_are_refused(call, recipe, data, tmp_path):
     manifest = json.loads((data / "val.beton.json").read_text())
     manifest["classes"][3:5] = manifest["classes"][4:2:-1]
