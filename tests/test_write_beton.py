@@ -262,16 +262,38 @@ def test_a_signal_ends_the_run_in_seconds(large, tmp_path, number, name, status)
     assert not target.exists() and Path(f"{target}.partial.journal").exists()
 
 
+def run_patched(patch, *arguments):
+    """Run the command in a process whose module `write_beton` has been patched."""
+    program = f"import sys, write_beton\n{patch}\nsys.exit(write_beton.main({[*map(str, arguments)]!r}))\n"
+    return subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parent, capture_output=True, text=True)
+
+
 def test_a_check_that_is_stopped_promises_nothing(written):
-    program = f"""
-import sys, write_beton
-def interrupt(*arguments):
-    raise KeyboardInterrupt
-write_beton.run_verify = interrupt
-sys.exit(write_beton.main(["--verify", {str(written)!r}]))
-"""
-    process = subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parent, capture_output=True, text=True)
+    patch = "def interrupt(*arguments):\n    raise KeyboardInterrupt\nwrite_beton.run_verify = interrupt"
+    process = run_patched(patch, "--verify", written)
     assert process.returncode == 130 and process.stderr == "stopped by Ctrl-C\n"
+
+
+@pytest.mark.parametrize("name", ["write", "verify", "describe"])
+def test_a_bug_keeps_its_traceback(data, written, tmp_path, name):
+    """Only a `UserError` is a user's mistake. NumPy raises ValueError too."""
+    patch = f"import numpy as np\nwrite_beton.{name} = lambda *_, **__: np.zeros(2) + np.zeros(3)"
+    arguments = {
+        "write": ["--source", data / "train", "--target", tmp_path / "bug.beton"],
+        "verify": ["--verify", written],
+        "describe": ["--inspect", written],
+    }
+    process = run_patched(patch, *arguments[name])
+    assert process.returncode == 1
+    assert "Traceback" in process.stderr and "<lambda>" in process.stderr
+    assert "ValueError: operands could not be broadcast" in process.stderr and "error: oper" not in process.stderr
+
+
+def test_torch_is_imported_for_a_sheet_alone(written, tmp_path):
+    patch = "import atexit\natexit.register(lambda: print('torch' in sys.modules))"
+    for sheet, expected in ((), "False"), (("--sheet", tmp_path / "sheet.png"), "True"):
+        process = run_patched(patch, "--inspect", written, *sheet)
+        assert process.stdout.splitlines()[-1] == expected, process.stderr
 
 
 def test_no_process_outlives_a_killed_run(large, tmp_path):

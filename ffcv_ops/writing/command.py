@@ -1,0 +1,142 @@
+"""Settings of the command ``write_beton.py``, and the rules by which they choose paths and classes."""
+
+import json
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from ffcv_ops.beton.layout import manifest_path
+from ffcv_ops.errors import UserError
+from ffcv_ops.settings import Flags, Settings, setting
+from ffcv_ops.settings.fields import Choice, Integer, Number, Switch, Text
+from ffcv_ops.writing.plan import MODES, WriteSettings
+
+ROOT = Path("/fsx/ns1")
+
+
+@dataclass(frozen=True)
+class Write:
+    """What to write, from which images, and how."""
+
+    split: Literal["train", "val"] | None = setting(Choice("train", "val"))
+    """Split to write. A val folder must have the classes of the train manifest."""
+    source: str | None = setting(Text())
+    """Folder with one subfolder of images for each class. None: /fsx/ns1/SPLIT."""
+    target: str | None = setting(Text())
+    """File to write. None: the path of the source folder with .beton after it."""
+    train_manifest: str | None = setting(Text())
+    """With --split val: manifest whose classes the folder must have. None: train.beton.json beside the target."""
+    mode: str = setting(Choice(*MODES), default="jpg")
+    """Storage of the images. jpg: JPEG. raw: pixels. proportion: a share as pixels, the rest as JPEG. smart: pixels up
+    to --smart_threshold bytes, JPEG above."""
+    max_side: int = setting(Integer(min=0), default=500)
+    """Shrink images whose longer side exceeds this (px). 0: keep all sizes."""
+    quality: int = setting(Integer(min=1), default=90)
+    """JPEG quality, 1 to 100."""
+    num_workers: int = setting(Integer(min=-1), default=-1)
+    """Processes of each rank that encode or verify. -1: all CPUs."""
+    raw_share: float = setting(Number(min=0, max=1), default=0.5)
+    """With --mode proportion: share of the images stored as pixels."""
+    smart_threshold: int | None = setting(Integer(min=0))
+    """With --mode smart: if an image has more bytes of pixels than this, it is stored as JPEG."""
+    subset: int = setting(Integer(min=-1), default=-1)
+    """Write only this many images, evenly spaced through the sorted folder. -1: all."""
+    seed: int = setting(Integer(min=0), default=0)
+    """Seed of the order in which images are stored, and of the random choice of --mode proportion."""
+    page_size: int = setting(Integer(min=1), default=1 << 23)
+    """Bytes of a page, a power of two from 2097152. Quasi-random order reads one page at a time."""
+    on_error: Literal["stop", "skip"] = setting(Choice("stop", "skip"), default="stop")
+    """If an image is bad: stop and write no file, or leave the image out and list it."""
+    overwrite: bool = setting(Switch(), default=False)
+    """Replace an existing target once the new file is complete."""
+    verify: str | None = setting(Text())
+    """Check this .beton file instead of writing one."""
+    inspect: str | None = setting(Text())
+    """Describe this .beton file instead of writing one."""
+    sheet: str | None = setting(Text())
+    """With --inspect: draw images of the file and histograms of their sizes into this PNG file."""
+
+    @property
+    def settings(self) -> WriteSettings:
+        """Return the settings that the content of the file depends on."""
+        return WriteSettings(**{field.name: getattr(self, field.name) for field in fields(WriteSettings)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteBeton(Settings):
+    """The settings of ``write_beton.py``."""
+
+    write: Write
+
+
+FLAGS: Flags = {field.name: f"write.{field.name}" for field in fields(Write)} | {"overwrite": ("write.overwrite", "1")}
+
+
+def choose_paths(chosen: Write) -> tuple[Path, Path]:
+    """Return the folder to read and the file to write.
+
+    Raises
+    ------
+    UserError
+        If neither split nor source is given, or if the source is no folder of class folders.
+    """
+    if chosen.source:
+        source = Path(chosen.source)
+    elif chosen.split:
+        source = ROOT / chosen.split
+    else:
+        raise UserError("nothing to write: use --split train, --split val, or --source FOLDER")
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; --source names the one with a subfolder of images for each class")
+    absolute = Path(os.path.abspath(source))
+    target = Path(chosen.target) if chosen.target else absolute.parent / f"{absolute.name}.beton"
+    inner = sorted(entry.name for entry in source.iterdir() if entry.is_dir())
+    if inner and set(inner) <= {"train", "val", "test"}:
+        name = chosen.split if chosen.split in inner else inner[0]
+        raise UserError(f"{source}: holds the splits, not the classes of one; use --source {source / name}")
+    return source, target
+
+
+def read_train_classes(chosen: Write, target: Path, notice: Callable[[str], None]) -> list[str] | None:
+    """Return the classes of the training split, which a val folder must have too.
+
+    For the training split, and without a manifest of it, there are none: the result is None.
+
+    Raises
+    ------
+    UserError
+        If the manifest cannot be read, or if the one named by the user does not exist.
+    """
+    if chosen.split != "val":
+        return None
+    path = Path(chosen.train_manifest) if chosen.train_manifest else manifest_path(target.with_name("train.beton"))
+    if not path.exists() and not chosen.train_manifest:
+        notice(f"{path}: not there, so the classes are not compared with the training split's")
+        return None
+    try:
+        return [str(name) for name in json.loads(path.read_bytes())["classes"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a readable manifest; name the training split's with --train_manifest") from None
+
+
+def settings_line(settings: WriteSettings) -> str:
+    """Return the settings that take effect as text, such as ``mode jpg, max_side 500``."""
+    unused = {"raw_share": settings.mode != "proportion", "smart_threshold": settings.mode != "smart"}
+    unused |= {"quality": settings.mode == "raw", "subset": settings.subset == -1}
+    return ", ".join(f"{name} {value}" for name, value in vars(settings).items() if not unused.get(name))
+
+
+def next_commands(target: Path, split: str | None) -> list[str]:
+    """Return the commands that are usually next for a file that has just been written."""
+    path = shlex.quote(str(target))
+    lines = [
+        f"check  python write_beton.py --verify {path}",
+        f"look   python write_beton.py --inspect {path} --sheet {shlex.quote(f'{target.stem}.png')}",
+    ]
+    if split:
+        recipe = "rn50_configs/single_gpu_100ep.yaml"
+        lines.append(f"train  python train_imagenet.py --config-file {recipe} --data.{split}_dataset={path}")
+    return lines
