@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 from betons import photographs, write_images
 
-import write_beton
 from ffcv_ops import _kernels, read_beton
+from ffcv_ops.writing import command as write_command
 from imagenet_training import doctor
 from imagenet_training import doctor_checks as checks
 from imagenet_training import wandb as wandb_runs
@@ -303,7 +303,7 @@ def test_the_requirements_are_those_of_the_project():
 
 def test_the_default_data_is_that_of_the_scripts():
     assert checks.DATA == (Data.train_dataset, Data.val_dataset)
-    assert [Path(path).parent for path in checks.DATA] == [write_beton.ROOT] * 2
+    assert [Path(path).parent for path in checks.DATA] == [write_command.ROOT] * 2
 
 
 @pytest.mark.parametrize("path", STDLIB_ONLY, ids=lambda path: path.name)
