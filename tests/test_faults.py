@@ -398,10 +398,10 @@ class Probes:
         labels, lam = self.torch.tensor([4, 4]), 0.7
         targets = self.torch.empty(2, 10)
         if self.ours:
-            from ffcv_ops.operations.mix import Plan, dense_targets_into
+            from ffcv_ops.operations.mix import MixDraw, dense_targets_into
 
             box, no = np.tile([0, 8, 0, 8], (2, 1)), np.zeros(2, bool)
-            dense_targets_into(labels, Plan(np.array([1, 0]), np.full(2, lam, np.float32), box, no), 0.0, targets)
+            dense_targets_into(labels, MixDraw(np.array([1, 0]), np.full(2, lam, np.float32), box, no), 0.0, targets)
         else:
             from ffcv.transforms import MixupToOneHot
 
