@@ -51,7 +51,7 @@ TABLE = {
     "an epoch is resumed at batch 7": ("AttributeError", "same batches"),
     "an order of one's own, as a class": ("ValueError", "runs"),
     "an order of one's own, as an instance": ("TypeError", "runs"),
-    "random order without the system's cache": ("holds 31 of 31 pages", "ValueError"),
+    "random order without the system's cache": ("holds 31 of 31 pages", "UserError"),
     "memory for an image beside its result": ("12288 bytes a sample", "0 bytes a sample"),
     "mixup of two samples of one class": ("mass 0.3", "mass 1.0"),
     "mixup of a batch in another epoch": ("same lambda", "other lambda"),
