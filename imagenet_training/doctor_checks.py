@@ -54,10 +54,10 @@ Options = argparse.Namespace
 def check_python(options: Options) -> Iterator[Finding]:
     """Check the version of Python."""
     text = f"{'.'.join(map(str, sys.version_info[:3]))}, {sys.executable}"
-    if (3, 10) <= sys.version_info < (3, 14):
+    if (3, 10) <= sys.version_info < (3, 15):
         yield Finding("ok", text)
     else:
-        text = f"{text}: 3.10 to 3.13 are needed; nothing else was checked"
+        text = f"{text}: 3.10 to 3.14 are needed; nothing else was checked"
         yield Finding("error", text, "make setup PYTHON=python3.12")
 
 

@@ -5,7 +5,7 @@
 # minor version of Python, the same processor architecture, and a glibc at least as new as this machine's. Where dist/
 # has one that fits, `make setup` takes it; elsewhere: pip install dist/ffcv-*.whl
 #
-#   PYTHON=python3.12   the interpreter to build for, 3.10 to 3.13; else that of .venv, else as make setup finds it
+#   PYTHON=python3.12   the interpreter to build for, 3.10 to 3.14; else that of .venv, else as make setup finds it
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" # which goes to the repository's folder
 

@@ -7,8 +7,8 @@
 #
 # If dist/ has a wheel of FFCV that fits (make ffcv-wheel), the wheel is installed and nothing needs to be compiled.
 #
-#   PYTHON=python3.12   the interpreter, 3.10 to 3.13. By default that of an existing .venv, else the first of python3,
-#                       python3.13 ... python3.10.
+#   PYTHON=python3.12   the interpreter, 3.10 to 3.14. By default that of an existing .venv, else the first of python3,
+#                       python3.14 ... python3.10.
 #   pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf, ...) apply as usual.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -58,15 +58,15 @@ meet_needs() {
 # Print the interpreter to use. Print nothing if there is none, but apt may install python3.
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-.venv/bin/python python3 python3.13 python3.12 python3.11 python3.10}; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; then
+    for candidate in ${PYTHON:-.venv/bin/python python3 python3.14 python3.13 python3.12 python3.11 python3.10}; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null; then
             printf '%s' "$candidate"
             return
         fi
     done
-    [ -z "${PYTHON:-}" ] || stop "PYTHON=$PYTHON is no Python from 3.10 to 3.13."
+    [ -z "${PYTHON:-}" ] || stop "PYTHON=$PYTHON is no Python from 3.10 to 3.14."
     [ ! -x /usr/bin/python3 ] ||
-        stop "no Python from 3.10 to 3.13 on the PATH: install one and name it, as in make setup PYTHON=python3.12"
+        stop "no Python from 3.10 to 3.14 on the PATH: install one and name it, as in make setup PYTHON=python3.12"
 }
 
 # Print the wheel of FFCV in dist/ for this interpreter, processor and C library, if there is one.

@@ -1,5 +1,6 @@
 """What every test relies on: no network, no window, and GPU tests only where there is a GPU."""
 
+import multiprocessing
 import os
 import signal
 
@@ -14,6 +15,10 @@ os.environ["MPLBACKEND"] = "agg"
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and with them every process they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# FFCV's writer starts its processes as Python does by default. From Python 3.14 on, that is no longer by a fork, and
+# the classes of samples that tests define within functions would not reach those processes.
+multiprocessing.set_start_method("fork")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

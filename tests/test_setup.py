@@ -120,7 +120,7 @@ def test_the_wheel_of_ffcv_brings_its_libraries(clone: Path, tmp_path: Path) -> 
 def test_an_interpreter_that_does_not_fit_is_refused(clone: Path) -> None:
     done = set_up(clone, python="/no/such/python")
     assert done.returncode == 1
-    assert "PYTHON=/no/such/python is no Python from 3.10 to 3.13" in done.stderr
+    assert "PYTHON=/no/such/python is no Python from 3.10 to 3.14" in done.stderr
 
 
 def test_what_is_done_is_left_alone() -> None:
