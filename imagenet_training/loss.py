@@ -1,4 +1,4 @@
-"""Losses on dense targets, which hold mixing and label smoothing already: no loss here smooths again."""
+"""Losses on dense targets. The targets already contain mixing and label smoothing, so no loss smooths again."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,26 +10,26 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def soft_target_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy (scalar) of logits (N, K) against dense targets (N, K), in 32-bit."""
+    """Return the cross entropy (scalar) of logits (N, K) against dense targets (N, K), computed in float32."""
     return torch.sum(-targets * F.log_softmax(logits.float(), dim=1), dim=1).mean()
 
 
 def binary_cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, *, threshold: float | None = None
 ) -> torch.Tensor:
-    """Binary cross entropy (scalar) of every class on its own, the mean over images and classes, in 32-bit.
+    """Return the binary cross entropy (scalar): the mean over images and classes, computed in float32.
 
     Parameters
     ----------
     logits, targets : torch.Tensor
         Float (N, K).
     threshold : float, optional
-        Targets above it count as 1, others as 0 (timm's ``target_threshold``): each class in a mixed image is wholly
-        there. None: as they are.
+        Targets above the threshold become 1, all others 0, as with timm's ``target_threshold``. Each class in a mixed
+        image then counts fully. None: targets stay as they are.
 
     Notes
     -----
-    "ResNet Strikes Back" (arXiv 2110.00476), section 3; timm's ``BinaryCrossEntropy`` on dense targets.
+    Follows "ResNet Strikes Back" (arXiv 2110.00476), section 3, and timm's ``BinaryCrossEntropy`` on dense targets.
     """
     if threshold is not None:
         targets = (targets > threshold).to(logits.dtype)

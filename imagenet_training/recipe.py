@@ -4,8 +4,9 @@
 
 checks a command line of ``train_imagenet.py`` within a second, and exits with status 2 if anything is wrong.
 
-To add a setting, add a field with a docstring to a section below, then use it. The key, its place in ``--help`` and the
-check of its value follow from the field. `check_recipe` holds the checks that take several settings.
+To add a setting, add a field with a docstring to a section below, then use it, such as ``recipe.training.epochs``. The
+key, its place in ``--help`` and the check of its value follow from the field. `check_recipe` holds the checks that take
+several settings. ``PYTHONPATH=. python tests/test_recipe.py`` updates the table in ``docs/RECIPES.md``.
 """
 
 import re
