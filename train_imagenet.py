@@ -133,7 +133,7 @@ def evaluate_only(recipe: Recipe) -> None:
             f"top-1 {values['val/acc1']:.3%}, top-5 {values['val/acc5']:.3%}"
         )
         if recipe.training.report and world.is_main:
-            report_evaluation(recipe, data, world, provenance, evaluated.predictions)
+            report_evaluation(recipe, plan, data, world, provenance, evaluated.predictions)
             log.print(f"report: {recipe.training.report}")
 
 

@@ -216,11 +216,16 @@ def run_notices(
 
 
 def report_evaluation(
-    recipe: Recipe, data: TrainingData, world: World, provenance: dict[str, Any], predictions: Predictions | None
+    recipe: Recipe,
+    plan: RunPlan,
+    data: TrainingData,
+    world: World,
+    provenance: dict[str, Any],
+    predictions: Predictions | None,
 ) -> None:
     """Write the report of an evaluation without training into the file ``training.report``."""
     assert predictions is not None and recipe.training.report is not None
-    weights = recipe.training.resume or recipe.model.weights
+    weights = plan.resumed_from or recipe.model.weights
     write_report(
         Path(recipe.training.report),
         name=f"evaluated with {weights or 'pretrained weights'}",

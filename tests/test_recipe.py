@@ -918,9 +918,17 @@ def test_summary_tells_what_matters(write):
         "0 on one-dimensional parameters",
     ):
         assert part in text, part
-    assert (
-        max(map(len, summary(read_recipe([]), plan_run(read_recipe([]), world_size=1, **IMAGENET)).splitlines())) < 120
-    )
+    recipe = read_recipe([])
+    assert max(map(len, summary(recipe, plan_run(recipe, world_size=1, **IMAGENET)).splitlines())) < 120
+
+
+def test_summary_names_the_checkpoint_that_auto_has_found():
+    recipe = read_recipe(["--resume=auto"])
+    for resumed, words in ((None, "from scratch"), ("runs/a/last.ckpt", "resumed from runs/a/last.ckpt")):
+        text = summary(recipe, plan_run(recipe, world_size=1, resumed_from=resumed, **IMAGENET))
+        assert f"resnet50, 1000 classes, {words}\n" in text
+    recipe = read_recipe(["--resume=auto", "--dry_run"])
+    assert "resumed from auto\n" in summary(recipe, plan_run(recipe, world_size=1, **IMAGENET))
 
 
 if __name__ == "__main__":
