@@ -180,7 +180,7 @@ def train_loader(
     normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, dtype)
     to_device = _to_device(world)
     return Loader(
-        file.path,
+        file,
         batch_size=batch_size,
         num_workers=_num_workers(recipe),
         os_cache=recipe.data.in_memory,
@@ -216,7 +216,7 @@ def val_loader(
         interpolation=validation.interpolation,
     )
     return Loader(
-        file.path,
+        file,
         batch_size=validation.batch_size,
         num_workers=num_workers or _num_workers(recipe),
         os_cache=recipe.data.in_memory,
