@@ -22,7 +22,8 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
-        publish(temporary, path)
+        sync(temporary)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         reason = error if isinstance(error, OSError) else error.__context__  # torch.save raises its own error from it
         if not isinstance(reason, OSError):
@@ -33,6 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+    sync(path.absolute().parent)
 
 
 def publish(temporary: Path, path: Path) -> None:

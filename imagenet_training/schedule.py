@@ -78,24 +78,35 @@ def build_lr(recipe: Recipe, *, peak: float, steps_per_epoch: int) -> Callable[[
     steps_per_epoch : int
     """
     settings, epochs = recipe.lr, recipe.training.epochs
-    at_epoch = {
-        "cyclic": functools.partial(cyclic_lr, lr=peak, peak_epoch=settings.lr_peak_epoch, epochs=epochs),
-        "step": functools.partial(
-            step_lr, lr=peak, ratio=settings.step_ratio, length=settings.step_length, epochs=epochs
-        ),
-    }.get(settings.lr_schedule_type)
     total_steps, warmup_steps = steps_per_epoch * epochs, settings.warmup_epochs * steps_per_epoch
 
+    def cyclic(step: int) -> float:
+        at_epoch = functools.partial(cyclic_lr, lr=peak, peak_epoch=settings.lr_peak_epoch, epochs=epochs)
+        return _on_line(at_epoch, step, steps_per_epoch)
+
+    def step_by_step(step: int) -> float:
+        at_epoch = functools.partial(
+            step_lr, lr=peak, ratio=settings.step_ratio, length=settings.step_length, epochs=epochs
+        )
+        return _on_line(at_epoch, step, steps_per_epoch)
+
+    def cosine(step: int) -> float:
+        progress = max(0.0, (step - warmup_steps) / (total_steps - warmup_steps))
+        return cosine_lr(progress, lr=peak, min_lr=settings.min_lr)
+
+    shape = {"cyclic": cyclic, "step": step_by_step, "cosine": cosine}[settings.lr_schedule_type]
+
     def lr_at(step: int) -> float:
-        if at_epoch is None:
-            progress = (step - warmup_steps) / (total_steps - warmup_steps)
-            lr = cosine_lr(max(0.0, progress), lr=peak, min_lr=settings.min_lr)
-        else:
-            epoch, steps_done = divmod(step, steps_per_epoch)
-            start, end = at_epoch(epoch), at_epoch(epoch + 1)
-            lr = start + (end - start) * steps_done / steps_per_epoch
+        lr = shape(step)
         if step < warmup_steps:
             lr *= settings.warmup_lr + (1 - settings.warmup_lr) * step / warmup_steps
         return lr
 
     return lr_at
+
+
+def _on_line(at_epoch: Callable[[int], float], step: int, steps_per_epoch: int) -> float:
+    """Return the value on the straight line between the values at the starts of this epoch and the next."""
+    epoch, steps_done = divmod(step, steps_per_epoch)
+    start, end = at_epoch(epoch), at_epoch(epoch + 1)
+    return start + (end - start) * steps_done / steps_per_epoch

@@ -167,7 +167,7 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
         max_pixels = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else None
         try:
             return jpeg.decode(np.frombuffer(content, np.uint8), max_pixels=max_pixels)
-        except ValueError:
+        except jpeg.JPEGError:
             pass
     with Image.open(path) as image:  # opened by its path, so that Pillow's messages name the file
         if image.format == "EPS":
