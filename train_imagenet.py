@@ -9,13 +9,16 @@ and the arithmetic of the learning rate, then a line every ``logging.log_every``
 (the curve), ``.recipe.json`` and ``.predictions.npz`` (of the best epoch, for every validation image);
 ``checkpoints/last.ckpt``, the best checkpoint, and exported weights.
 
-``--config-file`` may be repeated: later files win, then the command line. ``--resume checkpoints/last.ckpt`` continues
-a run, ``--resume auto`` continues its newest checkpoint, ``--eval_only`` evaluates (``--report out.html`` shows the
-mistakes), ``--dry_run`` prints the plan and touches nothing, ``--preview out.png`` draws training images as the model
-gets them, ``--help`` lists every key.
+``--config-file`` may be repeated: later files win, then the command line. The usual flags:
 
-SIGTERM, SIGUSR1 and Ctrl-C save the run at its present step; the exit status is then 75, after Ctrl-C 130. The exit
-status is 2 for a mistake that is found before anything is created, and 1 for a run that failed.
+    --resume checkpoints/last.ckpt   continue a run; ``--resume auto`` finds its newest checkpoint
+    --eval_only --report out.html    evaluate a checkpoint, and write a page with its mistakes
+    --dry_run                        print the plan, and touch nothing
+    --preview out.png                draw training images as the model gets them
+    --help                           list every key
+
+SIGTERM, SIGUSR1 and Ctrl-C save the run at its present step. The exit status is then 75, after Ctrl-C 130. Status 2: a
+mistake was found before anything was created. Status 1: the run failed.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What the machine and the launcher give to this process: its CPUs, and its place among the ranks.
+"""The share of this process in the machine and the run: its CPUs, and its place among the ranks.
 
 The names of the environment variables are torchrun's.
 """

@@ -3,6 +3,7 @@
 import copy
 import re
 import zipfile
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def load_file(path: str | Path, **options: Any) -> Any:
 
 
 def check_whole(path: str | Path) -> None:
-    """Check the checksums of a checkpoint. PyTorch stores them, and does not check them when it loads a file.
+    """Check the checksums of a checkpoint. ``torch.load`` does not check the checksums that ``torch.save`` stored.
 
     Raises
     ------
@@ -83,14 +84,17 @@ def check_whole(path: str | Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
         raise UnreadableFile("the file is empty" if not Path(path).stat().st_size else str(error)) from error
     if damaged is not None:
         raise UnreadableFile(f"the checksum of {damaged} in it is wrong")
 
 
 def checkpoint_content(state: TrainState, trainer: Trainer, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Return everything a run needs to continue, of types that ``torch.load(weights_only=True)`` admits."""
+    """Return everything a run needs to continue, of types that ``torch.load(weights_only=True)`` admits.
+
+    Besides position and tensors, it has the keys of `provenance.describe_run`.
+    """
     ema = trainer.ema
     return {
         "format": FORMAT,

@@ -300,7 +300,7 @@ def file_system(path: Path) -> str:
 
     real = path.resolve()
     mounts = [mount for mount in psutil.disk_partitions(all=True) if Path(mount.mountpoint) in (real, *real.parents)]
-    # Of several file systems that are mounted in one place, the last is visible.
+    # If several file systems are mounted in one place, the last one is visible.
     mount = max(reversed(mounts), key=lambda mount: len(mount.mountpoint))
     return f"{mount.fstype} ({mount.mountpoint})"
 

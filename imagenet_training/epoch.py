@@ -69,7 +69,7 @@ class EpochMeters:
         self.state.totals = self.accuracy.totals()
 
     def values(self, totals: list[float] | None = None) -> dict[str, float]:
-        """Return loss, accuracies and pace, of this rank so far or from the totals of all ranks."""
+        """Return loss, accuracies and pace: from this rank's sums, or from the totals of all ranks if given."""
         totals = self.accuracy.sums.tolist() if totals is None else totals
         return {**accuracy_metrics(totals, "train"), "lr": self.lr, **self.clock.rates()}
 

@@ -92,6 +92,10 @@ def restore(trainer: Trainer, point: ResumePoint, recipe: Recipe, plan: RunPlan)
     recipe : Recipe
     plan : RunPlan
 
+    Returns
+    -------
+    TrainState
+
     Raises
     ------
     UserError
@@ -144,15 +148,15 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, content: Mapping[str, A
 
 
 def _check_same_batches(content: Mapping[str, Any], recipe: Recipe, plan: RunPlan) -> None:
-    """Check that the remaining steps of an interrupted epoch take exactly its remaining samples.
+    """Check that the global batches of an interrupted epoch continue where they stopped.
 
-    Samples are dealt to the ranks one by one, so this holds for any number of ranks with the same global batch.
-    In quasi-random order each rank has pages of its own, so there the number of ranks must be the same too.
+    Samples are dealt to the ranks one by one, so any number of ranks with the same global batch will do. In
+    quasi-random order each rank has its own pages, so the number of ranks must be the same too.
 
     Raises
     ------
     UserError
-        If they would take other samples.
+        If the global batch, or in quasi-random order the number of ranks, is another one.
     """
     state = content["state"]
     position = f"the checkpoint stands {state['batch']} batches into epoch {state['epoch']}"

@@ -90,7 +90,7 @@ class RunFolder:
         return self
 
     def _make_room(self) -> None:
-        """Remove what a killed run left half-written, and keep the files of another run."""
+        """Remove unfinished files of a killed run, and move the files of another run to ``earlier-N``."""
         self.checkpoints.remove_unfinished()
         resumed = self.plan.resumed_from
         if not resumed or Path(resumed).resolve().parent != self.checkpoints.folder.resolve():
@@ -181,9 +181,11 @@ class RunFolder:
             f"done: best top-1 {state.best_acc1:.3%} in epoch {state.best_epoch}"
             + (f", last {last:.3%}" if last is not None else "")
         )
-        log.print(f"  best checkpoint   {best}")
+        if best.exists():  # else the best epoch was in another folder, before the run was resumed
+            log.print(f"  best checkpoint   {best}")
         log.print(f"  last checkpoint   {checkpoints.last}")
-        log.print(f"  exported weights  {checkpoints.weights}")
+        if checkpoints.weights.exists():
+            log.print(f"  exported weights  {checkpoints.weights}")
         log.print(f"  logs              {log.folder / state.run_name}.log .jsonl .png .recipe.json .predictions.npz")
         log.print(f"  report            {self.report}")
         if find_library(model.arch, model.library) == "timm":
@@ -194,11 +196,12 @@ class RunFolder:
             build = f"model = torchvision.models.{model.arch}(num_classes={model.num_classes})"
             use = f"{build}; model.load_state_dict({loaded})"
         log.print("next")
-        evaluate = {"training.eval_only": "1", "training.resume": str(best)}
+        evaluate = {"training.eval_only": "1", "training.resume": str(best if best.exists() else checkpoints.last)}
         train_on = {"training.resume": str(checkpoints.last), "training.epochs": str(2 * self.plan.epochs)}
         log.print(f"  evaluate     {_command(evaluate)}")
         log.print(f"  train on     {_command(train_on)}")
-        log.print(f"  use weights  {use}")
+        if checkpoints.weights.exists():
+            log.print(f"  use weights  {use}")
 
 
 def run_notices(

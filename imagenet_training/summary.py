@@ -1,4 +1,4 @@
-"""What is printed before a run begins: a table of what it will do, and the resolved recipe."""
+"""The text printed before a run: a table of its plan, and the resolved recipe."""
 
 import math
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ def summary(recipe: Recipe, plan: RunPlan, size: str = "") -> str:
     size : str
         Parameters and cost of the model, in words.
     """
-    training, batches = recipe.training, batch_arithmetic(plan.batch_size, plan.world_size, plan.accumulation)
+    batches = batch_arithmetic(plan.batch_size, plan.world_size, plan.accumulation)
     rows = [
         ("recipe", ", then ".join(str(path) for path in recipe.files) or "no file: defaults"),
         *(("  override", line) for line in recipe.overrides()),
@@ -41,7 +41,7 @@ def summary(recipe: Recipe, plan: RunPlan, size: str = "") -> str:
         ("schedule", _schedule_line(recipe)),
         ("optimizer", _optimizer_line(recipe)),
         ("length", f"{plan.epochs} epochs x {plan.steps_per_epoch:,} steps = {plan.total_steps:,} steps"),
-        ("precision", training.precision),
+        ("precision", plan.precision),
     ]
     return "\n".join(f"{name:<14}{line}" for name, line in rows)
 

@@ -35,7 +35,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def allow_tf32(allowed: bool) -> None:
     """Allow or forbid TF32: GPUs then round the factors of 32-bit products to 10 bits of mantissa."""
-    # PyTorch has two interfaces. What the older one sets can be read by both; what the newer sets only by the newer.
+    # Both of PyTorch's interfaces can read a value set by the older one. Therefore the older one sets it.
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
@@ -77,6 +77,8 @@ class Trainer:
         Seed of what the model itself draws (dropout, drop path): a function of (seed, batch, rank).
     compiles : bool
         Compile the model in `compile_for`.
+    compiled_px : int
+        Side of the images that the model is compiled for; 0 for none yet.
     """
 
     model: nn.Module
@@ -222,12 +224,14 @@ class Trainer:
         return contextlib.nullcontext()
 
     def _seed(self, batch: int) -> None:
-        """Make what the model draws a function of (seed, batch of the run, rank), the same after any resume."""
+        """Make what the model draws a function of (seed, batch of the run, rank), the same after a resume."""
         torch.manual_seed(hash((self.seed, batch, self.world.rank)) % 2**63)
 
 
 def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoint: bool = False) -> Trainer:
     """Build model, optimizer, moving average and loss of a recipe, on this rank's device.
+
+    This also sets PyTorch's global seed, TF32 and cuDNN's choice of kernels.
 
     Parameters
     ----------

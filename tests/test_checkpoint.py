@@ -34,7 +34,7 @@ WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=tor
 
 
 class Run:
-    """What a run saves and restores: its trainer, and the parts of recipe and plan that count there."""
+    """The part of a run that is saved and restored: its trainer, with the recipe and plan that count there."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a run says: on a terminal and where it is piped, and how it stands against the expected accuracies."""
+"""The log of a run: on a terminal, in a pipe, and beside the expected accuracies."""
 
 import os
 import resource

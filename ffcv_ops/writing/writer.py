@@ -159,8 +159,8 @@ def _write(
         raise
     except (WorkerKilled, MemoryError) as error:
         raise WriteError(
-            f"{error or 'out of memory'}; most often memory is short: give the run more, or fewer --num_workers; the "
-            f"same command goes on from {partial.path}"
+            f"{str(error) or 'out of memory'}; most often memory is short: give the run more, or fewer --num_workers; "
+            f"the same command goes on from {partial.path}"
         ) from None
     except OSError as error:
         raise WriteError(
