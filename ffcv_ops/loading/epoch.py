@@ -25,7 +25,7 @@ from ffcv_ops.operations.workers import WorkerPool
 if TYPE_CHECKING:
     from ffcv_ops.loading.loader import Loader
 
-# The most times that a batch is prepared again because a replacement is bad too.
+# The most times that a batch is prepared, because a replacement may be bad too.
 _MAX_ATTEMPTS = 50
 
 
@@ -211,9 +211,9 @@ atexit.register(_stop_all)
 class EpochIterator(Iterator):
     """The batches of one epoch; made by `Loader.epoch`.
 
-    The epoch's threads end if the consumer leaves the loop, by ``break`` or an exception, and if the last reference is
-    dropped. `close` also waits for them. ``len()`` is the number of batches from the start of this iterator, including
-    those that it has returned.
+    The epoch's threads end when the last reference to the iterator is dropped, as ``break`` does in a plain loop. If a
+    name holds the iterator, call `close`, which also waits for the threads. ``len()`` is the number of batches from the
+    start of this iterator, including those that it has returned.
     """
 
     def __init__(self, producer: EpochProducer):

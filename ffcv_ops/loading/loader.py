@@ -88,7 +88,7 @@ class Loader(StockLoader):
         Return batches that stay valid.
     on_error : {"raise", "skip"}
         For a sample that cannot be decoded: raise `SampleError`, or replace the sample in all fields by another one,
-        drawn by (seed, epoch, sample id), and count it.
+        drawn by (seed, epoch, sample id, copy), and count it.
 
     Attributes
     ----------
