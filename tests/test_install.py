@@ -15,7 +15,7 @@ from documents import DOCUMENTS
 from setuptools import build_meta
 
 import ffcv_ops
-import train_imagenet
+from imagenet_training import provenance
 from imagenet_training import recipe as recipe_module
 
 pytestmark = pytest.mark.slow
@@ -131,14 +131,14 @@ def test_an_installed_copy_has_no_commit_of_the_repository_around_it(tmp_path, m
     (tmp_path / "theirs.txt").write_text("")
     for command in (["init", "--quiet"], ["add", "theirs.txt"], ["commit", "--quiet", "--message=theirs"]):
         subprocess.run([*git, *command], check=True)
-    monkeypatch.setattr(train_imagenet, "__file__", str(script))
-    assert train_imagenet.git_commit() is None
+    monkeypatch.setattr(provenance, "__file__", str(script))
+    assert provenance.git_commit() is None
     for command in (["add", "train_imagenet.py"], ["commit", "--quiet", "--message=ours"]):
         subprocess.run([*git, *command], check=True)
     commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-    assert train_imagenet.git_commit() == commit
+    assert provenance.git_commit() == commit
     script.write_text("changed")
-    assert train_imagenet.git_commit() == f"{commit}+"
+    assert provenance.git_commit() == f"{commit}+"
 
 
 def test_public_names_are_documented_typed_and_there():
