@@ -113,10 +113,14 @@ class RunFolder:
         """Wait for the last save and report. Raise the error of either."""
         self._background.finish()
 
+    def _content(self, state: TrainState) -> dict[str, Any]:
+        """Return a copy of what a checkpoint holds, which further steps do not change."""
+        return copy_to_cpu(checkpoint_content(state, self.trainer, self.provenance))
+
     def save(self, state: TrainState) -> None:
         """Save the run at its present position, while training goes on."""
         if self.world.is_main:
-            content = copy_to_cpu(checkpoint_content(state, self.trainer, self.provenance))
+            content = self._content(state)
             self._background.start(lambda: self.checkpoints.save(content))
 
     def save_epoch(self, state: TrainState, predictions: Predictions | None) -> None:
@@ -130,7 +134,7 @@ class RunFolder:
             Of the finished epoch, if it was evaluated.
         """
         if self.world.is_main:
-            content = copy_to_cpu(checkpoint_content(state, self.trainer, self.provenance))
+            content = self._content(state)
             is_best = state.best_epoch == state.epoch - 1
             position, best = dataclasses.replace(state), predictions if is_best else None
 

@@ -26,7 +26,7 @@ NUM_SAMPLES = 93
 
 
 class Seen(str):
-    """What stock FFCV did when it was tried by hand. These probes run with ours only.
+    """The behaviour of stock FFCV, seen by hand. These probes run with ours only.
 
     The versions were ffcv 1.0.2, numba 0.68, numpy 2.4, torch 2.14 and Python 3.11.
     """

@@ -1,4 +1,4 @@
-"""What an earlier version made still holds: names, flags, files, batches, a checkpoint and a half-written file.
+"""Hold an earlier version's names, flags, files, batches, checkpoint and half-written file.
 
 `frozen/make.py` made the data to compare with, and its docstring names the commit.
 """

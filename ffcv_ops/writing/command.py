@@ -19,7 +19,7 @@ ROOT = Path("/fsx/ns1")
 
 @dataclass(frozen=True)
 class Write:
-    """What to write, from which images, and how."""
+    """The file to write, its images, and its settings."""
 
     split: Literal["train", "val"] | None = setting(Choice("train", "val"))
     """Split to write. A val folder must have the classes of the train manifest."""
