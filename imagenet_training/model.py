@@ -3,7 +3,7 @@
 import difflib
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,7 @@ def build_model(
     num_classes: int = 1000,
     pretrained: bool = False,
     weights: str | Path | None = None,
+    ema: bool | Literal["auto"] = "auto",
     drop_path: float = 0.0,
     use_blurpool: bool = False,
 ) -> nn.Module:
@@ -69,6 +70,8 @@ def build_model(
         Fetch the library's ImageNet weights: timm's default ones, torchvision's ``IMAGENET1K_V1``.
     weights : path, optional
         A local file instead; see `load_weights`.
+    ema : bool or "auto"
+        Take the averaged or the raw weights of that file. ``"auto"``: the averaged ones, if there are any.
     drop_path : float
         Rate of stochastic depth, for timm architectures only.
     use_blurpool : bool
@@ -100,7 +103,7 @@ def build_model(
     if use_blurpool:
         apply_blurpool(model)
     if weights:
-        load_weights(model, weights)
+        load_weights(model, weights, ema=ema)
     return model
 
 

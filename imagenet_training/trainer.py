@@ -254,6 +254,7 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
         **recipe_model(recipe),
         pretrained=recipe.model.pretrained and not from_checkpoint,
         weights=None if from_checkpoint else recipe.model.weights,
+        ema=recipe.model.ema,
     ).to(world.device)
     if training.channels_last:
         model = model.to(memory_format=torch.channels_last)

@@ -1,7 +1,7 @@
 """Read weights from files of several kinds, and load them into a model."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from torch import nn
 from ffcv_ops.errors import UserError
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, *, ema: bool | Literal["auto"] = "auto") -> None:
     """Load a local file of weights into a model, in place.
 
     The file may be a state dict (``torch.save`` or safetensors), an exported weights file, a checkpoint of this project
@@ -33,10 +33,12 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpicklers and archives raise many kinds
         raise UserError(f"model.weights={path} is not a file of weights: {error}") from error
-    for name in ("ema", "model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-            break
+    averaged, raw = ("ema", "state_dict_ema", "model_ema"), ("model", "state_dict")
+    names = {"auto": averaged + raw, True: averaged, False: raw}[ema]
+    found = [name for name in names if isinstance(content, dict) and isinstance(content.get(name), dict)]
+    if ema is True and not found:
+        raise UserError(f"model.weights={path} has no averaged weights: pass --model.ema=0 for the raw ones")
+    content = content[found[0]] if found else content
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"model.weights={path} holds no state dict")
     load_state(model, content, str(path))

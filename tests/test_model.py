@@ -164,3 +164,15 @@ def test_a_compiled_model_is_the_model(tmp_path, monkeypatch):
 
 def test_where_compilation_gains():
     assert not gains_from_compilation(torch.device("cpu"), 10**6)
+
+
+@pytest.mark.parametrize(("raw", "averaged"), [("model", "ema"), ("state_dict", "state_dict_ema")])
+def test_the_averaged_weights_of_a_file_are_taken_unless_the_raw_ones_are_asked_for(tmp_path, raw, averaged):
+    models = {name: build_model("resnet18", num_classes=10) for name in (raw, averaged)}
+    torch.save({name: model.state_dict() for name, model in models.items()}, tmp_path / "both.pt")
+    for ema, name in (("auto", averaged), (True, averaged), (False, raw)):
+        loaded = build_model("resnet18", num_classes=10, weights=tmp_path / "both.pt", ema=ema)
+        assert torch.equal(loaded.conv1.weight, models[name].conv1.weight), ema
+    torch.save({raw: models[raw].state_dict()}, tmp_path / "raw.pt")
+    with pytest.raises(ValueError, match=r"no averaged weights: pass --model.ema=0"):
+        build_model("resnet18", num_classes=10, weights=tmp_path / "raw.pt", ema=True)
