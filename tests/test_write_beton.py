@@ -137,6 +137,20 @@ def test_a_val_folder_with_other_classes_is_refused(data, written, tmp_path):
     assert not (tmp_path / "val.beton").exists()
 
 
+def test_a_val_folder_without_some_classes_is_written_and_described(data, written, tmp_path):
+    shutil.copytree(data / "val", tmp_path / "val")
+    arguments = ["--split=val", "--source", tmp_path / "val", "--target", tmp_path / "val.beton"]
+    for path in (tmp_path / "val" / "class_1").iterdir():
+        path.unlink()
+    assert "class_1: class folder without an image; remove it" in run(*arguments, status=2)
+    (tmp_path / "val" / "class_1").rmdir()
+    output = run(*arguments)
+    assert "has no images of 1 of the training split's 4 classes: class_1; " in output
+    assert read_beton(tmp_path / "val.beton").classes == read_beton(written).classes
+    assert 1 not in read_beton(tmp_path / "val.beton").labels
+    assert "4, each of 0 to 3 images, median 3: class_0, class_1" in run("--inspect", tmp_path / "val.beton")
+
+
 def test_bad_images_stop_or_are_skipped(data, tmp_path):
     shutil.copytree(data / "train", tmp_path / "train")
     bad = tmp_path / "train" / "class_1" / "5.JPEG"

@@ -416,9 +416,35 @@ def test_targets_that_cannot_be_are_named(folder, tmp_path):
 def test_other_classes_than_expected_are_named(folder, tmp_path):
     with pytest.raises(UserError, match="it lacks 3_class; has also 1_class"):
         quiet(folder, tmp_path / "file.beton", classes=["0_class", "2_class", "3_class"])
-    with pytest.raises(UserError, match="another order"):
-        quiet(folder, tmp_path / "file.beton", classes=["1_class", "0_class", "2_class"])
-    assert quiet(folder, tmp_path / "file.beton", classes=["0_class", "1_class", "2_class"])
+    assert not (tmp_path / "file.beton").exists()
+
+
+@pytest.mark.parametrize(
+    ("classes", "missing"),
+    [
+        (["0_class", "1_class", "2_class"], None),
+        (["1_class", "2_class", "0_class"], None),
+        (["0_class", "0_new", "1_class", "2_class", "3_class"], "2 of the training split's 5 classes: 0_new, 3_class;"),
+        (
+            [f"{i}_class" for i in range(12)],
+            "9 of the training split's 12 classes: 3_class, 4_class, 5_class and 6 more",
+        ),
+    ],
+)
+def test_a_folder_is_numbered_as_the_training_split(folder, tmp_path, classes, missing):
+    lines = []
+    manifest = write(folder, tmp_path / "file.beton", num_workers=1, classes=classes, notice=lines.append)
+    told = [line for line in lines if "training split" in line]
+    assert [missing in line for line in told] == ([True] if missing else [])
+    beton, own = read_beton(tmp_path / "file.beton"), quiet(folder, tmp_path / "own.beton")
+    assert beton.classes == classes and beton.num_classes == len(classes)
+    theirs = [own["classes"][label] for label in read_beton(tmp_path / "own.beton").labels]
+    assert [classes[label] for label in beton.labels] == theirs
+    assert (
+        dict(zip(own["classes"], own["class_counts"], strict=True)).items()
+        <= dict(zip(classes, manifest["class_counts"], strict=True)).items()
+    )
+    assert verify(tmp_path / "file.beton", num_workers=1).sound
 
 
 def test_no_space_is_said_before_the_work(folder, tmp_path, monkeypatch):

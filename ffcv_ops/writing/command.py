@@ -22,13 +22,13 @@ class Write:
     """The file to write, its images, and its settings."""
 
     split: Literal["train", "val"] | None = setting(Choice("train", "val"))
-    """Split to write. A val folder must have the classes of the train manifest."""
+    """Split to write. The classes of a val folder are numbered as in the train manifest, and may be fewer."""
     source: str | None = setting(Text())
     """Folder with one subfolder of images for each class. None: /fsx/ns1/SPLIT."""
     target: str | None = setting(Text())
     """File to write. None: the path of the source folder with .beton after it."""
     train_manifest: str | None = setting(Text())
-    """With --split val: manifest whose classes the folder must have. None: train.beton.json beside the target."""
+    """With --split val: manifest whose class numbers the file gets. None: train.beton.json beside the target."""
     mode: str = setting(Choice(*MODES), default="jpg")
     """Storage of the images. jpg: JPEG. raw: pixels. proportion: a share as pixels, the rest as JPEG. smart: pixels up
     to --smart_threshold bytes, JPEG above."""
@@ -101,7 +101,7 @@ def choose_paths(chosen: Write) -> tuple[Path, Path]:
 
 
 def read_train_classes(chosen: Write, target: Path, notice: Callable[[str], None]) -> list[str] | None:
-    """Return the classes of the training split, which a val folder must have too.
+    """Return the classes of the training split, whose numbers a val file gets.
 
     For the training split, and without a manifest of it, there are none: the result is None.
 
@@ -114,7 +114,7 @@ def read_train_classes(chosen: Write, target: Path, notice: Callable[[str], None
         return None
     path = Path(chosen.train_manifest) if chosen.train_manifest else manifest_path(target.with_name("train.beton"))
     if not path.exists() and not chosen.train_manifest:
-        notice(f"{path}: not there, so the classes are not compared with the training split's")
+        notice(f"{path}: not there, so the classes are not numbered as in the training split")
         return None
     try:
         return [str(name) for name in json.loads(path.read_bytes())["classes"]]

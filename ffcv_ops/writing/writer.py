@@ -8,6 +8,7 @@ do not change them. ``docs/WRITING.md`` describes what is on disk during a run.
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def write(
     overwrite : bool
         Replace an existing file, once the new one is whole.
     classes : sequence of str, optional
-        The classes that the folder must have, in order, such as those of the training split's manifest.
+        Class names in the order of their numbers, such as those of the training split's manifest. The folder may lack
+        some of them, and must not have others.
     leader : Leader, optional
         The other ranks, which lend their workers (see `ffcv_ops.workers.ranks`).
     notice : callable
@@ -97,7 +99,8 @@ def write(
     num_workers = choose_num_workers(num_workers)
     _check_target(target, overwrite)
     folder = scan(source)
-    _check_classes(folder, classes)
+    if classes is not None:
+        folder = _numbered_as(folder, classes, notice)
     plan = build_plan(folder, settings)
     manifest = complete_manifest(plan, target)
     if manifest is not None:
@@ -118,10 +121,21 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise UserError(f"{target}: exists already; use --overwrite to replace it")
 
 
-def _check_classes(folder: ImageFolder, expected: Sequence[str] | None) -> None:
-    difference = class_difference(expected, folder.classes) if expected is not None else None
-    if difference:
+def _numbered_as(folder: ImageFolder, classes: Sequence[str], notice: Notice) -> ImageFolder:
+    """Return a folder whose class numbers are the positions in `classes`. Some of these classes may have no images."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    if not set(folder.classes) <= set(numbers):
+        difference = class_difference(classes, folder.classes)
         raise UserError(f"{folder.root}: not the classes of the training split: it {difference}")
+    missing = [name for name in classes if name not in set(folder.classes)]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        notice(
+            f"{folder.root}: has no images of {len(missing)} of the training split's {len(classes)} classes: "
+            f"{', '.join(missing[:3])}{more}; classes are numbered as in the training split"
+        )
+    labels = np.array([numbers[name] for name in folder.classes], np.int32)[folder.labels]
+    return replace(folder, classes=list(classes), labels=labels)
 
 
 def _write(
