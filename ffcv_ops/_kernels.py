@@ -3,12 +3,14 @@
 import hashlib
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
 import numba as nb
+from numba.core import config
 from numba.core.caching import FunctionCache
+from numba.core.registry import cpu_target
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -25,13 +27,29 @@ CAN_CACHE = _can_cache()
 """True if Numba can write compiled code of this package to disk. If not, ``cache=True`` raises an error in Numba."""
 
 
-def kernel(function: Callable[..., Any]) -> Any:
+def _has_avx2() -> bool:
+    if config.DISABLE_JIT:  # type: ignore[attr-defined]
+        return False
+    return "+avx2" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+
+
+HAS_AVX2 = _has_avx2()
+"""True if Numba compiles for a CPU with AVX2.
+
+Numba's cache has the CPU and its features in the key of every kernel. So code for AVX2 never reaches a machine without.
+"""
+
+
+def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """Compile a function on its first call, and keep the result on disk until one of its sources changes.
 
     Numba itself checks only the file of the function. But functions of other modules are compiled into the kernel.
     Therefore the cache here also checks every module of this package that the function's module uses, directly or not.
+    With options of ``numba.njit`` instead of a function, return a decorator.
     """
-    dispatcher: Any = nb.njit(cache=CAN_CACHE, nogil=True)(function)
+    if function is None:
+        return partial(kernel, **options)
+    dispatcher: Any = nb.njit(cache=CAN_CACHE, nogil=True, **options)(function)
     if CAN_CACHE and dispatcher is not function:  # they are the same if NUMBA_DISABLE_JIT is set
         dispatcher._cache = _Cache(function)
     return dispatcher

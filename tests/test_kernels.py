@@ -70,3 +70,11 @@ def test_the_modules_that_a_kernel_uses_are_found():
     names = ("operations.crops", "codec.jpeg", "codec.region", "operations.resample", "rng", "operations.base")
     assert {f"ffcv_ops.{name}" for name in names} <= used
     assert "ffcv_ops.loading.loader" not in used and all(name.startswith("ffcv_ops") for name in used)
+
+
+@pytest.mark.parametrize("setting", ["NUMBA_CPU_NAME=generic", "NUMBA_DISABLE_JIT=1"])
+def test_no_code_for_avx2_without_a_compiler_for_it(setting):
+    name, value = setting.split("=")
+    command = [sys.executable, "-c", "from ffcv_ops import _kernels; print(_kernels.HAS_AVX2)"]
+    done = subprocess.run(command, env={**os.environ, name: value}, capture_output=True, text=True, timeout=600)
+    assert done.stdout == "False\n", done.stderr
