@@ -53,7 +53,7 @@ class Run:
 
 def build(recipe: Recipe) -> Run:
     """Open the data, choose the checkpoint, plan the run, and build the trainer at the position of the checkpoint."""
-    from imagenet_training.data import open_training_data
+    from imagenet_training.data import open_evaluation_data, open_training_data
     from imagenet_training.distributed import join
     from imagenet_training.model import model_on_paper
     from imagenet_training.plan import plan_run
@@ -62,8 +62,11 @@ def build(recipe: Recipe) -> Run:
 
     model_on_paper(recipe)  # an architecture that does not exist is an error before ranks meet
     world = join(recipe)
-    data = open_training_data(recipe)
     point = choose_checkpoint(recipe, world)
+    if recipe.training.eval_only:
+        data = open_evaluation_data(recipe, point.content)
+    else:
+        data = open_training_data(recipe)
     plan = plan_run(
         recipe,
         world_size=world.world_size,
@@ -102,7 +105,15 @@ def train_epochs(recipe: Recipe, run: Run, loaders: "Loaders") -> None:
             trained = train_epoch(trainer, loaders.train, state, plan, log, stop=stop, save=folder.save)
             evaluated = NOT_EVALUATED
             if plan.evaluates(epoch):
-                evaluated = evaluate(trainer, loaders.val, log, epoch=epoch, flip=recipe.validation.lr_tta, stop=stop)
+                evaluated = evaluate(
+                    trainer,
+                    loaders.val,
+                    log,
+                    epoch=epoch,
+                    settings=recipe.validation,
+                    classes=run.data.classes,
+                    stop=stop,
+                )
             state.finish_epoch(evaluated.values)
             log.epoch(state, trained | evaluated.values)
             folder.save_epoch(state, evaluated.predictions)
@@ -126,10 +137,17 @@ def evaluate_only(recipe: Recipe) -> None:
     loader = val_loader(recipe, data.val, world, DTYPES[plan.precision])
     provenance = describe_run(recipe, plan, data, world)
     log = RunLog(Path(recipe.logging.folder) / "logs", world.is_main)
-    for notice in run_notices(recipe, plan, world, run.point, provenance):
+    for notice in run_notices(recipe, plan, data, world, run.point, provenance):
         log.print(f"note: {notice}")
     with ending_with_status(plan, world, log):
-        evaluated = evaluate(run.trainer, loader, log, epoch=run.state.epoch - 1, flip=recipe.validation.lr_tta)
+        evaluated = evaluate(
+            run.trainer,
+            loader,
+            log,
+            epoch=run.state.epoch - 1,
+            settings=recipe.validation,
+            classes=data.classes,
+        )
         values = evaluated.values
         log.print(
             f"{recipe.data.val_dataset}: {data.num_val:,} images, loss {values['val/loss']:.4f}, "
@@ -141,31 +159,19 @@ def evaluate_only(recipe: Recipe) -> None:
 
 
 def show_plan(recipe: Recipe) -> None:
-    """Print the resolved recipe and its arithmetic. This needs no data and no GPU, and creates nothing."""
-    from ffcv_ops import read_beton
+    """Print the resolved recipe and its arithmetic. This needs no GPU and no data, but checks data that exist."""
+    from imagenet_training.data import build_augmentations, planned_sizes
     from imagenet_training.distributed import planned_world_size
     from imagenet_training.model import model_on_paper, model_size
-    from imagenet_training.plan import IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL, plan_run
+    from imagenet_training.plan import plan_run
     from imagenet_training.summary import resolved_recipe, summary
 
-    if recipe.augmentation.auto_augment:
-        from imagenet_training.data import build_augmentations
-
-        build_augmentations(recipe)  # an operation that does not exist is an error
-    sizes, assumed = [], []
-    for path, imagenet_size in (
-        (recipe.data.train_dataset, IMAGENET_NUM_TRAIN),
-        (recipe.data.val_dataset, IMAGENET_NUM_VAL),
-    ):
-        if Path(path).exists():
-            sizes.append(read_beton(path).num_samples)
-        else:
-            sizes.append(imagenet_size)
-            assumed.append(f"{path} does not exist: assuming ImageNet's {imagenet_size:,} images")
-    plan = plan_run(recipe, world_size=planned_world_size(recipe), num_train=sizes[0], num_val=sizes[1])
+    build_augmentations(recipe)  # an operation that does not exist is an error
+    num_train, num_val, notices = planned_sizes(recipe)
+    plan = plan_run(recipe, world_size=planned_world_size(recipe), num_train=num_train, num_val=num_val)
     print(summary(recipe, plan, model_size(model_on_paper(recipe), recipe.validation.resolution)))
     print(f"\n{resolved_recipe(recipe)}")
-    for line in [*recipe.notices, *plan.notices, *assumed]:
+    for line in [*recipe.notices, *plan.notices, *notices]:
         print(f"note: {line}")
 
 

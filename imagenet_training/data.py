@@ -1,8 +1,8 @@
 """The data of a recipe: its two files, and the loaders that turn them into batches."""
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,10 @@ from ffcv_ops import (
     read_beton,
 )
 from ffcv_ops.machine import cpus_per_rank
+from imagenet_training.classes import ClassMatch, imagenet_names, match_classes
 from imagenet_training.contact_sheet import denormalized
 from imagenet_training.distributed import World
-from imagenet_training.plan import RunPlan
+from imagenet_training.plan import IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL, RunPlan
 from imagenet_training.recipe import Recipe
 from imagenet_training.trainer import DTYPES
 
@@ -43,10 +44,13 @@ class TrainingData:
     Attributes
     ----------
     val : Beton
+    classes : ClassMatch
+        The model's classes, and its numbers for those of `val`.
     train : Beton or None
     """
 
     val: Beton
+    classes: ClassMatch
     train: Beton | None = None
 
     @property
@@ -80,40 +84,80 @@ class Loaders:
 
 
 def open_training_data(recipe: Recipe) -> TrainingData:
-    """Open the files of a recipe, and check their classes against the model and each other.
+    """Open the files of a recipe that trains, and match their classes by name.
 
     Raises
     ------
     UserError
-        If a file is missing or damaged, has not as many classes as the model, or numbers its classes otherwise.
+        If a file is missing or damaged, the training file has not as many classes as the model, or the validation file
+        has a class that the training file does not have.
     """
-    val = open_file(recipe, "val")
-    if recipe.training.eval_only:
-        return TrainingData(val)
-    train = open_file(recipe, "train")
-    _check_same_classes(train, val)
-    return TrainingData(val, train)
+    train, val = open_train_file(recipe), read_beton(recipe.data.val_dataset)
+    return TrainingData(val, match_splits(train, val), train)
 
 
-def open_file(recipe: Recipe, split: str) -> Beton:
-    """Open the file of a split, ``"train"`` or ``"val"``, and check its number of classes against the model."""
-    path = recipe.data.train_dataset if split == "train" else recipe.data.val_dataset
+def match_splits(train: Beton, val: Beton) -> ClassMatch:
+    """Match the classes of the validation file with those of the training file, which are the model's."""
+    return match_classes(val, train.classes, train.num_classes, model=str(train.path))
+
+
+def open_evaluation_data(recipe: Recipe, checkpoint: Mapping[str, Any] | None) -> TrainingData:
+    """Open the validation file alone, and match its classes with those of the model by name.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Of the model that is evaluated.
+    checkpoint : mapping or None
+        The content of the checkpoint that is evaluated, with the provenance of its run.
+
+    Raises
+    ------
+    UserError
+        If the file is missing or damaged, or the model does not have its classes.
+    """
+    val, num_classes, notices = read_beton(recipe.data.val_dataset), recipe.model.num_classes, list[str]()
+    names, model = None, "the model"
+    if checkpoint is not None:
+        names = checkpoint.get("classes")
+        stored = checkpoint["data"].get("val", {}).get("digest")
+        if names is None and stored is not None and stored == val.digest:
+            names = val.classes  # the run was validated on this very file
+    if names is None:
+        names = imagenet_names(val, num_classes)
+        if names is not None:
+            notices.append(f"{model} has no class names: its {num_classes:,} classes are assumed to be ImageNet's")
+    match = match_classes(val, names, num_classes, model=model)
+    return TrainingData(val, replace(match, notices=(*notices, *match.notices)))
+
+
+def planned_sizes(recipe: Recipe) -> tuple[int, int, list[str]]:
+    """Return the images of the two splits, and notices, for a plan. The files are checked if they exist.
+
+    For a file that does not exist, the number of ImageNet's images is returned.
+    """
+    paths, notices = [Path(path) for path in (recipe.data.train_dataset, recipe.data.val_dataset)], list[str]()
+    for path, size in zip(paths, (IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL), strict=True):
+        if not path.exists():
+            notices.append(f"{path} does not exist: assuming ImageNet's {size:,} images")
+    train = open_train_file(recipe) if paths[0].exists() else None
+    val = read_beton(paths[1]) if paths[1].exists() else None
+    if train is not None and val is not None:
+        notices += match_splits(train, val).notices
+    num_train = IMAGENET_NUM_TRAIN if train is None else train.num_samples
+    return num_train, IMAGENET_NUM_VAL if val is None else val.num_samples, notices
+
+
+def open_train_file(recipe: Recipe) -> Beton:
+    """Open the training file, and check its number of classes against the model."""
+    path = recipe.data.train_dataset
     beton = read_beton(path)
     if beton.num_classes != recipe.model.num_classes:
         raise UserError(
             f"{path} has {beton.num_classes} classes, the model {recipe.model.num_classes}: "
-            f"pass --model.num_classes={beton.num_classes}, or another --data.{split}_dataset"
+            f"pass --model.num_classes={beton.num_classes}, or another --data.train_dataset"
         )
     return beton
-
-
-def _check_same_classes(train: Beton, val: Beton) -> None:
-    if train.classes is None or val.classes is None or train.classes == val.classes:
-        return
-    number, (ours, theirs) = next(
-        (i, pair) for i, pair in enumerate(zip(train.classes, val.classes, strict=True)) if pair[0] != pair[1]
-    )
-    raise UserError(f"class {number} is {ours} in {train.path} and {theirs} in {val.path}: write both from one set")
 
 
 def build_loaders(recipe: Recipe, plan: RunPlan, data: TrainingData, world: World) -> Loaders:
@@ -249,7 +293,7 @@ def validation_images(recipe: Recipe, file: Beton, world: World, ids: np.ndarray
     -------
     ndarray of uint8, shape (N, H, W, 3)
     """
-    only_rank = dataclasses.replace(world, rank=0, world_size=1)
+    only_rank = replace(world, rank=0, world_size=1)
     with val_loader(recipe, file, only_rank, torch.float32, indices=np.sort(ids).tolist(), num_workers=1) as loader:
         batches = [denormalized(images, IMAGENET_MEAN, IMAGENET_STD) for images, _ in loader]
     return np.concatenate(batches)[np.argsort(np.argsort(ids))] if batches else np.zeros((0, 1, 1, 3), np.uint8)

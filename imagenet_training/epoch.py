@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ffcv_ops import Loader
+from imagenet_training.classes import ClassMatch
 from imagenet_training.distributed import World, share_buffers
 from imagenet_training.failures import RunError
 from imagenet_training.logs import RunLog
@@ -18,6 +20,7 @@ from imagenet_training.meters import AccuracyMeter, NonFiniteGuard, PredictionRe
 from imagenet_training.plan import RunPlan
 from imagenet_training.predictions import Predictions
 from imagenet_training.preemption import Stopped, StopRequest
+from imagenet_training.recipe import Validation
 from imagenet_training.state import TrainState
 from imagenet_training.trainer import Trainer, autocast
 
@@ -176,7 +179,8 @@ def evaluate(
     log: RunLog,
     *,
     epoch: int,
-    flip: bool,
+    settings: Validation,
+    classes: ClassMatch,
     stop: StopRequest | None = None,
 ) -> Evaluation:
     """Evaluate the trainer's model on the whole validation split.
@@ -189,8 +193,10 @@ def evaluate(
     log : RunLog
     epoch : int
         Number of the epoch that the weights are of; -1 if they are of no epoch of the run.
-    flip : bool
-        Average the logits of each image and its mirror image.
+    settings : Validation
+        The recipe's settings of evaluations.
+    classes : ClassMatch
+        The model's numbers for the classes of the split.
     stop : StopRequest, optional
         Leave the evaluation with `Stopped` if the ranks agree to.
 
@@ -200,6 +206,7 @@ def evaluate(
     """
     world, beton = trainer.world, loader.beton
     recorder = PredictionRecorder(world.device, loader.next_traversal_order(), beton.num_samples)
+    labels = classes.to_model(beton.labels)
     batches: Iterable[Any] = loader
     if stop is not None:
         fewest = math.ceil(beton.num_samples // world.world_size / loader.batch_size)
@@ -210,12 +217,14 @@ def evaluate(
         world,
         num_samples=beton.num_samples,
         precision=trainer.precision,
-        flip=flip,
+        flip=settings.lr_tta,
         channels_last=trainer.channels_last,
+        numbers=classes.numbers,
+        among=np.unique(labels) if settings.classes == "only" else None,
         recorder=recorder,
     )
     loss, predicted, confidence = recorder.gather().T
-    return Evaluation(values, Predictions(epoch, beton.labels, predicted.astype(int), loss, confidence))
+    return Evaluation(values, Predictions(epoch, labels, predicted.astype(int), loss, confidence))
 
 
 @torch.inference_mode()
@@ -228,6 +237,8 @@ def measure(
     precision: str,
     flip: bool = False,
     channels_last: bool = True,
+    numbers: np.ndarray | None = None,
+    among: np.ndarray | None = None,
     recorder: PredictionRecorder | None = None,
 ) -> dict[str, float]:
     """Measure loss and accuracy of a model over batches, every sample counted once over all ranks.
@@ -245,12 +256,17 @@ def measure(
     flip : bool
         Average the logits of each image and its mirror image.
     channels_last : bool
+    numbers : ndarray of int64, optional
+        The model's class number for each label of the batches; None if they are the same.
+    among : ndarray of int64, optional
+        Class numbers. The model may predict no other class. None: all classes.
     recorder : PredictionRecorder, optional
 
     Returns
     -------
     dict
-        ``val/loss`` (plain cross entropy), ``val/acc1``, ``val/acc5``.
+        ``val/loss`` (plain cross entropy), ``val/acc1``, ``val/acc5``. An image whose logits are not finite counts as
+        wrong, and makes the loss NaN.
 
     Raises
     ------
@@ -260,6 +276,8 @@ def measure(
     share_buffers(model)
     model.eval()
     meter = AccuracyMeter(world.device)
+    new_labels = None if numbers is None else torch.from_numpy(numbers).to(world.device)
+    allowed = None if among is None else torch.from_numpy(among).to(world.device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     for images, labels in batches:
         images = images.contiguous(memory_format=layout)
@@ -267,6 +285,10 @@ def measure(
             logits = model(images).float()
             if flip:
                 logits = (logits + model(images.flip(3)).float()) / 2
+        if new_labels is not None:
+            labels = new_labels[labels]
+        if allowed is not None:
+            logits = torch.full_like(logits, -math.inf).index_copy(1, allowed, logits[:, allowed])
         meter.add(F.cross_entropy(logits, labels), logits, labels)
         if recorder is not None:
             recorder.add(logits, labels)

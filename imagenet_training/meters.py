@@ -15,9 +15,12 @@ NON_FINITE_STEPS = 3
 
 
 def count_hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Count the labels (N,) that are the first, and that are among the first five, of logits (N, K): float64 (2,)."""
-    top = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    hits = top == labels[:, None]
+    """Count the labels (N,) that are the first, and that are among the first five, of logits (N, K): float64 (2,).
+
+    A row with a NaN or an infinite maximum has no hits.
+    """
+    top = logits.topk(min(5, logits.shape[1]), dim=1)
+    hits = (top.indices == labels[:, None]) & top.values[:, :1].isfinite()  # topk takes NaN for the largest value
     return torch.stack([hits[:, 0].sum(), hits.sum()]).double()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from ffcv_ops.errors import UserError
 from imagenet_training import distributed
 from imagenet_training.contact_sheet import caption, class_names, denormalized, draw_contact_sheet, take_images
-from imagenet_training.data import IMAGENET_MEAN, IMAGENET_STD, open_file, random_crop, train_loader
+from imagenet_training.data import IMAGENET_MEAN, IMAGENET_STD, open_train_file, random_crop, train_loader
 from imagenet_training.recipe import Recipe
 from imagenet_training.schedule import resolution_of
 from imagenet_training.trainer import DTYPES
@@ -22,7 +22,7 @@ def draw_preview(recipe: Recipe) -> None:
     path, world = Path(recipe.training.preview or ""), distributed.start()
     if not path.parent.is_dir():
         raise UserError(f"training.preview={path}: there is no folder {path.parent}")
-    data = open_file(recipe, "train")
+    data = open_train_file(recipe)
     batch_size = min(recipe.training.batch_size, data.num_samples // world.world_size)
     crop = random_crop(recipe, resolution_of(recipe)(0))
     dtype = DTYPES[recipe.training.precision if world.device.type == "cuda" else "32"]

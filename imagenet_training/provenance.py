@@ -20,7 +20,9 @@ _EXPECTED_TO_DIFFER = {"training.resume", "training.report", "training.eval_only
 
 
 def describe_run(recipe: Recipe, plan: RunPlan, data: TrainingData, world: World) -> dict[str, Any]:
-    """Return a run's resolved recipe, its files, seed, ranks, commit, device, versions and data, of JSON types.
+    """Return a run's resolved recipe, its files, seed, ranks, commit, device, versions, classes and data.
+
+    All values are of JSON types. The classes are None if the training file has no manifest.
 
     The recipe holds the batch size and the accumulation that are in effect; ``asked_batch`` holds those asked for.
     """
@@ -42,6 +44,8 @@ def describe_run(recipe: Recipe, plan: RunPlan, data: TrainingData, world: World
         "commit": git_commit(),
         "device": device_name(world.device),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        # Of the outputs of the model, by number.
+        "classes": data.train.classes if data.train is not None else data.classes.names,
         "data": {
             split: {"path": str(beton.path), "num_samples": beton.num_samples, "digest": beton.digest}
             for split, beton in files.items()

@@ -53,7 +53,7 @@ class Model:
     library: Literal["auto", "torchvision", "timm"] = setting(Choice("auto", "torchvision", "timm"), default="auto")
     """Library that builds the architecture. auto: torchvision if it has the name, otherwise timm."""
     num_classes: int = setting(Integer(min=1), default=1000)
-    """Number of classes. The data must have as many."""
+    """Number of classes. The training data must have as many."""
     drop_path: float = setting(Number(min=0, below=1), default=0.0)
     """Rate of stochastic depth: a share of the residual branches is skipped in training. Only timm's architectures."""
 
@@ -228,6 +228,8 @@ class Validation:
     """Instead of crop_ratio: scale the shorter side to this size before the centre crop, as torchvision does (px)."""
     interpolation: Literal["bilinear", "bicubic"] = setting(Choice("bilinear", "bicubic"), default="bilinear")
     """Interpolation that scales a crop to its final size."""
+    classes: Literal["all", "only"] = setting(Choice("all", "only"), default="all")
+    """Predict one of all classes of the model, or only one of those that the validation file has images of."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ffcv_ops import Beton
 from ffcv_ops.settings.command_line import replace_settings
 from imagenet_training.background import BackgroundTask
 from imagenet_training.checkpoint import CheckpointFolder, checkpoint_content, copy_to_cpu
@@ -77,7 +76,7 @@ class RunFolder:
         size = model_size(model_on_paper(self.recipe), self.recipe.validation.resolution)
         log.print(summary(self.recipe, self.plan, size))
         log.keep(resolved_recipe(self.recipe))
-        for notice in run_notices(self.recipe, self.plan, self.world, self.point, self.provenance):
+        for notice in run_notices(self.recipe, self.plan, self.data, self.world, self.point, self.provenance):
             log.print(f"note: {notice}")
         if self.world.is_main:
             self._make_room()
@@ -170,7 +169,7 @@ class RunFolder:
                 expected_accuracy=self.log.expected_accuracy,
                 files={what: str(path) for what, path in files.items() if path.exists()},
                 predictions=shown,
-                names=names_of(self.data.val),
+                names=names_of(self.data),
                 mistakes=mistakes,
             )
         except OSError as error:
@@ -209,7 +208,7 @@ class RunFolder:
 
 
 def run_notices(
-    recipe: Recipe, plan: RunPlan, world: World, point: ResumePoint, provenance: dict[str, Any]
+    recipe: Recipe, plan: RunPlan, data: TrainingData, world: World, point: ResumePoint, provenance: dict[str, Any]
 ) -> Iterator[str]:
     """Yield everything about a run that the user should know though nothing is wrong."""
     yield from recipe.notices
@@ -218,6 +217,7 @@ def run_notices(
         yield f"dist.world_size={asked}, but torchrun started {world.world_size}: torchrun wins"
     yield from point.notices
     yield from plan.notices
+    yield from data.classes.notices
     if point.content is not None:
         yield from differences(point.content, provenance)
 
@@ -240,14 +240,14 @@ def report_evaluation(
         provenance=provenance,
         expected_accuracy={},
         predictions=predictions,
-        names=names_of(data.val),
+        names=names_of(data),
         mistakes=validation_images(recipe, data.val, world, predictions.mistakes(NUM_MISTAKES_SHOWN)),
     )
 
 
-def names_of(beton: Beton) -> list[str]:
-    """Return the names of a file's classes, in words if they are numbers of ImageNet's WordNet."""
-    return class_names(beton.classes, beton.num_classes)
+def names_of(data: TrainingData) -> list[str]:
+    """Return the names of the model's classes by number, in words if they are numbers of ImageNet's WordNet."""
+    return class_names(data.classes.names, data.val.num_classes)
 
 
 def _command(settings: Mapping[str, str]) -> str:

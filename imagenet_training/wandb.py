@@ -44,7 +44,7 @@ def start_wandb(state: TrainState, provenance: dict[str, Any], folder: Path, log
         "name": recipe["name"] or state.run_name,
         "id": state.wandb_id or None,
         "resume": "allow" if state.wandb_id else None,
-        "config": provenance,
+        "config": {name: value for name, value in provenance.items() if name != "classes"},
         "dir": str(folder),
         "settings": wandb.Settings(silent=True, console="off"),
     }

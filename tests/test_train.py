@@ -27,7 +27,9 @@ from terminals import run_on_terminal, screen
 from wandb.proto import wandb_internal_pb2
 
 import train_imagenet
-from imagenet_training.data import IMAGENET_MEAN, IMAGENET_STD, open_file, random_crop, train_loader
+from ffcv_ops import read_beton
+from ffcv_ops.writing.writer import write
+from imagenet_training.data import IMAGENET_MEAN, IMAGENET_STD, open_train_file, random_crop, train_loader
 from imagenet_training.distributed import start
 from imagenet_training.predictions import Predictions
 from imagenet_training.provenance import differences
@@ -487,14 +489,25 @@ def test_a_bug_keeps_its_traceback(recipe, tmp_path):
     assert "error: " not in done.stderr
 
 
-def test_classes_numbered_differently_are_refused(call, recipe, data, tmp_path):
+def test_a_foreign_class_in_the_validation_file_is_refused(call, recipe, data, tmp_path):
     manifest = json.loads((data / "val.beton.json").read_text())
-    manifest["classes"][3:5] = manifest["classes"][4:2:-1]
-    for name in ("val.beton", "val.beton.json"):
-        (tmp_path / name).write_bytes((data / name).read_bytes())
+    manifest["classes"][3] = "seven"
+    (tmp_path / "val.beton").write_bytes((data / "val.beton").read_bytes())
     (tmp_path / "val.beton.json").write_text(json.dumps(manifest))
-    status, _, err, created = call("--config-file", recipe, f"--data.val_dataset={tmp_path / 'val.beton'}")
-    assert (status, created) == (2, set()) and "class 3 is 3 in" in err and "and 4 in" in err
+    for options in ((), ("--dry_run",)):
+        arguments = ("--config-file", recipe, f"--data.val_dataset={tmp_path / 'val.beton'}", *options)
+        status, _, err, created = call(*arguments)
+        assert (status, created) == (2, set())
+        assert re.search(r"val.beton has 1 of 10 classes that .*train.beton does not have: seven$", err.strip())
+
+
+@pytest.fixture(scope="module")
+def reversed_val(data, tmp_path_factory):
+    """The validation images in a file that numbers the classes from the last to the first."""
+    target = tmp_path_factory.mktemp("reversed") / "val.beton"
+    classes = [str(digit) for digit in range(9, -1, -1)]
+    write(data / "val", target, num_workers=1, classes=classes, notice=lambda line: None)
+    return target
 
 
 def test_a_resumed_run_says_what_has_changed_since():
@@ -534,7 +547,7 @@ def test_a_preview_shows_what_the_model_gets_and_creates_nothing_else(call, reci
     status, out, _, created = call(*argv)
     assert (status, created) == (0, {tmp_path / "out.png"}) and "32 training images" in out
     read = read_recipe(argv)
-    file, crop = open_file(read, "train"), random_crop(read, 24)
+    file, crop = open_train_file(read), random_crop(read, 24)
     with train_loader(read, file, start(), torch.float32, crop, batch_size=16) as loader:
         images, targets = next(loader.epoch(0))
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
@@ -543,7 +556,7 @@ def test_a_preview_shows_what_the_model_gets_and_creates_nothing_else(call, reci
     np.testing.assert_array_equal(sheet[60 : 60 + 168, 10 : 10 + 168], first)
 
 
-def test_every_part_of_the_published_recipes_runs(call, recipe):
+def test_every_part_of_the_published_recipes_runs(call, recipe, reversed_val, tmp_path):
     common = [
         "--config-file",
         recipe,
@@ -557,9 +570,13 @@ def test_every_part_of_the_published_recipes_runs(call, recipe):
     rsb += ["--augmentation.auto_augment=rand-m7-mstd0.5-inc1", "--augmentation.repeats=3", "--training.agc=0.01"]
     v2 = ["--augmentation.auto_augment=trivial", "--augmentation.erasing=0.1", "--augmentation.repeats=4"]
     v2 += ["--validation.resize=36", "--training.ema_every=2", "--training.ema_rescale=1", "--training.ema_decay=0.99"]
+    v2 += [f"--data.val_dataset={reversed_val}"]
     for options, told in ((rsb, "binary cross entropy"), (v2, "moving average 0.68 every 2 steps")):
         status, out, err, _ = call(*common, *options)
         assert status == 0 and told in out and "done: best" in out, (out, err)
+    assert "in another order: labels are matched by name" in out
+    file, newest = read_beton(reversed_val), max(tmp_path.glob("logs/*.npz"), key=lambda path: path.stat().st_mtime)
+    assert [str(label) for label in Predictions.read(newest).labels] == [file.classes[label] for label in file.labels]
 
 
 def test_a_loss_that_explodes_ends_the_run_with_its_remedies(call, recipe):
