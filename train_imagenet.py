@@ -53,6 +53,7 @@ class Run:
 
 def build(recipe: Recipe) -> Run:
     """Open the data, choose the checkpoint, plan the run, and build the trainer at the position of the checkpoint."""
+    from imagenet_training.changes import check_rest_of_epoch
     from imagenet_training.data import open_evaluation_data, open_training_data
     from imagenet_training.distributed import join
     from imagenet_training.model import model_on_paper
@@ -76,6 +77,8 @@ def build(recipe: Recipe) -> Run:
         resumed=point.content,
         resumed_from=point.path,
     )
+    if point.content is not None and not recipe.training.eval_only:
+        check_rest_of_epoch(point.content, recipe, plan, data)
     trainer = build_trainer(recipe, plan, world, from_checkpoint=point.content is not None)
     return Run(world, data, point, plan, trainer, restore(trainer, point, recipe, plan))
 

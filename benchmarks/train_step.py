@@ -72,8 +72,8 @@ class Timed:
     def __iter__(self) -> Iterator[Any]:
         return self._watch(iter(self.loader))
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Any]:
-        return self._watch(self.loader.epoch(epoch, skip))
+    def epoch(self, epoch: int, *, skip_samples: int = 0) -> Iterator[Any]:
+        return self._watch(self.loader.epoch(epoch, skip_samples=skip_samples))
 
     def _watch(self, batches: Iterator[Any]) -> Iterator[Any]:
         for number in range(self.count):

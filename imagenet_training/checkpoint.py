@@ -15,7 +15,9 @@ from ffcv_ops.files import replacing
 from imagenet_training.state import TrainState
 from imagenet_training.trainer import Trainer, unwrapped
 
-FORMAT = 1
+FORMAT = 2
+# Format 1 counted the position within an epoch in batches; `TrainState.of` reads both.
+READABLE_FORMATS = (1, FORMAT)
 
 
 def save_atomically(content: Any, path: Path) -> None:
@@ -55,7 +57,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         content = load_file(path)
     except UnreadableFile as error:
         raise UserError(f"training.resume={path} cannot be read as a checkpoint: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or "state" not in content:
+    if not isinstance(content, dict) or content.get("format") not in READABLE_FORMATS or "state" not in content:
         raise UserError(
             f"training.resume={path} is not a checkpoint of a run (one such as checkpoints/last.ckpt); "
             "weights alone are loaded with --model.weights"
@@ -141,7 +143,7 @@ class CheckpointFolder:
         return [path for path in paths if path.name == "last.ckpt" or best.fullmatch(path.name)]
 
     def newest(self, run_name: str = "") -> tuple[Path | None, list[str]]:
-        """Find the checkpoint with the most steps, and pass over damaged ones.
+        """Find the checkpoint that is furthest, by epochs and then by samples, and pass over damaged ones.
 
         Of each file only the description is read, and the whole file only if it may be the answer.
 
@@ -160,12 +162,12 @@ class CheckpointFolder:
         found, notices = [], []
         for path in self.paths():
             try:
-                state = load_file(path, mmap=True)["state"]
-                found.append((state["step"], path.name == "last.ckpt", path, state["run_name"]))
+                state = TrainState.of(load_file(path, mmap=True))
+                found.append((state.epoch, state.samples, path.name == "last.ckpt", path, state.run_name))
             except (UnreadableFile, TypeError, KeyError) as error:
                 reason = "the file is empty" if not path.stat().st_size else error
                 notices.append(f"{path} is damaged and was passed over: {reason}")
-        for _, _, path, name in sorted(found, reverse=True):
+        for *_, path, name in sorted(found, reverse=True):
             if run_name not in ("", name):
                 continue
             try:
@@ -188,7 +190,7 @@ class CheckpointFolder:
             From `checkpoint_content`, or a copy of it.
         is_best : bool
         """
-        state = TrainState(**content["state"])
+        state = TrainState.of(content)
         self.folder.mkdir(parents=True, exist_ok=True)
         if is_best:
             save_atomically(content["ema"] or content["model"], self.weights)
@@ -213,10 +215,10 @@ class CheckpointFolder:
             The new paths, in a folder ``earlier-N``.
         """
         found = [*self.paths(), *(path for path in (self.weights, *others) if path.exists())]
-        if not found or not self.folder.is_dir():
+        if not found:
             return []
         number = 1
         while (target := self.folder / f"earlier-{number}").exists():
             number += 1
-        target.mkdir()
+        target.mkdir(parents=True)
         return [path.rename(target / path.name) for path in found]

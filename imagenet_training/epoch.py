@@ -22,7 +22,7 @@ from imagenet_training.predictions import Predictions
 from imagenet_training.preemption import Stopped, StopRequest
 from imagenet_training.recipe import Validation
 from imagenet_training.state import TrainState
-from imagenet_training.trainer import Trainer, autocast
+from imagenet_training.trainer import Trainer, autocast, batch_place
 
 
 class EpochMeters:
@@ -33,7 +33,7 @@ class EpochMeters:
     trainer : Trainer
     plan : RunPlan
     state : TrainState
-        Its totals are those of the batches before an interruption.
+        Its totals and its pace are those of the batches before an interruption.
 
     Attributes
     ----------
@@ -45,13 +45,13 @@ class EpochMeters:
         self.trainer, self.plan, self.state = trainer, plan, state
         self.accuracy, self.guard = AccuracyMeter(trainer.world.device), NonFiniteGuard(trainer.world.device)
         self.accuracy.restore(state.totals, trainer.world)
-        state.totals = []
-        self.clock = StepClock(trainer.world.device)
-        self.lr = trainer.lr(max(state.step - 1, 0))
+        self.clock = StepClock(trainer.world.device, plan.global_batch_size, state.pace)
+        state.totals, state.pace = [], []
+        self.lr = trainer.lr(max(plan.step_at(state.epoch, state.samples) - 1, 0))
 
     def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches that are left of the epoch's full steps, and measure the waits for them."""
-        return self.clock.watch(islice(batches, self.plan.batches_per_epoch - self.state.batch))
+        return self.clock.watch(islice(batches, self.plan.steps_left(self.state.samples) * self.plan.accumulation))
 
     def add_batch(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """Count a batch: its loss (scalar), logits (N, K) and targets (N, K)."""
@@ -69,7 +69,7 @@ class EpochMeters:
         """Make the state ready to be saved. Raise RunError if rank 0's weights are not worth saving."""
         if self.trainer.world.is_main and not self.trainer.is_finite():
             raise RunError(non_finite_message(self.state, self.lr, self.plan.precision))
-        self.state.totals = self.accuracy.totals()
+        self.state.totals, self.state.pace = self.accuracy.totals(), self.clock.sums()
 
     def values(self, totals: list[float] | None = None) -> dict[str, float]:
         """Return loss, accuracies and pace: from this rank's sums, or from the totals of all ranks if given."""
@@ -93,9 +93,10 @@ def train_epoch(
     ----------
     trainer : Trainer
     loader : Loader
-        ``loader.epoch(epoch, skip)`` yields images, float (N, 3, H, W), and targets, float (N, K), on the device.
+        ``loader.epoch(epoch, skip_samples=n)`` yields images, float (N, 3, H, W), and targets, float (N, K), on the
+        device.
     state : TrainState
-        Moved on with every batch. The caller finishes the epoch after its evaluation.
+        Moved on with every step. The caller finishes the epoch after its evaluation.
     plan : RunPlan
     log : RunLog
         Progress lines are the only moments, beside saves, at which the host waits for the device.
@@ -120,24 +121,28 @@ def train_epoch(
     """
     trainer.model.train()
     meters = EpochMeters(trainer, plan, state)
-    batches = meters.watch(loader.epoch(state.epoch, skip=state.batch))
-    for images, targets in log.track(batches, f"epoch {state.epoch}", total=plan.batches_per_epoch, done=state.batch):
-        loss, logits = trainer.backward(images, targets, step=state.step, batch=state.batch)
+    batches = meters.watch(loader.epoch(state.epoch, skip_samples=state.samples // plan.world_size))
+    done = (plan.steps_per_epoch - plan.steps_left(state.samples)) * plan.accumulation
+    bar = log.track(batches, f"epoch {state.epoch}", total=plan.batches_per_epoch, done=done)
+    for count, (images, targets) in enumerate(bar):
+        number = count % plan.accumulation
+        loss, logits = trainer.backward(images, targets, number=number, place=batch_place(state, plan, number))
         meters.add_batch(loss, logits, targets)
-        state.batch += 1
-        if state.batch % plan.accumulation:
+        if number < plan.accumulation - 1:
             continue
-        lr = trainer.optimizer_step(state.step)
+        lr = trainer.lr(plan.step_at(state.epoch, state.samples))
+        trainer.optimizer_step(lr, step=state.step)
         state.step += 1
+        state.samples += plan.global_batch_size
         meters.add_step(loss, lr)
         log.step(state, meters)
         if stop.agreed():
             meters.store()
             raise Stopped(stop.exit_status)
-        if plan.saves_after(state.step, state.batch):
+        if plan.saves_after(state.step, state.samples):
             meters.store()
             save(state)
-            state.totals = []
+            state.totals, state.pace = [], []
     meters.store()
     log.eta.start_pause()
     return {**meters.values(state.totals), **meters.clock.peak_memory()}

@@ -122,7 +122,7 @@ class RunLog:
     def step(self, state: TrainState, meters: "EpochMeters") -> None:
         """Print and record the progress of an epoch, if a line is due after this step."""
         steps_per_epoch = meters.plan.steps_per_epoch
-        done = state.batch // meters.plan.accumulation
+        done = steps_per_epoch - meters.plan.steps_left(state.samples)
         if not self.is_main or not self.log_every or done % self.log_every:
             return
         now = meters.values()
@@ -139,8 +139,9 @@ class RunLog:
             remaining_s = self.eta.remaining_s(state.epoch, done, step_s)
             self.print(pace_line(self.eta.resolutions[state.epoch], step_s * steps_per_epoch, remaining_s))
         if self._wandb is not None:
+            position = meters.plan.step_at(state.epoch, state.samples) / steps_per_epoch
             values = {"step/loss": now["train/loss"], "lr": now["lr"], "images_per_s": now["images_per_s"]}
-            self._wandb.log(values, step=state.step)
+            self._wandb.log({**values, "position": position}, step=state.step)
 
     def _progress(self, line: str, brief: str) -> None:
         """Add a line to the log file, and print it unless a bar shows `brief` on a terminal."""
@@ -198,14 +199,15 @@ class RunLog:
             return
         self.eta.end_pause()
         epoch, resolutions = state.epoch - 1, self.eta.resolutions
-        left_s = self.eta.remaining_s(epoch, self.eta.steps_per_epoch, values["step_s"])
-        values = {**values, "remaining_s": left_s - (self.eta.pause_s or 0.0)}
+        if "step_s" in values:
+            left_s = self.eta.remaining_s(epoch, self.eta.steps_per_epoch, values["step_s"])
+            values = {**values, "remaining_s": left_s - (self.eta.pause_s or 0.0)}
         expected = pace(values, self.expected_accuracy, epoch + 1)
         self.print(epoch_line(values, epoch, len(resolutions), resolutions[epoch], expected))
         self.last = {"epoch": epoch, **values, "resolution": resolutions[epoch]}
         self._write_records([*self.records(), {**self.last, "step": state.step, "time": time.time()}])
         if self._wandb is not None:
-            self._wandb.log(self.last, step=state.step)
+            self._wandb.log({**self.last, "position": state.epoch}, step=state.step)
 
     def draw(self) -> None:
         """Draw the curve of the epochs so far."""
@@ -240,10 +242,11 @@ def epoch_line(values: Mapping[str, float], epoch: int, epochs: int, resolution:
     )
     if "val/acc1" in values:
         line += f"  val loss {values['val/loss']:.4f}  top-1 {values['val/acc1']:.2%}  top-5 {values['val/acc5']:.2%}"
-    line += f"  {values['images_per_s']:,.0f} images/s  data wait {values['data_wait']:.1%}"
+    if "images_per_s" in values:
+        line += f"  {values['images_per_s']:,.0f} images/s  data wait {values['data_wait']:.1%}"
     if "gpu_peak_allocated_bytes" in values:
         allocated, reserved = (values[f"gpu_peak_{kind}_bytes"] / 2**30 for kind in ("allocated", "reserved"))
         line += f"  GPU memory {allocated:.1f} GiB ({reserved:.1f} reserved)"
-    if values["remaining_s"]:
+    if values.get("remaining_s"):
         line += f"  {show_duration(values['remaining_s'])} to go"
     return f"{line}  {expected}" if expected else line

@@ -125,10 +125,19 @@ class StepClock:
 
     On a GPU the wait is the GPU's own: from the end of one batch's work to the arrival of the next batch, both marked
     in the GPU's queue. The host runs ahead of the GPU, and may wait for a batch while the GPU still has work.
+
+    Parameters
+    ----------
+    device : torch.device
+    images_per_step : int
+        Images of an optimizer step, in which `rates` counts.
+    earlier : sequence of float
+        The `sums` of the process that was interrupted in this epoch. They stand for an epoch of which nothing is left.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, images_per_step: int, earlier: Sequence[float] = ()):
         self.device, self.on_gpu = device, device.type == "cuda"
+        self.images_per_step, self.earlier = images_per_step, list(earlier)
         self.num_images = self.num_steps = 0
         self.wait_s = 0.0
         self.first: tuple[int, float] | None = None
@@ -162,14 +171,25 @@ class StepClock:
             asked, came = self.waits.popleft()
             self.wait_s += asked.elapsed_time(came) / 1000 if self.on_gpu else came - asked
 
-    def rates(self) -> dict[str, float]:
-        """Return ``images_per_s``, ``data_wait`` in [0, 1] and ``step_s``; exact right after a wait for the device."""
-        elapsed_s = max(time.perf_counter() - self.start_s, 1e-9)
+    def sums(self) -> list[float]:
+        """Return images, seconds, and seconds of waiting, of this process or else of the earlier one; [] if none."""
+        if not self.num_images:
+            return self.earlier
         self._add_waits()
+        return [self.num_images, max(time.perf_counter() - self.start_s, 1e-9), self.wait_s]
+
+    def rates(self) -> dict[str, float]:
+        """Return ``images_per_s``, ``data_wait`` in [0, 1] and ``step_s``; exact right after a wait for the device.
+
+        If no image was measured, nothing is returned.
+        """
+        if not (sums := self.sums()):
+            return {}
+        num_images, elapsed_s, wait_s = sums
         return {
-            "images_per_s": self.num_images / elapsed_s,
-            "data_wait": min(self.wait_s / elapsed_s, 1.0),
-            "step_s": elapsed_s / max(self.num_steps, 1),
+            "images_per_s": num_images / elapsed_s,
+            "data_wait": min(wait_s / elapsed_s, 1.0),
+            "step_s": elapsed_s / num_images * self.images_per_step,
         }
 
     def steady_step_s(self) -> float:
@@ -183,8 +203,8 @@ class StepClock:
         return (now[1] - self.first[1]) / num_steps if num_steps else 0.0
 
     def peak_memory(self) -> dict[str, int]:
-        """Return the most GPU memory that tensors took, and that PyTorch reserved; nothing on a CPU."""
-        if not self.on_gpu:
+        """Return the most GPU memory that tensors took, and that PyTorch reserved. On a CPU, return nothing."""
+        if not (self.on_gpu and self.num_images):
             return {}
         return {
             "gpu_peak_allocated_bytes": torch.cuda.max_memory_allocated(self.device),

@@ -7,7 +7,7 @@ from typing import Any
 from ffcv_ops.errors import UserError
 from ffcv_ops.loading.epoch_length import samples_per_rank
 from ffcv_ops.settings.fields import show
-from imagenet_training.recipe import Recipe
+from imagenet_training.recipe import LearningRate, Recipe
 from imagenet_training.schedule import build_lr, resolution_of
 
 LR_BATCH_SIZE = 256
@@ -30,6 +30,8 @@ class RunPlan:
         The arithmetic behind it, such as ``0.5 x 128 / 256 = 0.25``.
     epochs, steps_per_epoch, total_steps : int
         Optimizer steps. The images after the last full step of an epoch are not trained on.
+    samples_per_epoch : int
+        Samples that the loaders of all ranks draw for an epoch, with those after its last full step.
     num_train, num_val : int
         Images of the two splits.
     ema_decay : float
@@ -40,7 +42,7 @@ class RunPlan:
     evaluates_every_epoch : bool
         Else only the last epoch is evaluated.
     lr_at : callable
-        Learning rate of an optimizer step, counted from 0 over the run.
+        Learning rate at a place of the schedule; see `step_at`.
     resolution : callable
         Side of the training crops of an epoch, px.
     resumed_from : str or None
@@ -57,13 +59,14 @@ class RunPlan:
     lr_arithmetic: str
     epochs: int
     steps_per_epoch: int
+    samples_per_epoch: int
     num_train: int
     num_val: int
     ema_decay: float
     precision: str
     save_every_steps: int
     evaluates_every_epoch: bool
-    lr_at: Callable[[int], float]
+    lr_at: Callable[[float], float]
     resolution: Callable[[int], int]
     resumed_from: str | None = None
     notices: tuple[str, ...] = ()
@@ -81,10 +84,30 @@ class RunPlan:
         """Return True if the model is evaluated after an epoch."""
         return self.evaluates_every_epoch or epoch == self.epochs - 1
 
-    def saves_after(self, step: int, batch: int) -> bool:
-        """Return True if the run is saved after an optimizer step that is not the last one of its epoch."""
+    def step_at(self, epoch: int, samples: int) -> float:
+        """Return the place of a position in the schedule: the steps that an undisturbed run of this plan takes to it.
+
+        Parameters
+        ----------
+        epoch, samples : int
+            Epochs finished, and samples of the current epoch that are done.
+
+        Returns
+        -------
+        float
+            An int, unless another global batch led to a position between two steps.
+        """
+        steps, rest = divmod(samples, self.global_batch_size)
+        return epoch * self.steps_per_epoch + (steps + rest / self.global_batch_size if rest else steps)
+
+    def steps_left(self, samples: int) -> int:
+        """Return the full optimizer steps that are left of an epoch, so many samples of which are done."""
+        return max(0, self.samples_per_epoch - samples) // self.global_batch_size
+
+    def saves_after(self, step: int, samples: int) -> bool:
+        """Return True if the run is saved once it has taken a number of steps, within an epoch that is not over."""
         due = self.save_every_steps and step % self.save_every_steps == 0
-        return bool(due) and batch < self.batches_per_epoch
+        return bool(due) and self.steps_left(samples) > 0
 
 
 def plan_run(
@@ -128,8 +151,8 @@ def plan_run(
         batch_size, accumulation, kept = _kept_global_batch(recipe, resumed, world_size)
         notices.extend(kept)
     global_batch_size = batch_size * world_size * accumulation
-    batches = _batches_per_epoch(recipe, num_train, world_size, batch_size)
-    steps_per_epoch = batches // accumulation
+    samples_per_epoch = epoch_samples(num_train, world_size, recipe.augmentation.repeats)
+    steps_per_epoch = samples_per_epoch // global_batch_size
     if num_val < 1:
         raise UserError(f"{recipe.data.val_dataset} has no images")
     if steps_per_epoch < 1 and not training.eval_only:
@@ -139,7 +162,7 @@ def plan_run(
             f"{recipe.data.train_dataset} has {num_train:,} images, fewer than the {global_batch_size:,} of one "
             f"optimizer step ({batch_arithmetic(batch_size, world_size, accumulation)}): {hint}"
         )
-    lr, lr_arithmetic = _peak_lr(recipe, global_batch_size)
+    lr, lr_arithmetic = _explained_lr(recipe, global_batch_size)
     ema_decay = training.ema_decay
     if training.ema_rescale:
         ema_decay = rescaled_ema_decay(
@@ -160,30 +183,35 @@ def plan_run(
         lr_arithmetic=lr_arithmetic,
         epochs=training.epochs,
         steps_per_epoch=steps_per_epoch,
+        samples_per_epoch=samples_per_epoch,
         num_train=num_train,
         num_val=num_val,
         ema_decay=ema_decay,
         precision=precision,
         save_every_steps=training.save_every_steps,
         evaluates_every_epoch=recipe.logging.log_level > 0,
-        lr_at=build_lr(recipe, peak=lr, steps_per_epoch=steps_per_epoch),
+        lr_at=build_lr(recipe.lr, peak=lr, epochs=training.epochs, steps_per_epoch=steps_per_epoch),
         resolution=resolution_of(recipe),
         resumed_from=resumed_from,
         notices=tuple(notices),
     )
 
 
-def _batches_per_epoch(recipe: Recipe, num_train: int, world_size: int, batch_size: int) -> int:
-    """Return the number of full batches that the training loader gives each rank in an epoch."""
-    return samples_per_rank(num_train, world_size, drop_last=True, repeats=recipe.augmentation.repeats) // batch_size
+def epoch_samples(num_train: int, world_size: int, repeats: int) -> int:
+    """Return the number of samples that the training loaders of all ranks draw for an epoch."""
+    return world_size * samples_per_rank(num_train, world_size, drop_last=True, repeats=repeats)
 
 
-def _peak_lr(recipe: Recipe, global_batch_size: int) -> tuple[float, str]:
+def peak_lr(settings: LearningRate, global_batch_size: int) -> float:
+    """Return the peak learning rate of a global batch."""
+    return settings.base_lr * global_batch_size / LR_BATCH_SIZE if settings.lr is None else settings.lr
+
+
+def _explained_lr(recipe: Recipe, global_batch_size: int) -> tuple[float, str]:
     """Return the peak learning rate, and the arithmetic behind it."""
-    settings = recipe.lr
-    lr, arithmetic = settings.lr, f"{show(settings.lr)} (lr.lr, {recipe.source('lr.lr')})"
-    if lr is None:
-        lr = settings.base_lr * global_batch_size / LR_BATCH_SIZE
+    settings, lr = recipe.lr, peak_lr(recipe.lr, global_batch_size)
+    arithmetic = f"{show(settings.lr)} (lr.lr, {recipe.source('lr.lr')})"
+    if settings.lr is None:
         arithmetic = f"{show(settings.base_lr)} x {global_batch_size} / {LR_BATCH_SIZE} = {lr:.6g}"
     if settings.min_lr > lr:
         raise UserError(f"lr.min_lr={show(settings.min_lr)} is above the peak learning rate, {arithmetic}")

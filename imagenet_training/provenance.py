@@ -68,7 +68,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if name not in _EXPECTED_TO_DIFFER and earlier.get(name, value) != value
     ]
     for split, data in now["data"].items():
-        if before["data"].get(split, data)["digest"] != data["digest"]:
+        was = before["data"].get(split, data)
+        if was["num_samples"] != data["num_samples"]:
+            sizes = f"{data['num_samples']:,} images, and there were {was['num_samples']:,}"
+            notices.append(f"the {split} data is not the resumed run's: {data['path']} has {sizes}")
+        elif was["digest"] != data["digest"]:
             notices.append(f"the {split} data is not the resumed run's: {data['path']} has another digest")
     return notices
 

@@ -99,17 +99,15 @@ def restore(trainer: Trainer, point: ResumePoint, recipe: Recipe, plan: RunPlan)
     Raises
     ------
     UserError
-        If the weights are of another architecture or head, the optimizer is another one, or a run was stopped within
-        an epoch and its remaining global batches would be others.
+        If the weights are of another architecture or head, or the optimizer is another one.
     """
     content = point.content
     if content is None:
         return TrainState(run_name=point.names.get("run_name", ""), wandb_id=point.names.get("wandb_id", ""))
-    state = TrainState(**content["state"])
-    trains = not recipe.training.eval_only
-    if state.batch and trains:
-        _check_same_batches(content, recipe, plan)
-        state.batch = state.batch // content["recipe"]["training"]["accumulation"] * plan.accumulation
+    state, trains = TrainState.of(content), not recipe.training.eval_only
+    earlier_batches = content["global_batch_size"], content["recipe"]["training"]["accumulation"]
+    if earlier_batches != (plan.global_batch_size, plan.accumulation):
+        state.numbered_batches = False  # numbers could repeat
     try:
         unwrapped(trainer.model).load_state_dict(content["model"])
         if trainer.ema is not None:
@@ -145,30 +143,3 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, content: Mapping[str, A
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 # The memory format of the weights may have changed, and fused optimizers insist on the weights' one.
                 state[key] = torch.empty_like(parameter).copy_(value)
-
-
-def _check_same_batches(content: Mapping[str, Any], recipe: Recipe, plan: RunPlan) -> None:
-    """Check that the global batches of an interrupted epoch continue where they stopped.
-
-    Samples are dealt to the ranks one by one, so any number of ranks with the same global batch will do. In
-    quasi-random order each rank has its own pages, so the number of ranks must be the same too.
-
-    Raises
-    ------
-    UserError
-        If the global batch, or in quasi-random order the number of ranks, is another one.
-    """
-    state = content["state"]
-    position = f"the checkpoint stands {state['batch']} batches into epoch {state['epoch']}"
-    if content["global_batch_size"] != plan.global_batch_size:
-        raise UserError(
-            f"{position} at a global batch of {content['global_batch_size']}; this run has "
-            f"{plan.global_batch_size}. Go on with the same until the epoch ends"
-        )
-    order = recipe.data.order
-    if content["world_size"] != plan.world_size and order == "quasi_random":
-        raise UserError(
-            f"{position} of {content['world_size']} processes in {order} order, each with pages of its own, which "
-            f"{plan.world_size} processes cannot end. Go on with {content['world_size']} until the epoch ends, "
-            "or from a checkpoint of the end of an epoch"
-        )

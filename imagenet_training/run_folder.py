@@ -10,6 +10,7 @@ from typing import Any
 
 from ffcv_ops.settings.command_line import replace_settings
 from imagenet_training.background import BackgroundTask
+from imagenet_training.changes import position_notices
 from imagenet_training.checkpoint import CheckpointFolder, checkpoint_content, copy_to_cpu
 from imagenet_training.contact_sheet import class_names
 from imagenet_training.data import TrainingData, validation_images
@@ -70,6 +71,7 @@ class RunFolder:
             log_every=recipe.logging.log_every if recipe.logging.log_level else 0,
         )
         self._background = BackgroundTask()
+        self._saved: TrainState | None = None
 
     def __enter__(self) -> "RunFolder":
         log, state = self.log, self.state
@@ -117,8 +119,9 @@ class RunFolder:
         return copy_to_cpu(checkpoint_content(state, self.trainer, self.provenance))
 
     def save(self, state: TrainState) -> None:
-        """Save the run at its present position, while training goes on."""
-        if self.world.is_main:
+        """Save the run at its present position, while training goes on. A position is saved once."""
+        if self.world.is_main and state != self._saved:
+            self._saved = dataclasses.replace(state)
             content = self._content(state)
             self._background.start(lambda: self.checkpoints.save(content))
 
@@ -136,6 +139,7 @@ class RunFolder:
             content = self._content(state)
             is_best = state.best_epoch == state.epoch - 1
             position, best = dataclasses.replace(state), predictions if is_best else None
+            self._saved = position
 
             def work() -> None:
                 self.checkpoints.save(content, is_best=is_best)
@@ -219,6 +223,8 @@ def run_notices(
     yield from plan.notices
     yield from data.classes.notices
     if point.content is not None:
+        if not recipe.training.eval_only:
+            yield from position_notices(point.content, recipe, plan)
         yield from differences(point.content, provenance)
 
 

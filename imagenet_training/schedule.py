@@ -1,10 +1,10 @@
-"""The schedules of a run: the learning rate by step, the training resolution by epoch."""
+"""The schedules of a run: the learning rate by its place in the epochs, the training resolution by epoch."""
 
 import functools
 import math
 from collections.abc import Callable
 
-from imagenet_training.recipe import Recipe
+from imagenet_training.recipe import LearningRate, Recipe
 
 
 def cyclic_lr(epoch: int, *, lr: float, peak_epoch: int, epochs: int) -> float:
@@ -62,8 +62,13 @@ def resolution_of(recipe: Recipe) -> Callable[[int], int]:
     )
 
 
-def build_lr(recipe: Recipe, *, peak: float, steps_per_epoch: int) -> Callable[[int], float]:
-    """Return the learning rate as a function of the optimizer step, counted from 0 over the run.
+def build_lr(
+    settings: LearningRate, *, peak: float, epochs: int, steps_per_epoch: int
+) -> Callable[[float], float]:
+    """Return the learning rate as a function of the optimizer step, counted from 0 over an undisturbed run.
+
+    A run that was resumed with another batch asks for the step that its epoch and samples would be at; see
+    `imagenet_training.plan.RunPlan.step_at`. That may be a fraction.
 
     ``cyclic`` and ``step`` follow ffcv-imagenet: their values at the starts of epochs are joined by straight lines, so
     ``step`` falls over the epoch before a factor applies. ``cosine`` and ``step`` may start with a warm-up: over
@@ -72,31 +77,30 @@ def build_lr(recipe: Recipe, *, peak: float, steps_per_epoch: int) -> Callable[[
 
     Parameters
     ----------
-    recipe : Recipe
+    settings : LearningRate
     peak : float
         Peak learning rate.
-    steps_per_epoch : int
+    epochs, steps_per_epoch : int
     """
-    settings, epochs = recipe.lr, recipe.training.epochs
     total_steps, warmup_steps = steps_per_epoch * epochs, settings.warmup_epochs * steps_per_epoch
 
-    def cyclic(step: int) -> float:
+    def cyclic(step: float) -> float:
         at_epoch = functools.partial(cyclic_lr, lr=peak, peak_epoch=settings.lr_peak_epoch, epochs=epochs)
         return _on_line(at_epoch, step, steps_per_epoch)
 
-    def step_by_step(step: int) -> float:
+    def step_by_step(step: float) -> float:
         at_epoch = functools.partial(
             step_lr, lr=peak, ratio=settings.step_ratio, length=settings.step_length, epochs=epochs
         )
         return _on_line(at_epoch, step, steps_per_epoch)
 
-    def cosine(step: int) -> float:
+    def cosine(step: float) -> float:
         progress = max(0.0, (step - warmup_steps) / (total_steps - warmup_steps))
         return cosine_lr(progress, lr=peak, min_lr=settings.min_lr)
 
     shape = {"cyclic": cyclic, "step": step_by_step, "cosine": cosine}[settings.lr_schedule_type]
 
-    def lr_at(step: int) -> float:
+    def lr_at(step: float) -> float:
         lr = shape(step)
         if step < warmup_steps:
             lr *= settings.warmup_lr + (1 - settings.warmup_lr) * step / warmup_steps
@@ -105,8 +109,8 @@ def build_lr(recipe: Recipe, *, peak: float, steps_per_epoch: int) -> Callable[[
     return lr_at
 
 
-def _on_line(at_epoch: Callable[[int], float], step: int, steps_per_epoch: int) -> float:
+def _on_line(at_epoch: Callable[[int], float], step: float, steps_per_epoch: int) -> float:
     """Return the value on the straight line between the values at the starts of this epoch and the next."""
     epoch, steps_done = divmod(step, steps_per_epoch)
-    start, end = at_epoch(epoch), at_epoch(epoch + 1)
+    start, end = at_epoch(int(epoch)), at_epoch(int(epoch) + 1)
     return start + (end - start) * steps_done / steps_per_epoch

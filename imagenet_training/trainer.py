@@ -20,6 +20,7 @@ from imagenet_training.model import build_model, compiled, gains_from_compilatio
 from imagenet_training.optim import build_ema, build_optimizer
 from imagenet_training.plan import RunPlan
 from imagenet_training.recipe import Recipe
+from imagenet_training.state import TrainState
 
 DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32": torch.float32}
 # PyTorch 2.14 renamed the option of DistributedDataParallel, and warns of the old name.
@@ -64,7 +65,7 @@ class Trainer:
     loss : callable
         Scalar loss of logits (N, K) and dense targets (N, K).
     lr : callable
-        Learning rate of an optimizer step, counted from 0 over the run.
+        Learning rate at a place of the schedule; see `imagenet_training.plan.RunPlan.step_at`.
     precision : {"16-mixed", "bf16-mixed", "32"}
     accumulation : int
         Batches per optimizer step.
@@ -74,7 +75,7 @@ class Trainer:
     channels_last : bool
         Memory format of the images and the weights. Images that already have it are not copied.
     seed : int
-        Seed of what the model itself draws (dropout, drop path): a function of (seed, batch, rank).
+        Seed of what the model itself draws (dropout, drop path): a function of (seed, place of the batch, rank).
     compiles : bool
         Compile the model in `compile_for`.
     compiled_px : int
@@ -87,7 +88,7 @@ class Trainer:
     scaler: torch.amp.GradScaler
     world: World
     loss: Loss
-    lr: Callable[[int], float]
+    lr: Callable[[float], float]
     precision: str
     accumulation: int = 1
     grad_clip: float = 0.0
@@ -108,7 +109,7 @@ class Trainer:
         return images.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
     def backward(
-        self, images: torch.Tensor, targets: torch.Tensor, *, step: int, batch: int
+        self, images: torch.Tensor, targets: torch.Tensor, *, number: int, place: tuple[int, ...]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add one batch's share to the gradient. Ranks exchange gradients only with the last batch of a step.
 
@@ -118,28 +119,34 @@ class Trainer:
             Float (N, 3, H, W).
         targets : torch.Tensor
             Float (N, K).
-        step : int
-            The optimizer step, counted from 0 over the run.
-        batch : int
-            The batch, counted from 0 over the epoch.
+        number : int
+            The number of the batch in its optimizer step, from 0.
+        place : tuple of int
+            The place of the batch in the run, which seeds what the model draws; see `batch_place`.
 
         Returns
         -------
         tuple of torch.Tensor
             Loss (scalar) and logits (N, K).
         """
-        place = batch % self.accumulation
-        self._seed(step * self.accumulation + place)
-        with self._no_exchange(place < self.accumulation - 1):
+        self._seed(place)
+        with self._no_exchange(number < self.accumulation - 1):
             with autocast(self.world.device, self.precision):
                 logits = self.model(self.to_memory_format(images))
             loss = self.loss(logits, targets)
             self.scaler.scale(loss / self.accumulation).backward()
         return loss, logits
 
-    def optimizer_step(self, step: int) -> float:
-        """Change the weights by the gradient of the last batches; return the learning rate."""
-        lr = self.lr(step)
+    def optimizer_step(self, lr: float, *, step: int) -> None:
+        """Change the weights by the gradient of the last batches.
+
+        Parameters
+        ----------
+        lr : float
+            Learning rate.
+        step : int
+            Optimizer steps that the run has taken. It decides if the moving average is updated.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.grad_clip or self.agc:
@@ -155,7 +162,6 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None and (step + 1) % self.ema_every == 0:
             self.ema.update_parameters(unwrapped(self.model))
-        return lr
 
     def is_finite(self) -> bool:
         """Return True if all weights and statistics of the model are finite. This waits for the device."""
@@ -223,9 +229,28 @@ class Trainer:
             return self.model.no_sync()
         return contextlib.nullcontext()
 
-    def _seed(self, batch: int) -> None:
-        """Make what the model draws a function of (seed, batch of the run, rank), the same after a resume."""
-        torch.manual_seed(hash((self.seed, batch, self.world.rank)) % 2**63)
+    def _seed(self, place: tuple[int, ...]) -> None:
+        """Make what the model draws a function of (seed, place in the run, rank), the same after a resume."""
+        torch.manual_seed(hash((self.seed, *place, self.world.rank)) % 2**63)
+
+
+def batch_place(state: TrainState, plan: RunPlan, number: int) -> tuple[int, ...]:
+    """Return the place of a batch in the run: its epoch, and the samples of the epoch before it.
+
+    No two batches of a run have the same place, though its batch size may change when it is resumed. A run that an
+    earlier version began keeps the place of that version, the number of the batch over the run.
+
+    Parameters
+    ----------
+    state : TrainState
+        The position before the optimizer step of the batch.
+    plan : RunPlan
+    number : int
+        The number of the batch in its optimizer step, from 0.
+    """
+    if state.numbered_batches:
+        return (state.step * plan.accumulation + number,)
+    return state.epoch, state.samples + number * plan.batch_size * plan.world_size
 
 
 def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoint: bool = False) -> Trainer:

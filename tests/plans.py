@@ -15,6 +15,7 @@ def make_plan(steps_per_epoch: int = 1, **numbers: Any) -> RunPlan:
         "lr": 0.1,
         "lr_arithmetic": "0.1",
         "epochs": 1,
+        "samples_per_epoch": 8 * steps_per_epoch,
         "num_train": 8 * steps_per_epoch,
         "num_val": 8,
         "ema_decay": 0.0,

@@ -44,10 +44,6 @@ class Run:
         scaled=False,
         optimizer="sgd",
         decay=(1e-4, 0.0),
-        order="random",
-        accumulation=1,
-        world_size=1,
-        global_batch_size=8,
         eval_only=False,
     ):
         model = build_model("test_resnet", num_classes=num_classes)
@@ -62,13 +58,10 @@ class Run:
             precision="32",
         )
         self.parts = {"model": model, "ema": self.trainer.ema, "optimizer": self.trainer.optimizer}
-        self.recipe = SimpleNamespace(
-            training=SimpleNamespace(optimizer=optimizer, eval_only=eval_only), data=SimpleNamespace(order=order)
-        )
-        numbers = {"accumulation": accumulation, "world_size": world_size, "global_batch_size": global_batch_size}
-        self.plan = make_plan(**numbers)
-        stored = {"training": {"accumulation": accumulation, "optimizer": optimizer}, "data": {"order": order}}
-        self.provenance = {"recipe": stored, "world_size": world_size, "global_batch_size": global_batch_size}
+        self.recipe = SimpleNamespace(training=SimpleNamespace(optimizer=optimizer, eval_only=eval_only))
+        self.plan = make_plan()
+        stored = {"training": {"accumulation": 1, "optimizer": optimizer}}
+        self.provenance = {"recipe": stored, "global_batch_size": 8}
         self.checkpoints = CheckpointFolder(folder, "resnet18")
         self.last = self.checkpoints.last
 
@@ -190,6 +183,14 @@ def test_an_earlier_run_is_kept(tmp_path):
     assert not run.last.exists()
 
 
+def test_an_earlier_report_is_kept_where_no_checkpoint_is(tmp_path):
+    report = tmp_path / "report.html"
+    report.write_text("earlier")
+    (moved,) = CheckpointFolder(tmp_path / "checkpoints", "resnet18").keep_earlier_run(report)
+    assert moved == tmp_path / "checkpoints" / "earlier-1" / "report.html" and moved.read_text() == "earlier"
+    assert not report.exists()
+
+
 def test_foreign_and_damaged_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         read_checkpoint(tmp_path / "none.ckpt")
@@ -260,44 +261,26 @@ def test_the_loss_s_scale_comes_back_where_there_was_one(tmp_path, before, now, 
     assert theirs.trainer.scaler.get_scale() == scale
 
 
-def test_within_an_epoch_the_global_batch_must_stay(tmp_path):
-    content = saved_by(Run(tmp_path), epoch=1, batch=6)
-    Run(tmp_path).restore(content)
-    with pytest.raises(UserError, match="6 batches into epoch 1 at a global batch of 8; this run has 16"):
-        Run(tmp_path, global_batch_size=16).restore(content)
-
-
 def test_to_evaluate_nothing_but_the_weights_must_fit(tmp_path):
     ours = Run(tmp_path)
-    content = saved_by(ours, epoch=1, batch=6)
-    theirs = Run(tmp_path, global_batch_size=16, decay=(0.0, None), optimizer="adamw", eval_only=True)
+    content = saved_by(ours, epoch=1, samples=48)
+    theirs = Run(tmp_path, decay=(0.0, None), optimizer="adamw", eval_only=True)
     assert theirs.restore(content).epoch == 1
     for part in ("model", "ema"):
         for name, value in ours.parts[part].state_dict().items():
             assert torch.equal(theirs.parts[part].state_dict()[name], value), name
 
 
-def test_within_an_epoch_batches_are_counted_by_the_accumulation_of_the_run_that_goes_on(tmp_path):
-    content = saved_by(Run(tmp_path), epoch=1, batch=6)
-    assert Run(tmp_path, accumulation=4).restore(content).batch == 24
-
-
-def test_within_an_epoch_of_pages_the_number_of_processes_must_stay(tmp_path):
-    pages = {"order": "quasi_random"}
-    content = saved_by(Run(tmp_path, **pages), epoch=1, batch=6)
-    with pytest.raises(UserError, match="Go on with 1 until the epoch ends"):
-        Run(tmp_path, **pages, world_size=2).restore(content)
-    content["state"]["batch"] = 0
-    assert Run(tmp_path, **pages, world_size=2).restore(content).epoch == 1
-
-
-def test_the_newest_checkpoint_is_that_with_the_most_steps(tmp_path):
+def test_the_newest_checkpoint_is_the_furthest_in_epochs_and_samples_not_in_steps(tmp_path):
     assert CheckpointFolder(tmp_path / "nowhere", "resnet18").newest() == (None, [])
     run = Run(tmp_path)
-    run.save(TrainState(step=7, run_name="train_a", best_acc1=0.5, best_epoch=0), is_best=True)
+    state = {"epoch": 1, "step": 70, "run_name": "train_a", "best_acc1": 0.5, "best_epoch": 0}
+    run.save(TrainState(**state), is_best=True)
     best = run.checkpoints.best(TrainState(best_acc1=0.5, best_epoch=0))
     assert run.checkpoints.newest() == (run.last, []), "the last, of equals"
-    run.save(TrainState(step=3, run_name="train_b"))
+    run.save(TrainState(**{**state, "step": 69}, samples=32))
+    assert run.checkpoints.newest() == (run.last, [])
+    run.save(TrainState(epoch=0, samples=64, step=71, run_name="train_b"))
     assert run.checkpoints.newest() == (best, [])
     assert run.checkpoints.newest(run_name="train_b") == (run.last, [])
     assert run.checkpoints.newest(run_name="train_c") == (None, [])

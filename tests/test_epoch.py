@@ -34,10 +34,11 @@ class Batches:
     """A loader over tensors, with the interface of the real one."""
 
     def __init__(self, images, targets, batch_size):
-        self.batches = list(zip(images.split(batch_size), targets.split(batch_size), strict=True))
+        self.images, self.targets, self.batch_size = images, targets, batch_size
 
-    def epoch(self, epoch, skip=0):
-        return iter(self.batches[skip:])
+    def epoch(self, epoch, *, skip_samples=0):
+        rest = (values[skip_samples:].split(self.batch_size) for values in (self.images, self.targets))
+        return zip(*rest, strict=True)
 
 
 def small_model():
@@ -61,7 +62,10 @@ def make_trainer(model, **options):
 
 def run_epoch(trainer, batches, state, tmp_path, steps, *, save=lambda state: None, stop=None, **options):
     log = RunLog(tmp_path, True, eta=EtaEstimator([8, 8], steps), log_every=options.pop("log_every", 0))
-    plan = make_plan(steps, accumulation=trainer.accumulation, **options)
+    sizes = {"batch_size": batches.batch_size, "accumulation": trainer.accumulation}
+    global_batch_size = batches.batch_size * trainer.accumulation
+    sizes |= {"global_batch_size": global_batch_size, "samples_per_epoch": steps * global_batch_size}
+    plan = make_plan(steps, **sizes, lr_at=trainer.lr, **options)
     return train_epoch(trainer, batches, state, plan, log, stop=stop or StopRequest(WORLD), save=save)
 
 
@@ -94,7 +98,7 @@ def test_an_epoch_is_plain_sgd(data, tmp_path):
     assert values["train/loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
     assert values["train/acc1"] == pytest.approx(hits / 24)
     assert values["lr"] == pytest.approx(0.1 / 3)
-    assert (state.step, state.batch) == (3, 3)
+    assert (state.step, state.samples) == (3, 24)
 
 
 def test_accumulation_equals_the_larger_batch(data, tmp_path):
@@ -105,7 +109,7 @@ def test_accumulation_equals_the_larger_batch(data, tmp_path):
     run_epoch(make_trainer(parts, accumulation=3), Batches(images, targets, 4), state, tmp_path, steps=2)
     for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert (state.step, state.batch) == (2, 6)
+    assert (state.step, state.samples) == (2, 24)
 
 
 def test_clipping_bounds_the_step(data, tmp_path):
@@ -146,7 +150,7 @@ def test_an_interrupted_epoch_goes_on_to_the_bit(data, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run_epoch(trainer, batches, state, tmp_path, steps=6, save=save, save_every_steps=4)
-    assert saved["state"].batch == 4
+    assert saved["state"].samples == 16
     resumed = small_model()
     resumed.load_state_dict(saved["model"])
     trainer = make_trainer(resumed)
@@ -259,7 +263,7 @@ def test_waits_are_those_between_batches():
             time.sleep(0.1)
             yield number
 
-    clock = StepClock(torch.device("cpu"))
+    clock = StepClock(torch.device("cpu"), images_per_step=10)
     for number in clock.watch(slow()):
         clock.num_images, clock.num_steps = 10 * (number + 1), number + 1
         time.sleep(0.2)

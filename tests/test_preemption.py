@@ -20,6 +20,7 @@ from ffcv_ops import UserError, read_beton
 from ffcv_ops.loading.order import random_order
 from imagenet_training.plan import plan_run
 from imagenet_training.recipe import read_recipe
+from imagenet_training.state import TrainState
 
 pytestmark = pytest.mark.slow
 
@@ -172,13 +173,13 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(ranks, u
     assert job.statuses() == [75, 75], job.output()
     assert time.monotonic() - signalled_s < 20
     state = last(tmp_path / "run")["state"]
-    assert f"stopped by a signal: epoch {state['epoch']}, batch {state['batch']} (step {state['step']})" in job.output()
+    assert f"stopped by a signal: {TrainState(**state)}, saved as" in job.output()
     assert 5 <= state["step"] < 12
     (log,) = tmp_path.glob("run/logs/*.log")
     assert log.read_text().rstrip().endswith("--resume auto goes on")
     resumed = ranks.run(tmp_path / "run", 2, *arguments)
     assert "no checkpoint in checkpoints, so a new run starts" in resumed.output()
-    assert f"resuming at epoch {state['epoch']}, batch {state['batch']} (step {state['step']})" in resumed.output()
+    assert f"resuming at {TrainState(**state)}" in resumed.output()
     assert_same_run(tmp_path / "run", undisturbed[2])
 
 
@@ -189,7 +190,7 @@ def test_a_signal_during_validation_is_honoured_there(ranks, undisturbed, data, 
     os.kill(job.pids[0], signal.SIGINT)
     assert job.statuses() == [130], job.output()
     state = last(tmp_path / "run")["state"]
-    assert (state["epoch"], state["batch"], state["step"]) == (1, 4, 8), "trained, and not evaluated"
+    assert (state["epoch"], state["samples"], state["step"]) == (1, 128, 8), "trained, and not evaluated"
     ranks.run(tmp_path / "run", 1, *arguments, "--resume", "auto")
     assert_same_run(tmp_path / "run", undisturbed[1])
 

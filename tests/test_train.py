@@ -35,6 +35,7 @@ from imagenet_training.predictions import Predictions
 from imagenet_training.provenance import differences
 from imagenet_training.recipe import read_recipe
 from imagenet_training.report import NUM_MISTAKES_SHOWN
+from imagenet_training.state import TrainState
 
 pytestmark = pytest.mark.slow
 
@@ -219,9 +220,9 @@ def test_killed_and_resumed_equals_undisturbed(recipe, whole_run, tmp_path):
     finish(process, -signal.SIGKILL)
     last = tmp_path / "checkpoints" / "last.ckpt"
     state = torch.load(last, weights_only=True)["state"]
-    assert 9 <= state["step"] < 24 and state["step"] == 8 * state["epoch"] + state["batch"]
+    assert 9 <= state["step"] < 24 and state["step"] == 8 * state["epoch"] + state["samples"] / 16
     output = finish(run_script("--config-file", recipe, "--no_wandb", "--resume", last, folder=tmp_path))
-    assert f"resuming at epoch {state['epoch']}, batch {state['batch']} (step {state['step']})" in output
+    assert f"resuming at {TrainState(**state)}" in output
     ours, theirs = (torch.load(p / "checkpoints" / "last.ckpt", weights_only=True) for p in (tmp_path, whole_run[0]))
     for part in ("model", "ema"):
         for name, value in theirs[part].items():
@@ -516,20 +517,27 @@ def test_a_resumed_run_says_what_has_changed_since():
         "commit": "abc",
         "device": "a GPU",
         "versions": {"torch": "2.9", "timm": "1"},
-        "data": {"val": {"path": "val.beton", "digest": "12"}},
+        "data": {
+            "train": {"path": "train.beton", "num_samples": 9, "digest": None},
+            "val": {"path": "val.beton", "num_samples": 5, "digest": "12"},
+        },
     }
     before = {
         "recipe": {"training": {"epochs": 3, "resume": None}},
         "commit": "abc+",
         "device": "another",
         "versions": {"torch": "2.8", "timm": "1"},
-        "data": {"train": {"path": "train.beton", "digest": "34"}, "val": {"path": "val.beton", "digest": "56"}},
+        "data": {
+            "train": {"path": "train.beton", "num_samples": 8, "digest": None},
+            "val": {"path": "val.beton", "num_samples": 5, "digest": "56"},
+        },
     }
     assert differences(before, facts) == [
         "training.epochs is 4, and was 3 in the run that is resumed",
         "the commit is abc, and was abc+ in the run that is resumed",
         "the device is a GPU, and was another in the run that is resumed",
         "the version of torch is 2.9, and was 2.8 in the run that is resumed",
+        "the train data is not the resumed run's: train.beton has 9 images, and there were 8",
         "the val data is not the resumed run's: val.beton has another digest",
     ]
     assert differences(facts, facts) == []

@@ -249,7 +249,7 @@ class Loader(StockLoader):
     def __iter__(self) -> EpochIterator:
         return self.epoch(self.next_epoch)
 
-    def epoch(self, epoch: int, skip: int = 0) -> EpochIterator:
+    def epoch(self, epoch: int, skip: int = 0, *, skip_samples: int | None = None) -> EpochIterator:
         """Return the batches of an epoch, from the skip-th on.
 
         Parameters
@@ -258,6 +258,9 @@ class Loader(StockLoader):
             From 0. A ``for`` over the loader itself continues with the next epoch.
         skip : int
             The number of batches to leave out. The others are the same as in an uninterrupted epoch.
+        skip_samples : int, optional
+            Instead of `skip`, the number of this rank's samples to leave out. Batches are made of the others, so an
+            epoch can continue with another batch size.
 
         Returns
         -------
@@ -266,7 +269,8 @@ class Loader(StockLoader):
         Raises
         ------
         UserError
-            If the epoch has fewer batches than `skip`, or the size of the file has changed.
+            If the epoch has fewer batches than `skip` or fewer samples than `skip_samples`, or the size of the file has
+            changed.
         ValueError
             If the loader is closed.
         """
@@ -276,6 +280,13 @@ class Loader(StockLoader):
         num_batches = self._num_batches(len(ids))
         if not 0 <= skip <= num_batches:
             raise UserError(f"skip is {skip}; epoch {epoch} has {num_batches} batches")
+        start = skip * self.batch_size
+        if skip_samples is not None:
+            if skip:
+                raise UserError(f"skip is {skip} and skip_samples is {skip_samples}: pass only one of them")
+            if not 0 <= skip_samples <= len(ids):
+                raise UserError(f"skip_samples is {skip_samples}; this rank has {len(ids)} samples in epoch {epoch}")
+            start = skip_samples
         if os.stat(self.fname).st_size != self.beton.size_bytes:
             raise UserError(f"{self.fname}: its size has changed since the loader was made: it was replaced or cut")
         for producer in list(self._producers):
@@ -288,8 +299,7 @@ class Loader(StockLoader):
             # For our operations this costs nothing, and a size may change between epochs.
             self._steps.generate_code(only_ours=True)
         self.next_epoch = epoch + 1
-        end = min(len(ids), num_batches * self.batch_size)
-        part = slice(skip * self.batch_size, end)
+        part = slice(start, min(len(ids), start + self._num_batches(len(ids) - start) * self.batch_size))
         producer = EpochProducer(self, epoch, ids[part], None if copies is None else copies[part])
         self._producers.add(producer)
         return EpochIterator(producer)
