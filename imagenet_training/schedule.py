@@ -62,9 +62,7 @@ def resolution_of(recipe: Recipe) -> Callable[[int], int]:
     )
 
 
-def build_lr(
-    settings: LearningRate, *, peak: float, epochs: int, steps_per_epoch: int
-) -> Callable[[float], float]:
+def build_lr(settings: LearningRate, *, peak: float, epochs: int, steps_per_epoch: int) -> Callable[[float], float]:
     """Return the learning rate as a function of the optimizer step, counted from 0 over an undisturbed run.
 
     A run that was resumed with another batch asks for the step that its epoch and samples would be at; see
