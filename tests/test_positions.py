@@ -341,13 +341,15 @@ def test_after_a_stop_in_validation_the_line_of_the_epoch_has_the_pace_of_its_tr
     log = RunLog(tmp_path, True, eta=EtaEstimator([8] * 6, plan.steps_per_epoch))
     whole = train_epoch(first.trainer, first, first.state, plan, log, stop=stop, save=lambda state: None)
     content = content_of(recipe_of(), plan, first.state)
+    num_images, elapsed_s, _ = first.state.pace
+    assert num_images == 100 and elapsed_s > 0
     half = plan_of(recipe_of("--batch_size=5"), resumed=content)
     for resumed_plan, steps in ((plan, 1), (half, 0.5)):
         state = TrainState.of(content)
         part = Part(resumed_plan, state, tmp_path)
         values = train_epoch(part.trainer, part, state, resumed_plan, log, stop=stop, save=lambda state: None)
-        assert not part.places and values["images_per_s"] == pytest.approx(whole["images_per_s"], rel=0.2)
-        assert values["step_s"] == pytest.approx(steps * whole["step_s"], rel=0.2)
+        assert not part.places and values["images_per_s"] == pytest.approx(100 / elapsed_s)
+        assert values["step_s"] == pytest.approx(steps * elapsed_s / 10)
     content["state"]["pace"] = []  # as from an earlier version
     state = TrainState.of(content)
     values = train_epoch(first.trainer, first, state, plan, log, stop=stop, save=lambda state: None)

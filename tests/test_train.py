@@ -197,6 +197,8 @@ def test_wandb_offline_history_holds_the_metrics(whole_run):
     ]
     epochs = [row for row in rows if "val/acc1" in row]
     assert [row["epoch"] for row in epochs] == [0, 1, 2]
+    positions = [row["position"] for row in rows if "position" in row]
+    assert positions == sorted(positions) and positions[0] == 2 / 8 and positions[-1] == 3, "in epochs"
     names = {"train/loss", "train/acc1", "train/acc5", "val/loss", "val/acc1", "val/acc5", "lr", "images_per_s"}
     assert all(names <= row.keys() for row in epochs)
 
