@@ -17,8 +17,9 @@ and the arithmetic of the learning rate, then a line every ``logging.log_every``
     --preview out.png                draw training images as the model gets them
     --help                           list every key
 
-SIGTERM, SIGUSR1 and Ctrl-C save the run at its present step. The exit status is then 75, after Ctrl-C 130. Status 2: a
-mistake was found before anything was created. Status 1: the run failed.
+SIGTERM, SIGUSR1, SIGHUP (a closed terminal) and Ctrl-C save the run at its present step. So does the end of a reader of
+the output, such as ``| head``. The exit status is then 75, after Ctrl-C 130. Status 2: a mistake was found before
+anything was created. Status 1: the run failed.
 """
 
 import sys
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ffcv_ops.console import protect_output
 from ffcv_ops.errors import UserError, exit_with_user_error
 from imagenet_training.recipe import Recipe, read_recipe
 
@@ -101,7 +103,8 @@ def train_epochs(recipe: Recipe, run: Run, loaders: "Loaders") -> None:
     plan, trainer, state = run.plan, run.trainer, run.state
     folder = RunFolder(recipe, plan, run.data, trainer, state, run.point)
     log = folder.log
-    with ending_with_status(plan, run.world, log, folder.finish), StopRequest(run.world, log.failure) as stop, folder:
+    stopping = StopRequest(run.world, log.failure, log.keep)
+    with ending_with_status(plan, run.world, log, folder.finish), stopping as stop, folder:
         for epoch in range(state.epoch, plan.epochs):
             loaders.set_resolution(plan.resolution(epoch))
             trainer.compile_for(plan.batch_size, plan.resolution(epoch), log)
@@ -194,6 +197,7 @@ def run(recipe: Recipe) -> None:
 
 
 def main() -> None:
+    protect_output()
     recipe = read_recipe(sys.argv[1:])  # a mistake, or --help, ends here, before the imports that take seconds
     from torch.distributed.elastic.multiprocessing.errors import record
 

@@ -16,7 +16,7 @@ machine.
 also for files of stock FFCV. --sheet draws some of the images into a PNG.
 
 Exit status: 0 done, or the verified file is sound; 1 stopped under way, or the verified file is damaged; 2 something to
-put right first; 130 Ctrl-C; 143 SIGTERM.
+put right first; 130 Ctrl-C; 143 SIGTERM; 129 SIGHUP (a closed terminal); 141 the reader of the output is gone.
 """
 
 import shutil
@@ -30,6 +30,7 @@ from ffcv_ops import machine
 from ffcv_ops.beton.describe import describe, histogram_lines, lines
 from ffcv_ops.beton.layout import manifest_path
 from ffcv_ops.beton.verify import verify
+from ffcv_ops.console import call_if_reader_is_gone, protect_output
 from ffcv_ops.errors import UserError, exit_with_user_error
 from ffcv_ops.progress import Progress, print_line
 from ffcv_ops.settings import ShippedFiles, read_settings
@@ -51,21 +52,43 @@ from ffcv_ops.writing.writer import WriteError, write
 RECIPES = ShippedFiles(Path(__file__).resolve().parent, "*_configs/*.yaml")
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which launchers and schedulers send. It ends a run as Ctrl-C does."""
+    """SIGTERM, which launchers and schedulers send, or SIGHUP of a closed terminal. It ends a run as Ctrl-C does.
+
+    SIGPIPE stands for a reader of the output that is gone.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = signal.Signals(number)
 
 
-def terminate(*_: object) -> NoReturn:
-    """Raise Terminated for the first SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Terminated
+def terminate(number: int, frame: object = None) -> NoReturn:
+    """Raise Terminated for the first signal."""
+    ignore_signals()
+    raise Terminated(number)
+
+
+def ignore_signals() -> None:
+    call_if_reader_is_gone(None)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    protect_output()
     arguments = sys.argv[1:] if argv is None else argv
     chosen = read_settings(WriteBeton, arguments, flags=FLAGS, description=__doc__ or "", shipped=RECIPES).write
-    signal.signal(signal.SIGTERM, terminate)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, terminate)
+    writes = not (chosen.verify or chosen.inspect)
+    if writes and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        call_if_reader_is_gone(lambda: terminate(signal.SIGPIPE))
     progress = Progress()
     try:
         return run(chosen, progress)
@@ -78,14 +101,14 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as stop:
         progress.close()
-        name, status = ("SIGTERM", 143) if isinstance(stop, Terminated) else ("Ctrl-C", 130)
+        number = stop.number if isinstance(stop, Terminated) else signal.SIGINT
         if machine.rank() == 0:
-            writes = not (chosen.verify or chosen.inspect)
+            names = {signal.SIGINT: "by Ctrl-C", signal.SIGPIPE: "since the reader of the output is gone"}
             resume = "; the same command goes on from what is on disk" if writes else ""
-            print(f"stopped by {name}{resume}", file=sys.stderr)
-        return status
+            print(f"stopped {names.get(number, f'by {number.name}')}{resume}", file=sys.stderr)
+        return 128 + number
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the process ends now, and a signal would print a traceback
+        ignore_signals()  # the process ends now, and a signal would print a traceback
 
 
 def run(chosen: Write, progress: Progress) -> int:

@@ -41,8 +41,6 @@ class Progress:
 
 
 def print_line(text: str) -> None:
-    """Print a line above the bar. Bytes of a file's name that are no text appear as escapes."""
-    encoding = sys.stdout.encoding or "utf-8"
-    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    """Print a line above the bar."""
     with tqdm.external_write_mode(file=sys.stdout):
         print(text, flush=True)

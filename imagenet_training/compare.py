@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ffcv_ops.console import protect_output
 from ffcv_ops.errors import UserError
 from ffcv_ops.files import SaveError
 from ffcv_ops.units import show_duration
@@ -39,6 +40,7 @@ class Run:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit status."""
+    protect_output()
     parser = argparse.ArgumentParser(
         prog="python -m imagenet_training.compare",
         description=__doc__,
@@ -47,8 +49,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("run", nargs="+", help="a run's folder or its .jsonl")
     parser.add_argument("--out", type=Path, default=Path("compare.html"), help="the page to write (compare.html)")
     arguments = parser.parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a console may lack a character
     try:
         if not arguments.out.absolute().parent.is_dir():
             raise UserError(f"--out {arguments.out}: there is no folder {arguments.out.parent}")

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ffcv_ops.console import protect_output
 from ffcv_ops.machine import allowed_cpus
 from imagenet_training.doctor_checks import CHECKS, DATA, Finding, one_line, setup_command
 
@@ -34,6 +35,7 @@ _NUM_AT_ONCE = 4
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all checks, print their findings, and return the exit status."""
+    protect_output()
     options = _parse(argv)
     findings = []
     try:

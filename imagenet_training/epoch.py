@@ -19,7 +19,7 @@ from imagenet_training.logs import RunLog
 from imagenet_training.meters import AccuracyMeter, NonFiniteGuard, PredictionRecorder, StepClock, accuracy_metrics
 from imagenet_training.plan import RunPlan
 from imagenet_training.predictions import Predictions
-from imagenet_training.preemption import Stopped, StopRequest
+from imagenet_training.preemption import StopRequest
 from imagenet_training.recipe import Validation
 from imagenet_training.state import TrainState
 from imagenet_training.trainer import Trainer, autocast, batch_place
@@ -138,7 +138,7 @@ def train_epoch(
         log.step(state, meters)
         if stop.agreed():
             meters.store()
-            raise Stopped(stop.exit_status)
+            raise stop.stopped()
         if plan.saves_after(state.step, state.samples):
             meters.store()
             save(state)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
-from ffcv_ops.files import replace_text
+from ffcv_ops.console import open_text
+from ffcv_ops.files import SaveError, replace_text
 from ffcv_ops.units import show_duration
 from imagenet_training.charts import draw_curve
 from imagenet_training.metrics import ExpectedAccuracy, pace
@@ -62,6 +63,8 @@ class RunLog:
         self._run_name = ""
         self._wandb: Any = None
         self._unwritten: list[str] = []
+        self._records: list[dict[str, Any]] = []
+        self._failed_files: set[Path] = set()
         self._bar: tqdm | None = None
         self._printed_pace = self._printed_failure = False
         self.last: dict[str, float] = {}
@@ -155,17 +158,27 @@ class RunLog:
         """Start the run's files, or continue those of a resumed run. The state gets the name of the files.
 
         Records of epochs that the resumed run repeats are dropped, so that each epoch is recorded once.
+
+        Raises
+        ------
+        SaveError
+            If a file cannot be made. Later, a file that cannot be written gets a note.
         """
         state.run_name = state.run_name or time.strftime("train_%Y-%m-%d_%H-%M-%S")
         self._run_name = state.run_name
         if not self.is_main:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.folder / f"{state.run_name}.log", "a", encoding="utf-8")
+        path = self.folder / f"{state.run_name}.log"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = open_text(path, lambda error: self._note_unwritten(path, unwritten(path, error)))
+        except OSError as error:
+            raise SaveError(unwritten(path, error)) from error
         for text in self._unwritten:
             print(text, file=self._file, flush=True)
         self._unwritten.clear()
-        self._write_records([record for record in self.records() if record["epoch"] < state.epoch])
+        self._records = [record for record in self._read_records() if record["epoch"] < state.epoch]
+        self._write_records()
         replace_text(self.folder / f"{state.run_name}.recipe.json", json.dumps(provenance, indent=1) + "\n")
         if provenance["recipe"]["wandb"]["enable"]:
             from imagenet_training.wandb import start_wandb
@@ -178,12 +191,26 @@ class RunLog:
 
     def records(self) -> list[dict[str, Any]]:
         """Return the records of the run's epochs so far."""
+        return list(self._records)
+
+    def _read_records(self) -> list[dict[str, Any]]:
         if not self._records_path.exists():
             return []
         return [json.loads(line) for line in self._records_path.read_text(encoding="utf-8").splitlines()]
 
-    def _write_records(self, records: list[dict[str, Any]]) -> None:
-        replace_text(self._records_path, "".join(json.dumps(record) + "\n" for record in records))
+    def _write_records(self) -> None:
+        """Write all records, also those that an earlier call could not write."""
+        try:
+            replace_text(self._records_path, "".join(json.dumps(record) + "\n" for record in self._records))
+        except SaveError as error:
+            self._note_unwritten(self._records_path, str(error))
+
+    def _note_unwritten(self, path: Path, message: str) -> None:
+        """Print once for each file that it could not be written. The run goes on without."""
+        if path not in self._failed_files:
+            self._failed_files.add(path)
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(f"note: {message}. The run goes on", flush=True)
 
     def epoch(self, state: TrainState, values: Mapping[str, float]) -> None:
         """Print and record an epoch that has just been finished: a line, a JSONL record, W&B.
@@ -205,7 +232,8 @@ class RunLog:
         expected = pace(values, self.expected_accuracy, epoch + 1)
         self.print(epoch_line(values, epoch, len(resolutions), resolutions[epoch], expected))
         self.last = {"epoch": epoch, **values, "resolution": resolutions[epoch]}
-        self._write_records([*self.records(), {**self.last, "step": state.step, "time": time.time()}])
+        self._records.append({**self.last, "step": state.step, "time": time.time()})
+        self._write_records()
         if self._wandb is not None:
             self._wandb.log({**self.last, "position": state.epoch}, step=state.step)
 
@@ -223,6 +251,11 @@ class RunLog:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def unwritten(path: Path, error: OSError) -> str:
+    """Return that a file could not be written, and why."""
+    return f"{path} could not be written ({error.strerror or error})"
 
 
 def pace_line(resolution: int, epoch_s: float, remaining_s: float) -> str:

@@ -13,13 +13,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ffcv_ops.console import call_if_reader_is_gone
 from imagenet_training.distributed import World
 
 # Exit statuses after a save: EX_TEMPFAIL of sysexits.h, "try again later"; and the shell's for Ctrl-C.
 PREEMPTED, INTERRUPTED = 75, 130
 # A rank that failed has so long to print its error and close its logs. Then the others exit, and torchrun ends all.
 SECONDS_TO_END = 10
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# torchrun and a closed terminal send SIGHUP.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+# A run that has lost its terminal, or the reader of its output, finishes its save: nobody is there who asks for haste.
+_PATIENT = (signal.SIGHUP, signal.SIGPIPE)
 # Ranks ask each other about this often (s) if one of them has received a signal.
 _ASK_S = 1.0
 # A rank checks this often (s) if another one has failed.
@@ -35,20 +39,25 @@ class Stopped(Exception):
     ----------
     exit_status : int
         For the process: `INTERRUPTED` after Ctrl-C, else `PREEMPTED`.
+    reason : str
+        The cause, as text after "stopped".
     """
 
-    def __init__(self, exit_status: int):
-        super().__init__(exit_status)
-        self.exit_status = exit_status
+    def __init__(self, exit_status: int, reason: str = "by a signal"):
+        super().__init__(exit_status, reason)
+        self.exit_status, self.reason = exit_status, reason
 
 
 class StopRequest:
     """A request to end the run early, made by a signal to any of its ranks.
 
-    Use it as a context manager, in the main thread. Then SIGTERM, SIGUSR1 and Ctrl-C do not end the process. Instead
-    `agreed` returns True on all ranks, at the same call of each. A second signal ends the process at once. A thread
-    watches for signals, because the main thread may be waiting for a rank that is gone. If another rank has failed,
-    the thread passes the failure to `on_failure` and ends the process.
+    Use it as a context manager, in the main thread. Then SIGTERM, SIGUSR1, SIGHUP and Ctrl-C do not end the process.
+    Instead `agreed` returns True on all ranks, at the same call of each. A second signal ends the process at once,
+    except SIGHUP. A signal that is ignored, as by ``nohup``, stays ignored. A thread watches for signals, because the
+    main thread may be waiting for a rank that is gone. If another rank has failed, the thread passes the failure to
+    `on_failure` and ends the process.
+
+    If the reader of rank 0's output is gone, the run stops as after SIGHUP. If SIGHUP is ignored, the run goes on.
 
     No step waits for another rank: about once a second, the ranks start a reduction of two integers, and read its
     result at the next reduction. The run stops within about two seconds and a step.
@@ -59,6 +68,8 @@ class StopRequest:
         Its store is where failures are announced.
     on_failure : callable
         Called in the watching thread with the rank and the message of another rank's failure.
+    on_notice : callable
+        Called in the watching thread with each line that it prints on stderr.
 
     Attributes
     ----------
@@ -66,9 +77,15 @@ class StopRequest:
         For the process, once `agreed` has returned True: `INTERRUPTED` after Ctrl-C, else `PREEMPTED`.
     """
 
-    def __init__(self, world: World, on_failure: Callable[[int, str], None] = lambda rank, message: None):
-        self.world, self.on_failure = world, on_failure
+    def __init__(
+        self,
+        world: World,
+        on_failure: Callable[[int, str], None] = lambda rank, message: None,
+        on_notice: Callable[[str], None] = lambda line: None,
+    ):
+        self.world, self.on_failure, self.on_notice = world, on_failure, on_notice
         self.exit_status = 0
+        self._reason = "by a signal"
         self._signal_status = 0
         self._failing = False
         self._answer: Callable[[], list[int]] | None = None
@@ -84,12 +101,15 @@ class StopRequest:
                 self._before[number] = signal.signal(number, lambda number, frame: None)
         self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._watcher.start()
+        if self.world.is_main and signal.SIGHUP in self._before:
+            call_if_reader_is_gone(self._stop_without_reader)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if self.world.world_size > 1 and kind not in (None, Stopped):
             self._failing = True  # the watcher stays, and ends this process with the others
             return
+        call_if_reader_is_gone(None)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._before_fd)
@@ -124,7 +144,11 @@ class StopRequest:
     def raise_if_agreed(self, *, now: bool = False) -> None:
         """Raise `Stopped` if the run stops here; see `agreed`."""
         if self.agreed(now=now):
-            raise Stopped(self.exit_status)
+            raise self.stopped()
+
+    def stopped(self) -> Stopped:
+        """Return the exception with which the run ends, once `agreed` has returned True."""
+        return Stopped(self.exit_status, self._reason)
 
     def watched(self, batches: Iterable[Any], num_batches: int) -> Iterator[Any]:
         """Yield the batches of a loader; raise `Stopped` if the run stops among the first ``num_batches`` of them.
@@ -163,6 +187,9 @@ class StopRequest:
 
         return read
 
+    def _stop_without_reader(self) -> None:
+        self._sender.send(bytes([signal.SIGPIPE]))
+
     def _watch(self) -> None:
         first_s = 0.0
         while True:
@@ -170,7 +197,7 @@ class StopRequest:
             received = self._receiver.recv(64) if ready else b""
             if 0 in received:
                 return
-            signals = [signal.Signals(number) for number in received if number in self._before]
+            signals = [signal.Signals(n) for n in received if n in self._before or n == signal.SIGPIPE]
             failure = self.world.store.failure() if self.world.world_size > 1 else None
             if failure is not None and failure.rank != self.world.rank:
                 self.on_failure(failure.rank, failure.message)
@@ -181,7 +208,7 @@ class StopRequest:
                 if not first_s:
                     first_s = time.monotonic()
                     self._notice(number)
-                elif time.monotonic() - first_s > _SAME_S:
+                elif number not in _PATIENT and time.monotonic() - first_s > _SAME_S:
                     self._print("a second signal: ending at once, with what was saved before")
                     self._end(128 + number)
 
@@ -193,8 +220,12 @@ class StopRequest:
 
     def _notice(self, number: signal.Signals) -> None:
         self._signal_status = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+        if number == signal.SIGPIPE:
+            self._reason = "since the reader of its output is gone"
         if self.world.is_main:
-            self._print(f"{number.name}: saving at the end of this step; a second signal ends at once")
+            cause = "the reader of the output is gone" if number == signal.SIGPIPE else number.name
+            self._print(f"{cause}: saving at the end of this step; a second signal ends at once")
 
     def _print(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
+        self.on_notice(text)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shlex
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ class RunFolder:
             self.save(self.state)
             self.finish()
             last = self.checkpoints.last
-            self.log.print(f"stopped by a signal: {self.state}, saved as {last}; --resume auto goes on")
+            self.log.print(f"stopped {error.reason}: {self.state}, saved as {last}; --resume auto goes on")
             self.log.close(exit_code=error.exit_status)
             wait_for_all(self.world)  # torchrun ends the other ranks once one has exited
 
@@ -176,8 +177,10 @@ class RunFolder:
                 names=names_of(self.data),
                 mistakes=mistakes,
             )
-        except OSError as error:
-            self.log.print(f"note: the report was not written: {error}")
+        except Exception as error:  # a page is no reason to end a run
+            reason = str(error).partition("\n")[0]
+            self.log.print(f"note: the report was not written: {type(error).__name__}: {reason}")
+            self.log.keep(traceback.format_exc().rstrip())
 
     def print_next_steps(self) -> None:
         """Print how the run ended, where its files are, and what is usually done next."""

@@ -5,6 +5,7 @@ Real processes with torchrun's environment, without torchrun: `test_preemption.p
 
 import json
 import os
+import signal
 import sys
 import traceback
 
@@ -13,9 +14,18 @@ import train_imagenet
 
 
 def become(rank: int, job: dict) -> int:
-    """Run the script as one rank in the job's folder, its output in ``out.txt`` there; returns its exit status."""
+    """Run the script as one rank in the job's folder; return its exit status.
+
+    Its output goes to ``out.txt`` there or, if nobody reads it, into a pipe.
+    """
     os.chdir(job["folder"])
-    output = os.open("out.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    if "nohup" in job["output"]:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if "no reader" in job["output"]:
+        reader, output = os.pipe()
+        os.close(reader)
+    else:
+        output = os.open("out.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     world_size = job["world_size"]

@@ -1,6 +1,8 @@
 """The log of a run: on a terminal, in a pipe, and beside the expected accuracies."""
 
+import json
 import os
+import pty
 import resource
 import subprocess
 import sys
@@ -46,19 +48,24 @@ def test_the_curve_draws_what_is_expected(tmp_path):
     assert without.shape == expected.shape and (without != expected).any()
 
 
-def test_a_full_disk_leaves_the_record_of_every_epoch_whole(tmp_path):
-    log = RunLog(tmp_path, is_main=True, eta=EtaEstimator([8, 8], steps_per_epoch=1))
+def test_a_full_disk_leaves_the_record_of_every_epoch_whole_and_the_run_goes_on(tmp_path, capsys):
+    log = RunLog(tmp_path, is_main=True, eta=EtaEstimator([8, 8, 8], steps_per_epoch=1))
     log.open(TrainState(run_name="run"), {"recipe": {"wandb": {"enable": False}}})
     values = {"train/loss": 2.0, "train/acc1": 0.5, "step_s": 1.0, "images_per_s": 8.0, "data_wait": 0.0}
     log.epoch(TrainState(epoch=1, step=1), values)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "run.jsonl").stat().st_size + 10, limits[1]))
     try:
-        with pytest.raises(OSError):
-            log.epoch(TrainState(epoch=2, step=2), values)
+        log.epoch(TrainState(epoch=2, step=2), values)
+        log.print("a line" * 1000)
+        assert [json.loads(line)["epoch"] for line in (tmp_path / "run.jsonl").read_text().splitlines()] == [0]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [record["epoch"] for record in log.records()] == [0]
+    log.epoch(TrainState(epoch=3, step=3), values)
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "run.jsonl").read_text().splitlines()] == [0, 1, 2]
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert [Path(note.split()[1]).name for note in notes] == ["run.jsonl", "run.log"]
+    assert all("could not be written (File too large)" in note and "run goes on" in note for note in notes)
     assert {path.name for path in tmp_path.iterdir()} == {"run.log", "run.jsonl", "run.recipe.json"}
     log.close()
 
@@ -107,3 +114,64 @@ def test_a_terminal_shows_a_bar_for_passing_lines_and_the_log_file_keeps_them(sp
     assert " 1/41" in bars[0] and len(bars) > 4
     assert max(map(len, bars)) <= columns and "\x1b[3" not in written, "no colours"
     assert any("loss 0.5" in bar for bar in bars) == (columns == 100)
+
+
+TALKER = textwrap.dedent("""
+    import pathlib, sys
+    from ffcv_ops.console import call_if_reader_is_gone, protect_output
+    from imagenet_training.logs import RunLog
+    from imagenet_training.state import TrainState
+
+    protect_output()
+    log = RunLog(pathlib.Path(sys.argv[1]), is_main=True)
+    call_if_reader_is_gone(lambda: log.keep("the reader is gone"))
+    log.print("class caf\\udce9")
+    log.open(TrainState(run_name="run"), {"recipe": {"wandb": {"enable": False}}})
+    print("a library warns", file=sys.stderr)
+    log.print("\\u2713 done")
+    log.close()
+""")
+
+
+@pytest.mark.parametrize(
+    ("output", "reader"),
+    [
+        pytest.param(lambda: os.open("/dev/full", os.O_WRONLY), "", id="full disk"),
+        pytest.param(lambda: closed_pipe(), "the reader is gone\n", id="reader is gone"),
+        pytest.param(lambda: closed_terminal(), "", id="terminal is closed"),
+        pytest.param(None, "", id="closed by the shell"),
+        pytest.param("ascii", "", id="ascii"),
+    ],
+)
+def test_no_output_ends_a_run_and_the_log_file_has_it_all(tmp_path, output, reader):
+    command = [sys.executable, "-c", TALKER, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    written = b""
+    if output is None:
+        status = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], env=environment).returncode
+    elif output == "ascii":
+        environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(command, env=environment, capture_output=True)
+        status, written = done.returncode, done.stdout
+        assert written == b"class caf\\udce9\n\\u2713 done\n" and done.stderr == b"a library warns\n"
+    else:
+        descriptor = output()
+        status = subprocess.run(command, env=environment, stdout=descriptor, stderr=descriptor).returncode
+        os.close(descriptor)
+    assert status == 0
+    lines = (tmp_path / "run.log").read_text(encoding="utf-8")
+    assert lines.replace(reader, "", 1) == "class caf\\udce9\n\u2713 done\n" and reader in lines
+
+
+def closed_pipe():
+    """The end of a pipe to write to, whose reader is gone."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    return theirs
+
+
+def closed_terminal():
+    """The program's side of a terminal that is closed."""
+    ours, theirs = pty.openpty()
+    os.close(ours)
+    return theirs

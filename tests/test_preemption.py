@@ -87,13 +87,13 @@ class Ranks:
             text=True,
         )
 
-    def start(self, folder, world_size, *arguments):
+    def start(self, folder, world_size, *arguments, output="file"):
         folder.mkdir(exist_ok=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         batch = f"--batch_size={GLOBAL_BATCH // world_size}"
-        job = {"folder": str(folder), "world_size": world_size, "port": port}
+        job = {"folder": str(folder), "world_size": world_size, "port": port, "output": output}
         print(json.dumps({**job, "arguments": [batch, *map(str, arguments)]}), file=self.program.stdin, flush=True)
         return Job(self.program, folder, json.loads(self.program.stdout.readline()))
 
@@ -195,12 +195,44 @@ def test_a_signal_during_validation_is_honoured_there(ranks, undisturbed, data, 
     assert_same_run(tmp_path / "run", undisturbed[1])
 
 
+def test_a_hang_up_saves_the_run_and_no_page_ends_it(ranks, undisturbed, data, tmp_path):
+    (tmp_path / "run" / "report.html").mkdir(parents=True)  # the report cannot be written
+    arguments = ["--config-file", data / "recipe.yaml", "--resume", "auto"]
+    job = ranks.start(tmp_path / "run", 1, *arguments)
+    job.wait_for("epoch 1  step 1/4")
+    os.kill(job.pids[0], signal.SIGHUP)
+    assert job.statuses() == [75], job.output()
+    assert "SIGHUP: saving at the end of this step" in job.output()
+    assert "note: the report was not written: SaveError: report.html could not be written" in job.output()
+    assert 5 <= last(tmp_path / "run")["state"]["step"] < 12
+    ranks.run(tmp_path / "run", 1, *arguments)
+    assert_same_run(tmp_path / "run", undisturbed[1])
+
+
+def test_a_run_whose_reader_is_gone_is_saved_and_its_log_goes_on(ranks, undisturbed, data, tmp_path):
+    arguments = ["--config-file", data / "recipe.yaml", "--resume", "auto"]
+    job = ranks.start(tmp_path / "run", 2, *arguments, output="no reader")
+    assert job.statuses() == [75, 75], job.output()
+    (log,) = tmp_path.glob("run/logs/*.log")
+    text = log.read_text()
+    assert "the reader of the output is gone: saving at the end of this step" in text
+    state = last(tmp_path / "run")["state"]
+    assert f"stopped since the reader of its output is gone: epoch 0, batch {state['batch']}" in text
+    assert job.output() == ""
+    job = ranks.start(tmp_path / "run", 2, *arguments, output="no reader, nohup")
+    assert job.statuses() == [0, 0], "whoever starts a run with nohup wants it to go on"
+    assert_same_run(tmp_path / "run", undisturbed[2])
+
+
 def test_a_second_signal_ends_at_once(ranks, data, tmp_path):
     job = ranks.start(tmp_path / "run", 2, "--config-file", data / "recipe.yaml", "--epochs", "300")
     job.wait_for("epoch 1  step 1/4")
     os.kill(job.pids[1], signal.SIGSTOP)  # rank 0 waits for it, and can neither agree nor save
     os.kill(job.pids[0], signal.SIGTERM)
     time.sleep(1.2)
+    os.kill(job.pids[0], signal.SIGHUP)  # the terminal of somebody who waits for the save
+    time.sleep(0.2)
+    assert "a second signal: ending" not in job.output()
     os.kill(job.pids[0], signal.SIGTERM)
     job.wait_for("a second signal: ending at once")
     os.kill(job.pids[1], signal.SIGKILL)

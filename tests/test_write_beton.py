@@ -260,7 +260,8 @@ def test_twenty_kills_at_random_moments_change_no_byte(large, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "name", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
+    ("number", "name", "status"),
+    [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143), (signal.SIGHUP, "SIGHUP", 129)],
 )
 def test_a_signal_ends_the_run_in_seconds(large, tmp_path, number, name, status):
     """The signal reaches every process of the terminal, as when somebody presses the keys."""
@@ -386,3 +387,23 @@ def test_a_terminal_shows_a_bar_and_piped_output_says_what_comes_next(data, tmp_
     (check,) = (shlex.split(line)[1:] for line in lines if line.startswith("  check "))
     assert check == ["python", "write_beton.py", "--verify", str(target)]
     assert "sound" in run(*check[2:])
+
+
+def test_a_reader_that_goes_away_ends_the_run(large, tmp_path):
+    target = tmp_path / "file.beton"
+    command = [sys.executable, SCRIPT, "--source", large, "--target", target, "--num_workers=1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == (
+        "stopped since the reader of the output is gone; the same command goes on from what is on disk\n"
+    )
+    assert process.wait(timeout=20) == 141 and not target.exists()
+
+
+def test_output_on_a_full_disk_ends_no_run(data, tmp_path):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, SCRIPT, "--source", data / "val", "--target", tmp_path / "file.beton"]
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=120)
+    assert process.returncode == 0 and process.stderr == b"", process.stderr
+    assert read_beton(tmp_path / "file.beton").num_samples == 12

@@ -51,7 +51,8 @@ class Workers:
     """Processes that each call one function on message after message and send back its results.
 
     A fork server starts the processes, so they share only a pipe with this process. If this process is killed, its end
-    of the pipe closes and the workers end. If a worker ends, `receive` raises at once. Workers ignore Ctrl-C.
+    of the pipe closes and the workers end. If a worker ends, `receive` raises at once. Workers ignore Ctrl-C and
+    SIGHUP.
 
     Parameters
     ----------
@@ -183,7 +184,8 @@ def serve(
     connection: multiprocessing.connection.Connection, build: Callable[..., Callable[[Any], Any]], args: tuple[Any, ...]
 ) -> None:
     """Answer messages with the function that `build` returns, until the other end of the connection is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all processes, and the leader decides
+        signal.signal(number, signal.SIG_IGN)
     warnings.simplefilter("ignore")  # Pillow warns about metadata that nobody reads
     import cv2
 
