@@ -34,7 +34,8 @@ from ffcv_ops.loading.epoch import EpochIterator, EpochProducer
 from ffcv_ops.loading.epoch_length import batches_per_rank
 from ffcv_ops.loading.graph import Buffers, PipelineSteps
 from ffcv_ops.loading.order import EpochOrder, build_order
-from ffcv_ops.loading.storage import MappedFile, PagedFile, PageSchedule, paged_reader, schedule_pages
+from ffcv_ops.loading.read_ahead import ReadAhead, values_of
+from ffcv_ops.loading.storage import MappedEpoch, MappedFile, PagedFile, PageSchedule, paged_reader, schedule_pages
 
 _MIB = 1 << 20
 
@@ -196,6 +197,8 @@ class Loader(StockLoader):
         )
         self._steps = PipelineSteps(self.graph)
         self._steps.declare()
+        columns = sorted({f"f{step.column}" for step in self._steps.steps})
+        self._values_of = values_of(self.reader.metadata, columns, self.beton.allocations)
         self.generate_code()
         if self.on_error == "skip" and not self.os_cache:
             self._refuse_unscheduled_reads()
@@ -331,9 +334,16 @@ class Loader(StockLoader):
         with torch.inference_mode(False):
             return Buffers(*wanted)
 
-    def _open_storage(self, ids: np.ndarray, buffers: Buffers) -> MappedFile | PagedFile:
+    def _open_storage(self, ids: np.ndarray, buffers: Buffers) -> MappedEpoch | PagedFile:
         if self._mapped is not None:
-            return self._mapped
+            size, values = self.batch_size, self._values_of
+            read_ahead = ReadAhead(
+                self._mapped.file,
+                self.fname,
+                lambda number: values(ids[number * size : (number + 1) * size]),
+                self._num_batches(len(ids)),
+            )
+            return MappedEpoch(self._mapped, read_ahead)
         page_size = self.beton.page_size
         schedule = self._schedule(ids)
         if len(buffers.pages) < schedule.num_slots:

@@ -1,7 +1,8 @@
 """The storage of samples during an epoch: the whole file mapped, or the pages of the coming batches.
 
-`MappedFile` leaves caching to the operating system (``os_cache=True``). `PagedFile` reads whole pages ahead of their
-use into memory of this process (``os_cache=False``).
+`MappedFile` leaves caching to the operating system (``os_cache=True``); `MappedEpoch` reads the samples of the coming
+batches into its cache. `PagedFile` reads whole pages ahead of their use into memory of this process
+(``os_cache=False``).
 """
 
 import mmap
@@ -18,6 +19,7 @@ import numpy as np
 from ffcv_ops import _sigbus
 from ffcv_ops._ffcv import read_mapped
 from ffcv_ops.beton.allocations import AllocationTable
+from ffcv_ops.loading.read_ahead import ReadAhead
 
 # The numbers of the stock loader: twelve threads read pages up to three batches ahead of their use.
 _PREFETCH_BATCHES = 3
@@ -40,8 +42,9 @@ class MappedFile:
     def __init__(self, path: str | os.PathLike[str], allocations: AllocationTable):
         self.path = os.fspath(path)
         self.allocations = allocations
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.file)
+        self._map = mmap.mmap(self.file, 0, access=mmap.ACCESS_READ)
         self.data = np.frombuffer(self._map, dtype=np.uint8)
         self._number = _sigbus.watch(self.data.ctypes.data, self.data.size)
         weakref.finalize(self, _sigbus.forget, self._number).atexit = False
@@ -61,19 +64,27 @@ class MappedFile:
         """Return the function by which FFCV's decoders read a value. FFCV compiles it into them."""
         return read_mapped
 
-    def begin_batch(self, number: int) -> None:
-        """Do nothing: the operating system reads pages at their first use."""
-
     def check(self) -> None:
-        """Raise OSError if the file has become shorter, so that the last batch may have zeros in place of samples."""
-        if _sigbus.was_cut(self._number) or self._map.size() < self.data.size:
+        """Raise OSError if the file has become shorter or could not be read: a sample may have zeros in its place."""
+        if self._map.size() < self.data.size:
             raise OSError(f"{self.path}: has less than its {self.data.size} bytes: it was cut or replaced while in use")
+        if _sigbus.was_cut(self._number):
+            raise OSError(f"{self.path}: a part of it could not be read: storage failed, or the file was cut")
 
-    def stop(self) -> None:
-        """Do nothing: there are no threads."""
 
-    def close(self) -> None:
-        """Do nothing: the map closes when the last array over it is gone."""
+class MappedEpoch:
+    """One epoch of a `MappedFile`: the values of the coming batches are read ahead of their use.
+
+    Parameters
+    ----------
+    mapped : MappedFile
+    read_ahead : ReadAhead
+    """
+
+    def __init__(self, mapped: MappedFile, read_ahead: ReadAhead):
+        self._mapped, self._read_ahead = mapped, read_ahead
+        self.locate, self.storage_state, self.check = mapped.locate, mapped.storage_state, mapped.check
+        self.begin_batch, self.stop, self.close = read_ahead.begin_batch, read_ahead.stop, read_ahead.stop
 
 
 @dataclass(frozen=True)

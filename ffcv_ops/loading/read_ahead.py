@@ -1,0 +1,251 @@
+"""Read the samples of the coming batches into the page cache, before a worker needs them.
+
+A worker that meets a missing page of a mapped file waits for storage, one read at a time. On a file system behind a
+network, such a read takes a millisecond. `ReadAhead` keeps many reads in flight, each of one whole value. For a file
+that is in the page cache it only tries a few values of each batch.
+
+No question to the kernel replaces the trial. ``mincore`` and ``cachestat`` answer only the owner of a file, and
+``RWF_NOWAIT`` works on few file systems. So the time of a read decides: a value in the page cache is copied faster than
+any storage answers.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import numba as nb
+import numpy as np
+
+from ffcv_ops._kernels import kernel
+from ffcv_ops.cgroups import available_bytes
+
+# The values of this many bytes are read ahead, at most this share of the memory that is available.
+_WINDOW_BYTES = 128 << 20
+_WINDOW_SHARE = 1 / 8
+_MAX_BATCHES = 16
+# Threads that read. Each time the epoch waits for storage their number doubles, as long as that made reading faster.
+_MIN_READERS, _MAX_READERS = 8, 64
+_FASTER = 1.1
+_MIN_MEASURED_S = 0.05
+# Values tried in a batch that is expected in the page cache. If so many of them are slow, all are read.
+_NUM_TRIED, _NUM_SLOW = 16, 2
+# A read from the page cache takes at most this time, plus a nanosecond for each byte.
+_CACHED_NS = 60_000
+_CHUNK = 4
+_SCRATCH_BYTES = 1 << 20
+
+_CLOCK_MONOTONIC = 1
+_pread = nb.types.ExternalFunction("pread", nb.int64(nb.int32, nb.int64, nb.int64, nb.int64))
+_clock_gettime = nb.types.ExternalFunction("clock_gettime", nb.int32(nb.int32, nb.int64))
+
+
+@kernel
+def _read_values(file, offsets, sizes, scratch, clock):
+    """Read values and forget them. Return how many were not in the page cache, and the first that failed, or -1."""
+    num_slow = 0
+    for i in range(len(offsets)):
+        _clock_gettime(_CLOCK_MONOTONIC, clock.ctypes.data)
+        start_ns = clock[0] * 1_000_000_000 + clock[1]
+        done = 0
+        while done < sizes[i]:
+            count = _pread(file, scratch.ctypes.data, min(sizes[i] - done, len(scratch)), offsets[i] + done)
+            if count <= 0:
+                return num_slow, i
+            done += count
+        _clock_gettime(_CLOCK_MONOTONIC, clock.ctypes.data)
+        elapsed_ns = clock[0] * 1_000_000_000 + clock[1] - start_ns
+        num_slow += elapsed_ns > _CACHED_NS + sizes[i]
+    return num_slow, -1
+
+
+@dataclass
+class _Reads:
+    """The reads of one batch.
+
+    Attributes
+    ----------
+    offsets, sizes : ndarray int64 (N,)
+    rest : ndarray int or None
+        The values that are read only if those tried are slow; None if there are none.
+    num_pending, num_slow : int
+        Chunks that were asked for and are not read yet, and slow reads.
+    """
+
+    offsets: np.ndarray
+    sizes: np.ndarray
+    rest: np.ndarray | None = None
+    num_pending: int = 0
+    num_slow: int = 0
+
+
+class ReadAhead:
+    """The reads of one epoch.
+
+    Parameters
+    ----------
+    file : int
+        Descriptor of the file. It is not opened again, because some network file systems drop the cache of a file then.
+    path : str
+        For messages.
+    values : callable
+        Returns the offsets and sizes, each int64 (N,), of the values of a batch, for the batch's number.
+    num_batches : int
+    """
+
+    def __init__(
+        self, file: int, path: str, values: Callable[[int], tuple[np.ndarray, np.ndarray]], num_batches: int
+    ):
+        self.path = path
+        self._file, self._values, self._num_batches = file, values, num_batches
+        self._window_bytes = min(_WINDOW_BYTES, int(available_bytes() * _WINDOW_SHARE))
+        self._lock = threading.Condition()
+        self._wanted: SimpleQueue[tuple[_Reads, np.ndarray] | None] = SimpleQueue()
+        self._batches: dict[int, _Reads] = {}
+        self._next = 0
+        self._is_cold = False
+        self._error: BaseException | None = None
+        self._num_threads = 0
+        self._num_read, self._since_s, self._best_rate = 0, 0.0, 0.0
+
+    def begin_batch(self, number: int) -> None:
+        """Wait for the values of a batch, and ask for those of the following batches. Batches begin in order.
+
+        Raises
+        ------
+        OSError
+            If a value cannot be read.
+        """
+        with self._lock:
+            self._ask(number)
+            reads = self._batches.pop(number)
+            waited = reads.num_pending > 0 and self._num_threads > 0
+            while reads.num_pending and self._error is None:
+                self._lock.wait()
+            if self._error is not None:
+                raise self._error
+            if waited and self._is_cold:
+                self._adapt()
+
+    def _ask(self, number: int) -> None:
+        """Ask for the values of a batch, and of as many batches behind it as fit into the window."""
+        if not self._num_threads:
+            self._start_threads(_MIN_READERS)
+        window_bytes = sum(int(reads.sizes.sum()) for reads in self._batches.values())
+        while self._next < self._num_batches and (
+            self._next <= number or (window_bytes < self._window_bytes and self._next <= number + _MAX_BATCHES)
+        ):
+            reads = _Reads(*self._values(self._next))
+            window_bytes += int(reads.sizes.sum())
+            everything = np.arange(len(reads.offsets))
+            if self._is_cold or len(everything) <= _NUM_TRIED:
+                self._put(reads, everything)
+            else:
+                tried = np.linspace(0, len(everything) - 1, _NUM_TRIED).astype(np.int64)
+                reads.rest = np.setdiff1d(everything, tried)
+                self._put(reads, tried)
+            self._batches[self._next] = reads
+            self._next += 1
+
+    def _put(self, reads: _Reads, positions: np.ndarray) -> None:
+        for start in range(0, len(positions), _CHUNK):
+            reads.num_pending += 1
+            self._wanted.put((reads, positions[start : start + _CHUNK]))
+
+    def _adapt(self) -> None:
+        """Double the threads if storage gave more than it gave to fewer of them."""
+        now_s = time.perf_counter()
+        elapsed_s = now_s - self._since_s
+        if elapsed_s < _MIN_MEASURED_S:
+            return
+        rate = self._num_read / elapsed_s
+        if rate > _FASTER * self._best_rate:
+            self._best_rate = rate
+            self._start_threads(min(self._num_threads, _MAX_READERS - self._num_threads))
+        self._num_read, self._since_s = 0, now_s
+
+    def _start_threads(self, count: int) -> None:
+        for _ in range(count if self._error is None else 0):
+            name = f"ffcv_ops read ahead {self._num_threads}"
+            threading.Thread(target=self._serve, args=(os.dup(self._file),), name=name, daemon=True).start()
+            self._num_threads += 1
+
+    def _serve(self, file: int) -> None:
+        """Read what is asked for, until None is."""
+        scratch, clock = np.empty(_SCRATCH_BYTES, np.uint8), np.empty(2, np.int64)
+        try:
+            while (task := self._wanted.get()) is not None and self._error is None:
+                reads, positions = task
+                offsets, sizes = reads.offsets[positions], reads.sizes[positions]
+                num_slow, failed = _read_values(file, offsets, sizes, scratch, clock)
+                if failed >= 0:
+                    self._read_again(file, int(offsets[failed]), int(sizes[failed]))
+                self._finish(reads, len(positions), num_slow)
+        except BaseException as error:  # the thread of the epoch raises it
+            self._fail(error)
+        finally:
+            os.close(file)
+
+    def _read_again(self, file: int, offset: int, size: int) -> None:
+        """Read a value that failed, for the error."""
+        try:
+            found = len(os.pread(file, size, offset))
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{os.strerror(error.errno or 0)}, in the {size} bytes from {offset} on", self.path
+            ) from None
+        if found < size:
+            raise OSError(f"{self.path}: ends before byte {offset + size}: it was cut or replaced while in use")
+
+    def _finish(self, reads: _Reads, num_read: int, num_slow: int) -> None:
+        """Count a chunk that was read. If the file turns out not to be in the page cache, ask for the rest."""
+        with self._lock:
+            self._num_read += num_read
+            reads.num_slow += num_slow
+            if reads.num_slow >= _NUM_SLOW and not self._is_cold:
+                self._is_cold, self._num_read, self._since_s = True, 0, time.perf_counter()
+            if self._is_cold:
+                for waiting in (reads, *self._batches.values()):
+                    if waiting.rest is not None:
+                        self._put(waiting, waiting.rest)
+                        waiting.rest = None
+            reads.num_pending -= 1
+            if not reads.num_pending:
+                # A whole batch without slow reads: from now on only a few values are tried.
+                if self._is_cold and reads.num_slow < _NUM_SLOW and len(reads.offsets) > _NUM_TRIED:
+                    self._is_cold = False
+                self._lock.notify_all()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._error = self._error or error
+            self._lock.notify_all()
+
+    def stop(self) -> None:
+        """End the reading. A thread that waits in `begin_batch` gets an error. Reads in flight are not waited for."""
+        self._fail(RuntimeError(f"{self.path}: reading was stopped: the epoch is closed"))
+        with self._lock:
+            for _ in range(self._num_threads):
+                self._wanted.put(None)
+
+
+def values_of(metadata: Any, columns: list[str], allocations: Any) -> Callable[[np.ndarray], tuple[Any, Any]]:
+    """Return the function from sample ids to the offsets and sizes of these samples' values.
+
+    Every uint64 of a field's metadata that the allocation table has as an offset is one.
+    """
+    pointers = []
+    for name in columns:
+        column = metadata[name]
+        parts = [column] if column.dtype.names is None else [column[part] for part in column.dtype.names]
+        pointers += [part for part in parts if part.dtype == np.uint64]
+
+    def values(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        offsets = np.concatenate([part[ids] for part in pointers]) if pointers else np.zeros(0, np.uint64)
+        rows, known = allocations.find(offsets)
+        return offsets[known].astype(np.int64), allocations.sizes[rows[known]].astype(np.int64)
+
+    return values
