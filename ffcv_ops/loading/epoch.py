@@ -121,7 +121,9 @@ class EpochProducer:
         if released is not None:
             # The host writes into the slot next. So the host has to wait for copies out of the slot, not a stream.
             released.synchronize()
+        started_s = time.perf_counter()
         self.storage.begin_batch(number)
+        self.loader.storage_wait_s += time.perf_counter() - started_s
         with self.buffers.on_stream(slot):
             part = slice(number * self.loader.batch_size, (number + 1) * self.loader.batch_size)
             wanted = self.ids[part].astype(np.int64)

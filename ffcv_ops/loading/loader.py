@@ -101,6 +101,8 @@ class Loader(StockLoader):
         The number of replacements in the batches returned so far.
     wait_s : float
         Seconds that the consumer waited for batches; see `take_wait_s`.
+    storage_wait_s : float
+        Seconds that the preparation of batches waited for storage. The consumer need not have waited then.
 
     Raises
     ------
@@ -155,6 +157,7 @@ class Loader(StockLoader):
         self.skipped: dict[int, str] = {}
         self.num_skipped = 0
         self.wait_s = 0.0
+        self.storage_wait_s = 0.0
         self.next_epoch = 0
         self._spare: Buffers | None = None
         self._producers: weakref.WeakSet[EpochProducer] = weakref.WeakSet()

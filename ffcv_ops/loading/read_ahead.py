@@ -39,12 +39,21 @@ _CHUNK = 4
 _SCRATCH_BYTES = 1 << 20
 
 _CLOCK_MONOTONIC = 1
-_pread = nb.types.ExternalFunction("pread", nb.int64(nb.int32, nb.int64, nb.int64, nb.int64))
-_clock_gettime = nb.types.ExternalFunction("clock_gettime", nb.int32(nb.int32, nb.int64))
+
+
+def _external(symbol: str, result: Any, *arguments: Any) -> Any:
+    """Return a function of the C library for kernels."""
+    return nb.types.ExternalFunction(symbol, result(*arguments))
+
+
+_pread = _external("pread", nb.int64, nb.int32, nb.int64, nb.int64, nb.int64)
+_clock_gettime = _external("clock_gettime", nb.int32, nb.int32, nb.int64)
 
 
 @kernel
-def _read_values(file, offsets, sizes, scratch, clock):
+def _read_values(
+    file: int, offsets: np.ndarray, sizes: np.ndarray, scratch: np.ndarray, clock: np.ndarray
+) -> tuple[int, int]:
     """Read values and forget them. Return how many were not in the page cache, and the first that failed, or -1."""
     num_slow = 0
     for i in range(len(offsets)):
@@ -96,9 +105,7 @@ class ReadAhead:
     num_batches : int
     """
 
-    def __init__(
-        self, file: int, path: str, values: Callable[[int], tuple[np.ndarray, np.ndarray]], num_batches: int
-    ):
+    def __init__(self, file: int, path: str, values: Callable[[int], tuple[np.ndarray, np.ndarray]], num_batches: int):
         self.path = path
         self._file, self._values, self._num_batches = file, values, num_batches
         self._window_bytes = min(_WINDOW_BYTES, int(available_bytes() * _WINDOW_SHARE))
