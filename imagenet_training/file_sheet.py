@@ -16,15 +16,16 @@ _NAME_LENGTH = 24
 
 
 def draw_file_sheet(found: Description, path: Path) -> int:
-    """Draw a sheet into a PNG and return the number of images in it. A damaged image is a grey square."""
+    """Draw a sheet into a PNG and return the number of images in it. An image that cannot be decoded is grey."""
     samples = choose_samples(found.beton, NUM_IMAGES)
     names = _names(found.beton, samples)
     images, captions = [], []
     for sample, name, image in zip(samples, names, decode_samples(found.beton, samples), strict=True):
         width, height = int(found.widths[sample]), int(found.heights[sample])
         size = f"{width} x {height} px, {found.size_bytes[sample] / 1e3:,.1f} kB"
-        if isinstance(image, str):
-            image, size = np.full((min(height, MIN_CELL_PX), min(width, MIN_CELL_PX), 3), _GREY, np.uint8), "damaged"
+        if isinstance(image, Exception):
+            size = "unsupported JPEG" if isinstance(image, jpeg.UnsupportedJPEG) else "damaged"
+            image = np.full((min(height, MIN_CELL_PX), min(width, MIN_CELL_PX), 3), _GREY, np.uint8)
         images.append(image)
         captions.append(f"{name[:_NAME_LENGTH]}\n{size}")
     shown = f"{len(samples)} of {found.beton.num_samples:,} images"
@@ -53,10 +54,10 @@ def _names(found: Beton, samples: np.ndarray) -> list[str]:
     return [names[label] for label in labels]
 
 
-def decode_samples(found: Beton, samples: np.ndarray) -> list[np.ndarray | str]:
-    """Return whole images, uint8 (H, W, 3) each. In the place of a damaged image is the reason."""
+def decode_samples(found: Beton, samples: np.ndarray) -> list[np.ndarray | Exception]:
+    """Return whole images, uint8 (H, W, 3) each. In the place of others is the reason."""
     images = found.column("image")
-    decoded: list[np.ndarray | str] = []
+    decoded: list[np.ndarray | Exception] = []
     for sample, content in zip(samples, read_stored(found, samples), strict=True):
         row = images[sample]
         if row["mode"] == beton.MODE_RAW:
@@ -65,7 +66,7 @@ def decode_samples(found: Beton, samples: np.ndarray) -> list[np.ndarray | str]:
         try:
             decoded.append(jpeg.decode(content))
         except (ValueError, MemoryError) as error:
-            decoded.append(str(error) or "its header asks for more memory than there is")
+            decoded.append(error)
     return decoded
 
 

@@ -39,6 +39,8 @@ class Report:
     bad : dict of int to str
         The bad samples and what is wrong with each. A bad sample does not decode, or its bytes are not those that the
         manifest knows.
+    unsupported : dict of int to str
+        The samples that are JPEGs of a kind that is not decoded, such as CMYK, and what to do. They may be sound.
     problems : list of str
         The faults of the file as a whole, such as a digest that differs from the manifest's.
     digest : str
@@ -49,14 +51,15 @@ class Report:
 
     beton: Beton
     bad: dict[int, str]
+    unsupported: dict[int, str]
     problems: list[str]
     digest: str
     class_counts: dict[int, int]
 
     @property
     def sound(self) -> bool:
-        """Return whether nothing is wrong."""
-        return not self.bad and not self.problems
+        """Return whether nothing is wrong, and every image can be decoded."""
+        return not self.bad and not self.unsupported and not self.problems
 
 
 def verify(
@@ -93,6 +96,7 @@ def verify(
     num_workers = choose_num_workers(num_workers)
     found = read_beton(path)
     bad: dict[int, str] = {}
+    unsupported: dict[int, str] = {}
     page_hashes: list[str] = []
     problems: list[str] = []
     num_done = 0
@@ -105,12 +109,17 @@ def verify(
                 problems.append(f"page {len(page_hashes)} has data between its values")
             page_hashes.append(checked.sha256)
             bad |= checked.bad
+            unsupported |= checked.unsupported
             num_done += len(page.images)
             progress(num_done, found.num_samples)
-    return _report(found, bad, page_hashes, problems)
+    digest = _check_digest(found, page_hashes, problems)
+    labels = found.labels if "label" in found.field_names else np.zeros(0, np.int64)
+    counts = dict(zip(*(column.tolist() for column in np.unique(labels, return_counts=True)), strict=True))
+    return Report(found, bad, unsupported, problems, digest, counts)
 
 
-def _report(found: Beton, bad: dict[int, str], page_hashes: list[str], problems: list[str]) -> Report:
+def _check_digest(found: Beton, page_hashes: list[str], problems: list[str]) -> str:
+    """Return the digest of a file as it is. Add what is wrong outside the pages to `problems`."""
     with open(found.path, "rb") as file:
         head = file.read(found.metadata_end)
         if not _only_zeros(file, found.data_start):
@@ -118,9 +127,7 @@ def _report(found: Beton, bad: dict[int, str], page_hashes: list[str], problems:
     digest = beton.file_digest(beton.tables_digest(head, found.alloc_table), page_hashes)
     if found.digest is not None and digest != found.digest:
         problems.append(f"the digest is {digest}, the manifest's {found.digest}")
-    labels = found.labels if "label" in found.field_names else np.zeros(0, np.int64)
-    counts = dict(zip(*(column.tolist() for column in np.unique(labels, return_counts=True)), strict=True))
-    return Report(found, bad, problems, digest, counts)
+    return digest
 
 
 def _only_zeros(file: BinaryIO, end: int) -> bool:
@@ -214,10 +221,11 @@ def _images_of(found: Beton) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _CheckedPage:
-    """The result for one page: its SHA-256, its bad samples, and whether all bytes between the values are zero."""
+    """The result for one page: SHA-256, bad and unsupported samples, whether all bytes between the values are zero."""
 
     sha256: str
     bad: dict[int, str]
+    unsupported: dict[int, str]
     rest_is_zero: bool
 
 
@@ -251,8 +259,10 @@ class _PageChecker:
             sha256(content[ptr - page.start : ptr - page.start + size]).digest()
             for _, ptr, size in page.values.tolist()
         ]
-        bad = _changed_samples(page, digests) | _undecodable_samples(page, content)
-        return _CheckedPage(sha256(b"".join(digests)).hexdigest(), bad, _rest_is_zero(page, content))
+        undecodable, unsupported = _undecodable_samples(page, content)
+        bad = _changed_samples(page, digests) | undecodable
+        unsupported = {sample: reason for sample, reason in unsupported.items() if sample not in bad}
+        return _CheckedPage(sha256(b"".join(digests)).hexdigest(), bad, unsupported, _rest_is_zero(page, content))
 
 
 def _changed_samples(page: _PageTable, digests: list[bytes]) -> dict[int, str]:
@@ -265,28 +275,23 @@ def _changed_samples(page: _PageTable, digests: list[bytes]) -> dict[int, str]:
     return dict.fromkeys(changed.tolist(), "its bytes are not those that were written")
 
 
-def _undecodable_samples(page: _PageTable, content: bytes) -> dict[int, str]:
-    """Return the samples whose JPEG is bad, and the reasons."""
-    bad = {}
+def _undecodable_samples(page: _PageTable, content: bytes) -> tuple[dict[int, str], dict[int, str]]:
+    """Return the samples whose JPEG is bad, those whose JPEG is of an unsupported kind, and the reasons."""
+    from ffcv_ops.codec.jpeg import UnsupportedJPEG, check
+
+    bad, unsupported = {}, {}
     for sample_id, ptr, size, mode, width, height in page.images.tolist():
-        if mode == beton.MODE_JPG:
-            reason = _check_jpeg(np.frombuffer(content, np.uint8, size, ptr - page.start), width, height)
-            if reason:
-                bad[sample_id] = reason
-    return bad
-
-
-def _check_jpeg(jpeg: np.ndarray, width: int, height: int) -> str | None:
-    """Return what is wrong with a JPEG of which the metadata gives the size in px; None if nothing is."""
-    from ffcv_ops.codec.jpeg import check
-
-    try:
-        found = check(jpeg)
-    except (ValueError, MemoryError) as error:
-        return str(error) or "its header asks for more memory than there is"
-    if found != (height, width):
-        return f"the JPEG has {found[1]} x {found[0]} px, the metadata {width} x {height}"
-    return None
+        if mode != beton.MODE_JPG:
+            continue
+        try:
+            found = check(np.frombuffer(content, np.uint8, size, ptr - page.start))
+            if found != (height, width):
+                bad[sample_id] = f"the JPEG has {found[1]} x {found[0]} px, the metadata {width} x {height}"
+        except UnsupportedJPEG as error:
+            unsupported[sample_id] = str(error)
+        except (ValueError, MemoryError) as error:
+            bad[sample_id] = str(error) or "its header asks for more memory than there is"
+    return bad, unsupported
 
 
 def _rest_is_zero(page: _PageTable, content: bytes) -> bool:

@@ -27,11 +27,18 @@ MCU_PX = 16
 MAX_SIDE_PX = 65500
 _SEGMENT_MCUS = 2
 _SEGMENT_BYTES = 160
-_TJPF_RGB = 0
+_TJPF_RGB, _TJPF_CMYK = 0, 11
+_TJCS_CMYK = 3, 4  # CMYK, YCCK
+# Baseline, extended and progressive frames, with Huffman codes and with arithmetic codes.
+_DCT_FRAMES = 0xC0, 0xC1, 0xC2, 0xC9, 0xCA
 
 
 class JPEGError(ValueError):
     """A JPEG is damaged, or has too many pixels."""
+
+
+class UnsupportedJPEG(JPEGError):
+    """A JPEG is of a kind that is not decoded to RGB here. The JPEG may be sound."""
 
 
 class TurboJPEGNotFound(ImportError):
@@ -168,6 +175,8 @@ def decode(jpeg: np.ndarray, *, max_pixels: int | None = None) -> np.ndarray:
 
     Raises
     ------
+    UnsupportedJPEG
+        If the JPEG is of a kind that is not decoded, such as CMYK or 12 bits a sample.
     JPEGError
         If TurboJPEG reports an error or a warning, with its message, or if the image has too many pixels.
     """
@@ -189,11 +198,16 @@ def check(jpeg: np.ndarray) -> tuple[int, int]:
 
     Raises
     ------
+    UnsupportedJPEG
+        If the JPEG is of a kind that `decode` does not decode. Damage of a CMYK JPEG is found nevertheless.
     JPEGError
         If TurboJPEG reports an error or a warning, with its message.
     """
     # TurboJPEG warns about headers and entropy-coded data. It reads all of them also at an eighth of the size.
-    return _decode(jpeg, 1)[1]
+    try:
+        return _decode(jpeg, 1)[1]
+    except UnsupportedJPEG:
+        return _decode(jpeg, 8)[1]  # TurboJPEG 3 decodes a lossless JPEG only at its full size
 
 
 def _decode(jpeg: np.ndarray, eighths: int, max_pixels: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
@@ -204,18 +218,24 @@ def _decode(jpeg: np.ndarray, eighths: int, max_pixels: int | None = None) -> tu
     try:
         height, width, subsampling, colourspace = (ctypes.c_int() for _ in range(4))
         found = map(ctypes.byref, (width, height, subsampling, colourspace))
-        if library.tjDecompressHeader3(handle, jpeg.ctypes.data, jpeg.size, *found):
+        # For sampling factors that TurboJPEG has no name for, it gives the size and an error, and decodes the image.
+        if library.tjDecompressHeader3(handle, jpeg.ctypes.data, jpeg.size, *found) and width.value <= 0:
             if hasattr(library, "tj3DecompressHeader"):
                 # For every bad header, the old function of TurboJPEG 3 reports a missing subsampling. The new function
                 # reports the true reason.
                 library.tj3DecompressHeader(handle, jpeg.ctypes.data, jpeg.size)
-            raise JPEGError(_last_error(handle))
+            raise _error(handle, jpeg)
         if max_pixels is not None and height.value * width.value > max_pixels:
             raise JPEGError(f"{width.value} x {height.value} px are more than {max_pixels} px")
-        image = np.empty((-(-height.value * eighths // 8), -(-width.value * eighths // 8), 3), np.uint8)
-        size = image.shape[1], 0, image.shape[0]
-        if library.tjDecompress2(handle, jpeg.ctypes.data, jpeg.size, image.ctypes.data, *size, _TJPF_RGB, 0):
-            raise JPEGError(_last_error(handle))
+        is_cmyk = colourspace.value in _TJCS_CMYK
+        if is_cmyk and eighths == 8:
+            raise _unsupported("CMYK")
+        image = np.empty((-(-height.value * eighths // 8), -(-width.value * eighths // 8), 3 + is_cmyk), np.uint8)
+        size, pixel = (image.shape[1], 0, image.shape[0]), _TJPF_CMYK if is_cmyk else _TJPF_RGB
+        if library.tjDecompress2(handle, jpeg.ctypes.data, jpeg.size, image.ctypes.data, *size, pixel, 0):
+            raise _error(handle, jpeg)
+        if is_cmyk:
+            raise _unsupported("CMYK")
         return image, (height.value, width.value)
     finally:
         close_decompressor(handle)
@@ -236,6 +256,35 @@ def close_decompressor(handle: int) -> None:
 
 def _last_error(handle: int | None) -> str:
     return f"TurboJPEG: {turbojpeg().tjGetErrorStr2(handle).decode(errors='replace')}"
+
+
+def _error(handle: int, jpeg: np.ndarray) -> JPEGError:
+    """Return the error for a JPEG that TurboJPEG has refused."""
+    kind, message = _unsupported_kind(jpeg), _last_error(handle)
+    return JPEGError(message) if kind is None else _unsupported(f"{kind} ({message})")
+
+
+def _unsupported(kind: str) -> UnsupportedJPEG:
+    return UnsupportedJPEG(
+        f"a JPEG of {kind}, which is not decoded to RGB; it may be sound: convert it to a JPEG of 8 bits in RGB, YCbCr "
+        "or grayscale"
+    )
+
+
+def _unsupported_kind(jpeg: np.ndarray) -> str | None:
+    """Return what the frame header has that TurboJPEG may not know; None if there is nothing."""
+    position = 2
+    while position + 10 <= jpeg.size and jpeg[position] == 0xFF:
+        marker, precision = int(jpeg[position + 1]), int(jpeg[position + 4])
+        if marker == 0xFF:  # bytes of 0xFF may fill the room before a marker
+            position += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # those three are no frames
+            if marker not in _DCT_FRAMES:
+                return "a lossless or hierarchical process"
+            return "12 bits a sample" if precision == 12 else None
+        else:
+            position += 2 + int.from_bytes(jpeg[position + 2 : position + 4].tobytes(), "big")
+    return None
 
 
 def function_addresses() -> dict[str, int]:

@@ -266,11 +266,12 @@ def decode_planes_into(handle, data, size, window, eighths, numbers, spliced, pl
             )
     found = numbers.view(np.int32)
     at = _address(numbers)
-    if _decompress_header(handle, _address(data), data.size, at, at + 4, at + 8, at + 12) != 0:
-        return Planes(BAD_JPEG, 0, 0, 0, 0, 0, 0)
+    found[0], found[1] = 0, 0
+    is_named = _decompress_header(handle, _address(data), data.size, at, at + 4, at + 8, at + 12) == 0
     if found[0] != size[1] or found[1] != size[0]:
-        return Planes(WRONG_SIZE, 0, 0, 0, 0, 0, 0)
-    has_planes = (found[3] == _TJCS_YCBCR or found[3] == _TJCS_GRAY) and 0 <= found[2] < len(_CHROMA_V)
+        return Planes(WRONG_SIZE if is_named else BAD_JPEG, 0, 0, 0, 0, 0, 0)
+    # If TurboJPEG has no name for the sampling factors, it gives the size and an error. It decodes such images to RGB.
+    has_planes = is_named and (found[3] == _TJCS_YCBCR or found[3] == _TJCS_GRAY) and 0 <= found[2] < len(_CHROMA_V)
     subsampling = found[2] if has_planes else -1
     return _decode(handle, data, (0, 0, size[0], size[1]), subsampling, eighths, numbers, planes)
 
