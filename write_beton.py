@@ -144,6 +144,7 @@ def run_write(chosen: Write, leader: ranks.Leader | None, progress: Progress) ->
         leader=leader,
         notice=print_line,
         progress=progress,
+        stage=progress.show_stage,
     )
     progress.close()
     time_s = time.monotonic() - start_s
@@ -181,8 +182,12 @@ def run_verify(path: Path, num_workers: int, leader: ranks.Leader | None, progre
         print(f"damaged: {problem}", file=sys.stderr)
     for sample, reason in sorted(report.bad.items()):
         print(f"damaged: sample {sample}: {reason}", file=sys.stderr)
+    for sample, reason in sorted(report.unsupported.items()):
+        print(f"unsupported: sample {sample}: {reason}", file=sys.stderr)
     if not report.sound:
-        print(f"{path}: {len(report.bad)} bad samples, {len(report.problems)} other problems", file=sys.stderr)
+        faults = {"bad": report.bad, "unsupported": report.unsupported}
+        samples = ", ".join(f"{len(found)} {kind} samples" for kind, found in faults.items() if found or kind == "bad")
+        print(f"{path}: {samples}, {len(report.problems)} other problems", file=sys.stderr)
         return 1
     print_line("sound")
     return 0

@@ -57,7 +57,7 @@ def write_files(data: Path, folder: Path, mode: str, side: int, num_images: int)
     from ffcv.writer import DatasetWriter
     from torchvision.datasets import ImageFolder
 
-    from ffcv_ops.sources.folder import load_image
+    from ffcv_ops.sources.image import load_image
     from ffcv_ops.writing.encode import shrink
     from ffcv_ops.writing.plan import WriteSettings
     from ffcv_ops.writing.writer import write

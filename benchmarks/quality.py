@@ -31,7 +31,7 @@ from torchvision import datasets, transforms
 from ffcv_ops import CenterCrop, Loader, OrderOption, RandomResizedCrop, read_beton
 from ffcv_ops.codec import jpeg, region
 from ffcv_ops.operations.crops import draw_crops_into
-from ffcv_ops.sources.folder import load_image
+from ffcv_ops.sources.image import load_image
 from ffcv_ops.writing.encode import shrink
 from ffcv_ops.writing.plan import WriteSettings
 from ffcv_ops.writing.writer import write

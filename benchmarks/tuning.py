@@ -28,7 +28,8 @@ from PIL import Image
 
 from ffcv_ops import CenterCrop, Label, Loader, OrderOption, RandomResizedCrop
 from ffcv_ops.operations.crops import center_crops
-from ffcv_ops.sources.folder import load_image, scan
+from ffcv_ops.sources.folder import scan
+from ffcv_ops.sources.image import load_image
 from ffcv_ops.writing.encode import encode_image
 from ffcv_ops.writing.plan import WriteSettings, build_plan
 from ffcv_ops.writing.writer import write

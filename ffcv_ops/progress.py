@@ -16,12 +16,14 @@ class Progress:
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
+        self._stage: tqdm | None = None
         self._start_s = self._last_s = time.monotonic()
         self._first = 0
 
     def __call__(self, done: int, total: int) -> None:
         """Show that `done` of `total` images are done. The rate counts from the first call on."""
         if self._bar is None:
+            self.close()
             self._start_s = self._last_s = time.monotonic()
             self._first = done
             self._bar = tqdm(
@@ -34,10 +36,22 @@ class Progress:
             rate = max(done - self._first, 1) / (now_s - self._start_s)
             print(f"{done} / {total} images, {rate:.0f} images/s, {(total - done) / rate:.0f} s left", flush=True)
 
+    def show_stage(self, what: str, count: int) -> None:
+        """Show the number of images so far in a stage before the first one is done, such as "images listed"."""
+        if self._stage is None:
+            # A terminal shows a count, which goes away when the bar comes.
+            self._stage = tqdm(disable=not sys.stderr.isatty(), bar_format="{desc}", leave=False)
+        self._stage.set_description_str(f"{count:,} {what}")
+        now_s = time.monotonic()
+        if self._stage.disable and now_s - self._last_s > _LINE_EVERY_S:
+            self._last_s = now_s
+            print(f"{count:,} {what}", flush=True)
+
     def close(self) -> None:
         """End the bar, so that the next line stands below it."""
-        if self._bar is not None:
-            self._bar.close()
+        for bar in (self._stage, self._bar):
+            if bar is not None:
+                bar.close()
 
 
 def print_line(text: str) -> None:

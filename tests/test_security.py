@@ -15,7 +15,8 @@ from betons import PHOTOGRAPHS, photographs, write_images
 from PIL import EpsImagePlugin, Image
 
 from ffcv_ops.codec import jpeg, region
-from ffcv_ops.sources.folder import load_image, scan
+from ffcv_ops.sources.folder import scan
+from ffcv_ops.sources.image import load_image
 from imagenet_training.checkpoint import FORMAT, read_checkpoint
 from imagenet_training.model import find_library
 from imagenet_training.recipe import read_recipe

@@ -187,6 +187,7 @@ def lines(found: Description) -> list[str]:
             ("settings", _pairs({key: value for key, value in settings.items() if value is not None})),
             ("order", f"shuffled by seed {settings.get('seed', '?')}, in which the samples are stored"),
             ("source", _pairs(manifest.get("source", {}))),
+            *(("noted", _pairs(remark)) for remark in manifest.get("remarks", [])),
             ("skipped", f"{len(manifest.get('skipped', []))} images"),
             ("written", f"{manifest.get('written', '?')}, {_pairs(manifest.get('versions', {}))}"),
             ("digest", file.digest or "none"),

@@ -12,6 +12,7 @@ from ffcv_ops.beton.layout import manifest_path
 from ffcv_ops.errors import UserError
 from ffcv_ops.settings import Flags, Settings, setting
 from ffcv_ops.settings.fields import Choice, Integer, Number, Switch, Text
+from ffcv_ops.sources.folder import list_classes
 from ffcv_ops.writing.plan import MODES, WriteSettings
 
 ROOT = Path("/fsx/ns1")
@@ -48,6 +49,8 @@ class Write:
     """Seed of the order in which images are stored, and of the random choice of --mode proportion."""
     page_size: int = setting(Integer(min=1), default=1 << 23)
     """Bytes of a page, a power of two from 2097152. Quasi-random order reads one page at a time."""
+    max_pixels: int | None = setting(Integer(min=0))
+    """If an image has more pixels than this, it is bad. 0: no limit. None: Pillow's limit, 178,956,970."""
     on_error: Literal["stop", "skip"] = setting(Choice("stop", "skip"), default="stop")
     """If an image is bad: stop and write no file, or leave the image out and list it."""
     overwrite: bool = setting(Switch(), default=False)
@@ -93,7 +96,7 @@ def choose_paths(chosen: Write) -> tuple[Path, Path]:
         raise UserError(f"{source}: no such folder; --source names the one with a subfolder of images for each class")
     absolute = Path(os.path.abspath(source))
     target = Path(chosen.target) if chosen.target else absolute.parent / f"{absolute.name}.beton"
-    inner = sorted(entry.name for entry in source.iterdir() if entry.is_dir())
+    inner = list_classes(source)
     if inner and set(inner) <= {"train", "val", "test"}:
         name = chosen.split if chosen.split in inner else inner[0]
         raise UserError(f"{source}: holds the splits, not the classes of one; use --source {source / name}")
@@ -126,6 +129,7 @@ def settings_line(settings: WriteSettings) -> str:
     """Return the settings that take effect as text, such as ``mode jpg, max_side 500``."""
     unused = {"raw_share": settings.mode != "proportion", "smart_threshold": settings.mode != "smart"}
     unused |= {"quality": settings.mode == "raw", "subset": settings.subset == -1}
+    unused |= {"max_pixels": settings.max_pixels is None}
     return ", ".join(f"{name} {value}" for name, value in vars(settings).items() if not unused.get(name))
 
 

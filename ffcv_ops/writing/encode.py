@@ -15,11 +15,12 @@ from ffcv_ops.beton import layout as beton
 from ffcv_ops.codec import jpeg
 from ffcv_ops.errors import UserError
 from ffcv_ops.files import write_all
-from ffcv_ops.sources.folder import load_image, stat_image
+from ffcv_ops.sources.folder import stat_image
+from ffcv_ops.sources.image import Change, read_image
 from ffcv_ops.writing.plan import WritePlan, WriteSettings, library_versions
 
-Entry = tuple[int, int, int, int, bytes]
-"""Mode, width, height, size in bytes and SHA-256 of an encoded image."""
+Entry = tuple[int, int, int, int, bytes, int]
+"""Mode, width, height, size in bytes, SHA-256 and `Change` of an encoded image."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,13 @@ class Encoder:
     """A worker's function: it answers `EncodeRequest` with `Encoded`, and `PlaceRequest` with `Placed`."""
 
     def __init__(self, settings: WriteSettings, root: Path, partial_path: Path):
+        from PIL import Image
+
         # The root is text: joining it to a path as a Path takes as long as reading a small file.
         self.settings, self.root, self.partial_path = settings, os.fspath(root), partial_path
         self._kept: dict[int, list[memoryview]] = {}
+        # Pillow's limit is a global variable, and this process has one setting. `read_image` checks the number.
+        Image.MAX_IMAGE_PIXELS = None
 
     @cached_property
     def _file(self) -> int:
@@ -91,26 +96,27 @@ class Encoder:
         entries: list[Entry | str] = []
         contents = []
         for path, stat, keep_raw in zip(message.paths, message.stats, message.raw, strict=True):
-            image = self._load(os.path.join(self.root, path), stat)
-            if isinstance(image, str):
-                entries.append(image)
+            loaded = self._load(os.path.join(self.root, path), stat)
+            if isinstance(loaded, str):
+                entries.append(loaded)
                 continue
+            image, changes = loaded
             try:
                 mode, width, height, content = encode_image(image, self.settings, keep_raw)
             except UserError as error:
                 entries.append(str(error))
                 continue
-            entries.append((mode, width, height, len(content), sha256(content).digest()))
+            entries.append((mode, width, height, len(content), sha256(content).digest(), int(changes)))
             contents.append(content)
         if message.chunk is not None:
             self._kept[message.chunk] = contents
         return Encoded(message.chunk, entries)
 
-    def _load(self, path: str, stat: list[int]) -> np.ndarray | str:
-        """Return the pixels of an image, or the reason why it cannot be decoded."""
+    def _load(self, path: str, stat: list[int]) -> tuple[np.ndarray, Change] | str:
+        """Return the pixels of an image and their changes, or the reason why it cannot be decoded."""
         _check_same(path, stat)
         try:
-            return load_image(path)
+            return read_image(path, self.settings.pixel_limit)
         except (MemoryError, ImportError):  # not the image's fault
             raise
         except UserError as error:

@@ -14,6 +14,8 @@ import numpy as np
 from ffcv_ops.beton import layout as beton
 from ffcv_ops.codec import jpeg
 from ffcv_ops.files import replace_text
+from ffcv_ops.sources.image import Change, change_remark
+from ffcv_ops.sources.remarks import Remark
 from ffcv_ops.writing.pages import StoredImages
 from ffcv_ops.writing.partial_file import partial_paths, read_journal, remove_partial
 from ffcv_ops.writing.plan import ROW_TYPE, WritePlan, library_versions
@@ -62,6 +64,7 @@ def build_manifest(
         "digest": beton.file_digest(tables_digest, page_hashes),
         "settings": asdict(plan.settings),
         "source": {"folder": str(plan.folder.root.absolute()), "num_images": len(plan.folder.paths)},
+        "remarks": [remark.entry() for remark in [*plan.folder.remarks, *change_remarks(plan, stored)]],
         "skipped": [{"image": path, "reason": reason} for path, reason in skipped],
         "versions": {"python": platform.python_version(), "encoder": str(jpeg.ENCODER), **library_versions()},
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -70,6 +73,16 @@ def build_manifest(
         "tables": tables_digest,
         "checksums": b64encode(stored.samples["checksum"][kept].tobytes()).decode(),
     }
+
+
+def change_remarks(plan: WritePlan, stored: StoredImages) -> list[Remark]:
+    """Return the remarks on what images lost, each with the first image in the order of the folder."""
+    remarks = []
+    for change in Change:
+        places = plan.order[(stored.samples["changes"] & change) != 0]
+        if len(places):
+            remarks.append(change_remark(change, len(places), plan.folder.paths[int(places.min())]))
+    return remarks
 
 
 def write_manifest(target: Path, manifest: dict[str, Any]) -> None:

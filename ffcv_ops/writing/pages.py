@@ -16,7 +16,7 @@ from ffcv_ops.writing.plan import BadImage, WritePlan
 _SAMPLE_TYPE = np.dtype(
     [
         *(("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8"), ("size", "<u4")),
-        ("checksum", beton.CHECKSUM_TYPE),
+        *(("checksum", beton.CHECKSUM_TYPE), ("changes", "u1")),
     ]
 )
 
@@ -27,7 +27,7 @@ class StoredImages:
     Attributes
     ----------
     samples : structured array, shape (num_images,)
-        Mode, width, height, offset, size and checksum of each image; zeros for a bad image.
+        Mode, width, height, offset, size, checksum and `Change` of each image; zeros for a bad image.
     reasons : dict of int to str
         The positions of the bad images, and what is wrong with each.
     position : int
@@ -54,9 +54,9 @@ class StoredImages:
         return stored
 
     def add(self, entry: Sequence[int], ptr: int) -> None:
-        """Store the next image, given as mode, width, height, size and checksum, at an offset."""
-        mode, width, height, size, checksum = entry
-        self.samples[self.position] = mode, width, height, ptr, size, checksum
+        """Store the next image, given as mode, width, height, size, checksum and `Change`, at an offset."""
+        mode, width, height, size, checksum, *changes = entry  # a journal has only changes that are not 0
+        self.samples[self.position] = mode, width, height, ptr, size, checksum, sum(changes)
         self.position += 1
 
     def skip(self, reason: str) -> None:
@@ -130,7 +130,7 @@ class PageLayout:
 
     def _add(self, entry: Entry) -> int:
         """Put an image behind the others and return its offset in bytes."""
-        mode, width, height, size, digest = entry
+        mode, width, height, size, digest, changes = entry
         page_size = self.plan.settings.page_size
         if size > page_size:
             path = self.plan.folder.root / self.plan.path(self.stored.position)
@@ -143,7 +143,7 @@ class PageLayout:
         page = self._pages[-1]
         ptr = page.start + page.used
         checksum = int(np.frombuffer(digest, beton.CHECKSUM_TYPE)[0])
-        record = [mode, width, height, size, checksum]
+        record = [mode, width, height, size, checksum, *([changes] if changes else [])]
         self.stored.add(record, ptr)
         page.used += size
         page.record.append(record)

@@ -72,7 +72,7 @@ class PartialFile:
 
     def _resume(self, identity: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
         found, pages, journal_bytes = read_journal(self.journal_path)
-        changed = [] if found is None else [key for key in identity if found.get(key) != identity[key]]
+        changed = [] if found is None else [key for key in found | identity if found.get(key) != identity.get(key)]
         on_disk = (os.fstat(self._file).st_size - self.data_start) // self.page_size
         if found is None or changed or on_disk < len(pages):
             self._start_over(identity)

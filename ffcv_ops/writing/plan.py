@@ -9,7 +9,8 @@ import numpy as np
 from ffcv_ops.beton import layout as beton
 from ffcv_ops.codec import jpeg
 from ffcv_ops.errors import UserError
-from ffcv_ops.sources.folder import ImageFolder
+from ffcv_ops.sources.folder import ImageFolder, Stage
+from ffcv_ops.sources.image import DEFAULT_MAX_PIXELS
 
 MODES = ("jpg", "raw", "proportion", "smart")
 ROW_TYPE = np.dtype([("", beton.IMAGE_TYPE), ("", "<i8")], align=True)
@@ -50,6 +51,8 @@ class WriteSettings:
         Seed of the order in which images are stored, and of the draws of ``proportion``.
     page_size : int
         Bytes, a power of two from 2 MiB to 2 GiB. No sample spans two pages.
+    max_pixels : int or None
+        An image of more pixels is bad; 0: no limit, None: Pillow's limit of 178,956,970.
     """
 
     mode: str = "jpg"
@@ -60,6 +63,12 @@ class WriteSettings:
     subset: int = -1
     seed: int = 0
     page_size: int = 1 << 23
+    max_pixels: int | None = None
+
+    @property
+    def pixel_limit(self) -> int:
+        """Return the largest number of pixels of an image; 0 for no limit."""
+        return DEFAULT_MAX_PIXELS if self.max_pixels is None else self.max_pixels
 
     def check(self) -> None:
         """Raise UserError for the first setting with an impossible value."""
@@ -77,6 +86,8 @@ class WriteSettings:
             raise UserError(f"subset must be -1 (all images) or at least 1, not {self.subset}")
         if not 0 <= self.seed < 1 << 64:
             raise UserError(f"seed must be 0 to 2^64 - 1, not {self.seed}")
+        if self.max_pixels is not None and self.max_pixels < 0:
+            raise UserError(f"max_pixels must be 0 (no limit) or at least 1, not {self.max_pixels}")
         low, high = beton.MIN_PAGE_SIZE, beton.MAX_PAGE_SIZE
         if not low <= self.page_size <= high or self.page_size & (self.page_size - 1):
             raise UserError(f"page_size must be a power of two from {low} to {high} bytes, not {self.page_size}")
@@ -121,10 +132,12 @@ class WritePlan:
         path = self.folder.root / self.path(position)
         return BadImage(f"{path}: {reason}; repair or remove the image, or leave out bad images with --on_error=skip")
 
-    def identity(self) -> dict[str, Any]:
-        """Return everything that the bytes of the file depend on, in JSON's types."""
+    def identity(self, stage: Stage = lambda what, count: None) -> dict[str, Any]:
+        """Return everything that the bytes of the file depend on, in JSON's types. Call `stage` with the progress."""
         listing = sha256()
         for start in range(0, self.num_images, _IMAGES_AT_ONCE):
+            if start:
+                stage("images of the listing hashed", start)
             chosen = self.order[start : start + _IMAGES_AT_ONCE]
             labels, stats = self.folder.labels[chosen].tolist(), self.folder.stats[chosen].tolist()
             for index, label, (size, mtime_ns) in zip(chosen.tolist(), labels, stats, strict=True):
@@ -134,7 +147,8 @@ class WritePlan:
             "images": listing.hexdigest(),
             "libraries": library_versions(),
             "encoder": jpeg.ENCODER,
-            **asdict(self.settings),
+            # A journal without this key is of the default.
+            **{key: value for key, value in asdict(self.settings).items() if (key, value) != ("max_pixels", None)},
         }
 
 

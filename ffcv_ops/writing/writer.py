@@ -16,12 +16,12 @@ import numpy as np
 
 from ffcv_ops.beton import layout as beton
 from ffcv_ops.errors import UserError
-from ffcv_ops.sources.folder import ImageFolder, class_difference, scan
+from ffcv_ops.sources.folder import ImageFolder, Stage, class_difference, scan
 from ffcv_ops.units import show_bytes
 from ffcv_ops.workers.processes import WorkerKilled, Workers, choose_num_workers, map_in_order
 from ffcv_ops.workers.ranks import Leader
 from ffcv_ops.writing.encode import Encoded, Encoder, Placed, encode_request
-from ffcv_ops.writing.manifest import build_manifest, build_tables, complete_manifest, write_manifest
+from ffcv_ops.writing.manifest import build_manifest, build_tables, change_remarks, complete_manifest, write_manifest
 from ffcv_ops.writing.pages import PageLayout
 from ffcv_ops.writing.partial_file import PartialFile, partial_paths, remove_partial
 from ffcv_ops.writing.plan import BadImage, WritePlan, WriteSettings, build_plan
@@ -50,6 +50,7 @@ def write(
     leader: Leader | None = None,
     notice: Notice = print,
     progress: Progress = lambda done, total: None,
+    stage: Stage = lambda what, count: None,
 ) -> dict[str, Any]:
     """Write an image folder as a ``.beton`` file with its manifest, or resume a run that was killed.
 
@@ -77,6 +78,8 @@ def write(
         Called with each line that the user should know.
     progress : callable
         Called with the number of images done and the number of all images.
+    stage : callable
+        Called with the progress before that: what is done, and the number of images so far.
 
     Returns
     -------
@@ -98,7 +101,9 @@ def write(
         raise UserError(f"on_error must be stop or skip, not {on_error!r}")
     num_workers = choose_num_workers(num_workers)
     _check_target(target, overwrite)
-    folder = scan(source)
+    folder = scan(source, stage)
+    for remark in folder.remarks:
+        notice(remark.line())
     if classes is not None:
         folder = _numbered_as(folder, classes, notice)
     plan = build_plan(folder, settings)
@@ -108,7 +113,7 @@ def write(
         return manifest
     if target.exists() and not overwrite:
         raise UserError(f"{target}: exists already; use --overwrite to replace it")
-    return _write(plan, target, num_workers, leader, on_error, notice, progress)
+    return _write(plan, target, num_workers, leader, on_error, notice, progress, stage)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -146,9 +151,12 @@ def _write(
     on_error: str,
     notice: Notice,
     progress: Progress,
+    stage: Stage,
 ) -> dict[str, Any]:
+    if on_error == "stop":
+        _check_sizes(plan)
     try:
-        partial = PartialFile(target, plan.identity(), plan.data_start, plan.settings.page_size)
+        partial = PartialFile(target, plan.identity(stage), plan.data_start, plan.settings.page_size)
     except OSError as error:
         raise UserError(f"{target}.partial: cannot be written ({error.strerror})") from error
     try:
@@ -163,7 +171,10 @@ def _write(
                 notice(f"resuming: {done} of {plan.num_images} images are on disk already")
             _check_space(plan, done, target, workers, notice)
             _encode_rest(plan, layout, workers, on_error, progress)
-            return _finish(plan, layout, target)
+            manifest = _finish(plan, layout, target)
+            for remark in change_remarks(plan, layout.stored):
+                notice(remark.line())
+            return manifest
     except BadImage:
         remove_partial(target)
         raise
@@ -181,6 +192,14 @@ def _write(
             f"{partial.path}: writing stopped ({error.strerror or error}); fix the cause, then the same command goes "
             "on from there"
         ) from error
+
+
+def _check_sizes(plan: WritePlan) -> None:
+    """Raise BadImage for an empty file before the work, because the listing has the sizes."""
+    empty = np.sort(plan.order[plan.folder.stats[plan.order, 0] == 0])
+    if len(empty):
+        more = f", as are {len(empty) - 1} more" if len(empty) > 1 else ""
+        raise plan.bad_image(int(np.flatnonzero(plan.order == empty[0])[0]), f"the file is empty (0 bytes){more}")
 
 
 def _start_workers(num_workers: int, plan: WritePlan, partial_path: Path, leader: Leader | None) -> Workers:
