@@ -151,7 +151,7 @@ def test_cut_jpegs_of_unnamed_factors_are_refused(decoder):
 def test_an_unsupported_jpeg_is_told_from_a_damaged_one(kind):
     for data in UNSUPPORTED[kind]:
         for read in (jpeg.decode, jpeg.check):
-            with pytest.raises(jpeg.UnsupportedJPEG, match=f"^a JPEG of {kind}.* it may be sound: convert it to a JPEG"):
+            with pytest.raises(jpeg.UnsupportedJPEG, match=f"^a JPEG of {kind}.* may be sound: convert it to a JPEG"):
                 read(data)
     if kind == "CMYK":
         with pytest.raises(jpeg.JPEGError, match="Premature end|premature end") as caught:

@@ -77,7 +77,7 @@ def test_both_splits_and_the_check_of_their_files(data, written):
 def test_the_target_is_beside_the_folder(data, tmp_path):
     shutil.copytree(data / "val", tmp_path / "val")
     output = run("--split=val", "--source", "val", cwd=tmp_path)
-    assert "train.beton.json: not there, so the classes are not compared" in output
+    assert "train.beton.json: not there, so the classes are not numbered" in output
     assert read_beton(tmp_path / "val.beton").num_samples == 12
 
 
