@@ -24,7 +24,6 @@ anything was created. Status 1: the run failed.
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ffcv_ops.console import protect_output
@@ -56,7 +55,7 @@ class Run:
 def build(recipe: Recipe) -> Run:
     """Open the data, choose the checkpoint, plan the run, and build the trainer at the position of the checkpoint."""
     from imagenet_training.changes import check_rest_of_epoch
-    from imagenet_training.data import open_evaluation_data, open_training_data
+    from imagenet_training.data import open_training_data
     from imagenet_training.distributed import join
     from imagenet_training.model import model_on_paper
     from imagenet_training.plan import plan_run
@@ -65,11 +64,8 @@ def build(recipe: Recipe) -> Run:
 
     model_on_paper(recipe)  # an architecture that does not exist is an error before ranks meet
     world = join(recipe)
+    data = open_training_data(recipe)
     point = choose_checkpoint(recipe, world)
-    if recipe.training.eval_only:
-        data = open_evaluation_data(recipe, point.content)
-    else:
-        data = open_training_data(recipe)
     plan = plan_run(
         recipe,
         world_size=world.world_size,
@@ -79,7 +75,7 @@ def build(recipe: Recipe) -> Run:
         resumed=point.content,
         resumed_from=point.path,
     )
-    if point.content is not None and not recipe.training.eval_only:
+    if point.content is not None:
         check_rest_of_epoch(point.content, recipe, plan, data)
     trainer = build_trainer(recipe, plan, world, from_checkpoint=point.content is not None)
     return Run(world, data, point, plan, trainer, restore(trainer, point, recipe, plan))
@@ -128,42 +124,6 @@ def train_epochs(recipe: Recipe, run: Run, loaders: "Loaders") -> None:
         folder.print_next_steps()
 
 
-def evaluate_only(recipe: Recipe) -> None:
-    """Evaluate the weights at hand on the validation split. Create only the report, if one was asked for."""
-    from imagenet_training.data import val_loader
-    from imagenet_training.epoch import evaluate
-    from imagenet_training.failures import ending_with_status
-    from imagenet_training.logs import RunLog
-    from imagenet_training.provenance import describe_run
-    from imagenet_training.run_folder import report_evaluation, run_notices
-    from imagenet_training.trainer import DTYPES
-
-    run = build(recipe)
-    plan, data, world = run.plan, run.data, run.world
-    loader = val_loader(recipe, data.val, world, DTYPES[plan.precision])
-    provenance = describe_run(recipe, plan, data, world)
-    log = RunLog(Path(recipe.logging.folder) / "logs", world.is_main)
-    for notice in run_notices(recipe, plan, data, world, run.point, provenance):
-        log.print(f"note: {notice}")
-    with ending_with_status(plan, world, log):
-        evaluated = evaluate(
-            run.trainer,
-            loader,
-            log,
-            epoch=run.state.epoch - 1,
-            settings=recipe.validation,
-            classes=data.classes,
-        )
-        values = evaluated.values
-        log.print(
-            f"{recipe.data.val_dataset}: {data.num_val:,} images, loss {values['val/loss']:.4f}, "
-            f"top-1 {values['val/acc1']:.3%}, top-5 {values['val/acc5']:.3%}"
-        )
-        if recipe.training.report and world.is_main:
-            report_evaluation(recipe, plan, data, world, provenance, evaluated.predictions)
-            log.print(f"report: {recipe.training.report}")
-
-
 def show_plan(recipe: Recipe) -> None:
     """Print the resolved recipe and its arithmetic. This needs no GPU and no data, but checks data that exist."""
     from imagenet_training.data import build_augmentations, planned_sizes
@@ -184,12 +144,14 @@ def show_plan(recipe: Recipe) -> None:
 def run(recipe: Recipe) -> None:
     """Run the command that the recipe asks for. Exit with status 2 if the user has to put something right first."""
     command = train
-    if recipe.training.dry_run:
+    if recipe.training.dry_run and recipe.training.eval_only:
+        from imagenet_training.evaluation import show_evaluation as command
+    elif recipe.training.dry_run:
         command = show_plan
     elif recipe.training.preview:
         from imagenet_training.preview import draw_preview as command
     elif recipe.training.eval_only:
-        command = evaluate_only
+        from imagenet_training.evaluation import evaluate_only as command
     try:
         command(recipe)
     except UserError as error:

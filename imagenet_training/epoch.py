@@ -229,6 +229,8 @@ def evaluate(
         recorder=recorder,
     )
     loss, predicted, confidence = recorder.gather().T
+    if num_bad := np.count_nonzero(~np.isfinite(loss)):
+        log.print(f"note: the logits of {num_bad:,} validation images are not finite; these images count as wrong")
     return Evaluation(values, Predictions(epoch, labels, predicted.astype(int), loss, confidence))
 
 

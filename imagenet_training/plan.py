@@ -171,7 +171,8 @@ def plan_run(
     precision = training.precision
     if device_type == "cpu" and precision != "32":
         precision = "32"
-        notices.append(f"no GPU is visible: training on the CPU, in 32-bit instead of {training.precision}")
+        does = "evaluating" if training.eval_only else "training"
+        notices.append(f"no GPU is visible: {does} on the CPU, in 32-bit instead of {training.precision}")
     notices += _batch_notices(recipe, world_size, global_batch_size, batch_size, accumulation)
     notices += _precision_notices(recipe, precision, device_type)
     return RunPlan(

@@ -53,17 +53,22 @@ def describe_run(recipe: Recipe, plan: RunPlan, data: TrainingData, world: World
     }
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a notice for everything in which a resumed run differs from the run that saved its checkpoint.
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, evaluates: bool = False) -> list[str]:
+    """Return a notice for everything in which a run differs from the run that saved its checkpoint.
 
     Parameters
     ----------
     before, now : mapping
         As `describe_run` returns.
+    evaluates : bool
+        The checkpoint is only evaluated. Then settings, and versions that change no result, are left out.
     """
     earlier, current = _flat(before), _flat(now)
+    which = "evaluated" if evaluates else "resumed"
+    if evaluates:
+        current = {name: current[name] for name in ("the device", "the version of torch")}
     notices = [
-        f"{name} is {value}, and was {earlier[name]} in the run that is resumed"
+        f"{name} is {value}, and was {earlier[name]} in the run that is {which}"
         for name, value in current.items()
         if name not in _EXPECTED_TO_DIFFER and earlier.get(name, value) != value
     ]
@@ -71,9 +76,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         was = before["data"].get(split, data)
         if was["num_samples"] != data["num_samples"]:
             sizes = f"{data['num_samples']:,} images, and there were {was['num_samples']:,}"
-            notices.append(f"the {split} data is not the resumed run's: {data['path']} has {sizes}")
+            notices.append(f"the {split} data is not the {which} run's: {data['path']} has {sizes}")
         elif was["digest"] != data["digest"]:
-            notices.append(f"the {split} data is not the resumed run's: {data['path']} has another digest")
+            notices.append(f"the {split} data is not the {which} run's: {data['path']} has another digest")
     return notices
 
 

@@ -151,7 +151,7 @@ class Training:
     """Optimisation."""
 
     eval_only: bool = setting(Switch(), default=False)
-    """Only evaluate: the pretrained model, model.weights, or the checkpoint of training.resume."""
+    """Only evaluate: the checkpoint of training.resume as its run did, model.weights, or the pretrained model."""
     preview: str | None = setting(Text())
     """Only draw training images as the model receives them, into this PNG file."""
     report: str | None = setting(Text())
@@ -400,12 +400,14 @@ def _check_files(recipe: Recipe) -> None:
         raise UserError(f"{shown('model.pretrained')} and {shown('model.weights')} exclude each other: set one")
     if model.weights and not Path(model.weights).is_file():
         raise UserError(f"{shown('model.weights')}: no such file")
+    if training.eval_only and not (model.pretrained or model.weights or training.resume):
+        raise UserError("--eval_only has no weights to evaluate: set --resume, --model.weights or --model.pretrained=1")
     if training.resume not in (None, AUTO) and not Path(training.resume).is_file():
         raise UserError(f"{shown('training.resume')}: no such file")
 
 
 def _find_notices(recipe: Recipe) -> Iterable[str]:
-    lr, training, model = recipe.lr, recipe.training, recipe.model
+    lr, training = recipe.lr, recipe.training
     stated = _stated_accuracy(recipe)
     if stated and not expected_accuracy(recipe):
         yield (
@@ -419,8 +421,6 @@ def _find_notices(recipe: Recipe) -> Iterable[str]:
             f"the learning rate will not fall from its peak: lr.lr_peak_epoch={lr.lr_peak_epoch} is not before "
             f"training.epochs={training.epochs}"
         )
-    if training.eval_only and not (model.pretrained or model.weights or training.resume):
-        yield "the weights to evaluate are untrained: set model.weights, model.pretrained or --resume"
 
 
 def _stated_accuracy(recipe: Recipe) -> dict[str, dict[int, float]]:

@@ -1,12 +1,13 @@
 """Continue a run: choose the checkpoint, and restore its state into the trainer."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ffcv_ops.errors import UserError
 from imagenet_training.checkpoint import CheckpointFolder, read_checkpoint
@@ -64,7 +65,7 @@ def choose_checkpoint(recipe: Recipe, world: World) -> ResumePoint:
 
 
 def _choose_path(recipe: Recipe, restarted_run: str) -> tuple[str | None, list[str]]:
-    asked = recipe.training.resume
+    asked, evaluates = recipe.training.resume, recipe.training.eval_only
     checkpoints = CheckpointFolder(Path(recipe.logging.folder) / "checkpoints", recipe.model.arch)
     notices: list[str] = []
     if restarted_run:
@@ -75,7 +76,10 @@ def _choose_path(recipe: Recipe, restarted_run: str) -> tuple[str | None, list[s
         return asked, notices
     path, notices = checkpoints.newest()
     if path is None and notices:
-        raise UserError(f"--resume auto: {'; '.join(notices)}. There is no other: move it away to start a new run")
+        remedy = "name the checkpoint to evaluate" if evaluates else "move it away to start a new run"
+        raise UserError(f"--resume auto: {'; '.join(notices)}. There is no other: {remedy}")
+    if path is None and evaluates:
+        raise UserError(f"--resume auto: no checkpoint in {checkpoints.folder}, so there is nothing to evaluate")
     if path is None:
         return None, [f"--resume auto: no checkpoint in {checkpoints.folder}, so a new run starts"]
     return str(path), notices
@@ -87,7 +91,7 @@ def restore(trainer: Trainer, point: ResumePoint, recipe: Recipe, plan: RunPlan)
     Parameters
     ----------
     trainer : Trainer
-        Changed in place. If the run only evaluates, optimizer and loss scaling are not touched.
+        Changed in place.
     point : ResumePoint
     recipe : Recipe
     plan : RunPlan
@@ -104,22 +108,51 @@ def restore(trainer: Trainer, point: ResumePoint, recipe: Recipe, plan: RunPlan)
     content = point.content
     if content is None:
         return TrainState(run_name=point.names.get("run_name", ""), wandb_id=point.names.get("wandb_id", ""))
-    state, trains = TrainState.of(content), not recipe.training.eval_only
+    state = TrainState.of(content)
     earlier_batches = content["global_batch_size"], content["recipe"]["training"]["accumulation"]
     if earlier_batches != (plan.global_batch_size, plan.accumulation):
         state.numbered_batches = False  # numbers could repeat
-    try:
-        unwrapped(trainer.model).load_state_dict(content["model"])
-        if trainer.ema is not None:
-            trainer.ema.module.load_state_dict(content["ema"] or content["model"])
-            trainer.ema.n_averaged.fill_(content["ema_updates"])
-    except RuntimeError as error:
-        raise UserError(f"the checkpoint is of another model than the recipe's: {error}") from error
-    if trains:
-        _restore_optimizer(trainer.optimizer, content, recipe.training.optimizer)
-        if content["scaler"]:  # empty if the losses of the run were not scaled
-            trainer.scaler.load_state_dict(content["scaler"])
+    load_whole(unwrapped(trainer.model), content["model"], str(point.path))
+    if trainer.ema is not None:
+        load_whole(trainer.ema.module, content["ema"] or content["model"], str(point.path))
+        trainer.ema.n_averaged.fill_(content["ema_updates"])
+    _restore_optimizer(trainer.optimizer, content, recipe.training.optimizer)
+    if content["scaler"]:  # empty if the losses of the run were not scaled
+        trainer.scaler.load_state_dict(content["scaler"])
     return state
+
+
+def load_whole(model: nn.Module, state: Mapping[str, torch.Tensor], path: str) -> None:
+    """Load all tensors of a checkpoint's model, in place.
+
+    Raises
+    ------
+    UserError
+        If the tensors are those of another model, if a value is not finite, or if a variance is negative.
+    """
+    own = model.state_dict()
+    differing = [name for name in own if name not in state or state[name].shape != own[name].shape]
+    differing += [name for name in state if name not in own]
+    if differing:
+        raise UserError(
+            f"{path} is of another model than the recipe's: {_some(differing)} differ; model.arch, model.library, "
+            "model.num_classes and training.use_blurpool must be those of its run"
+        )
+    remedy = "its run failed; use an earlier checkpoint"
+    if bad := [name for name, tensor in state.items() if _is_not_finite(tensor, own[name])]:
+        raise UserError(f"{path} has values that are not finite in {_some(bad)}: {remedy}")
+    if bad := [name for name, tensor in state.items() if name.endswith("running_var") and (tensor < 0).any()]:
+        raise UserError(f"{path} has negative variances in {_some(bad)}: {remedy}")
+    model.load_state_dict(state)
+
+
+def _is_not_finite(tensor: torch.Tensor, own: torch.Tensor) -> bool:
+    """Return True if a tensor has values that are not finite. Masks have them in the new model too."""
+    return tensor.is_floating_point() and bool((~tensor.isfinite() & own.cpu().isfinite()).any())
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, content: Mapping[str, Any], name: str) -> None:

@@ -226,25 +226,23 @@ def run_notices(
     yield from plan.notices
     yield from data.classes.notices
     if point.content is not None:
-        if not recipe.training.eval_only:
-            yield from position_notices(point.content, recipe, plan)
+        yield from position_notices(point.content, recipe, plan)
         yield from differences(point.content, provenance)
 
 
 def report_evaluation(
     recipe: Recipe,
-    plan: RunPlan,
     data: TrainingData,
     world: World,
     provenance: dict[str, Any],
-    predictions: Predictions | None,
+    predictions: Predictions,
+    evaluated: str,
 ) -> None:
-    """Write the report of an evaluation without training into the file ``training.report``."""
-    assert predictions is not None and recipe.training.report is not None
-    weights = plan.resumed_from or recipe.model.weights
+    """Write the report of an evaluation without training, of the weights `evaluated`, into ``training.report``."""
+    assert recipe.training.report is not None
     write_report(
         Path(recipe.training.report),
-        name=f"evaluated with {weights or 'pretrained weights'}",
+        name=f"evaluation of {evaluated}",
         records=[],
         provenance=provenance,
         expected_accuracy={},

@@ -46,6 +46,34 @@ def summary(recipe: Recipe, plan: RunPlan, size: str = "") -> str:
     return "\n".join(f"{name:<14}{line}" for name, line in rows)
 
 
+def evaluation_summary(recipe: Recipe, evaluated: str, size: str) -> str:
+    """Return a table of what an evaluation will do.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        With the settings of the run that trained the weights.
+    evaluated : str
+        The weights, in words.
+    size : str
+        Parameters and cost of the model, in words.
+    """
+    model, blurpool = recipe.model, ", BlurPool" if recipe.training.use_blurpool else ""
+    predicted = {"all": "of the model", "only": "of the validation file"}[recipe.validation.classes]
+    rows = [
+        ("recipe", ", then ".join(str(path) for path in recipe.files) or "no file: defaults"),
+        *(("  override", line) for line in recipe.overrides()),
+        ("weights", evaluated),
+        ("model", f"{model.arch}, {model.num_classes} classes{blurpool}"),
+        ("size", size),
+        ("val", recipe.data.val_dataset),
+        ("crops", _validation_crops(recipe)),
+        ("predicted", f"classes {predicted}"),
+        ("precision", recipe.training.precision),
+    ]
+    return "\n".join(f"{name:<14}{line}" for name, line in rows)
+
+
 def resolved_recipe(recipe: Recipe) -> str:
     """Return all settings as YAML that reads back as the same recipe, with the source of each that is no default."""
     return "\n".join(["# resolved recipe", *_resolved_lines(recipe)])
@@ -79,13 +107,20 @@ def _model_line(recipe: Recipe, plan: RunPlan) -> str:
 
 
 def _crops_line(recipe: Recipe) -> str:
-    resolution, augmentation, validation = recipe.resolution, recipe.augmentation, recipe.validation
+    resolution, augmentation = recipe.resolution, recipe.augmentation
     size = f"{resolution.min_res} px"
     if resolution.min_res < resolution.max_res:
         size += f" to epoch {resolution.start_ramp}, {resolution.max_res} px from epoch {resolution.end_ramp}"
-    parts = [
+    return (
         f"{size}, {augmentation.interpolation}, scale {show(augmentation.crop_scale)}, flip {show(augmentation.flip)}; "
-        f"validation {validation.resolution} px",
+        f"validation {_validation_crops(recipe)}"
+    )
+
+
+def _validation_crops(recipe: Recipe) -> str:
+    validation = recipe.validation
+    parts = [
+        f"{validation.resolution} px",
         f"ratio {show(validation.crop_ratio)}" if validation.resize is None else f"from {validation.resize} px",
         validation.interpolation,
     ]

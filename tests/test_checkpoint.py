@@ -44,7 +44,6 @@ class Run:
         scaled=False,
         optimizer="sgd",
         decay=(1e-4, 0.0),
-        eval_only=False,
     ):
         model = build_model("test_resnet", num_classes=num_classes)
         self.trainer = Trainer(
@@ -58,7 +57,7 @@ class Run:
             precision="32",
         )
         self.parts = {"model": model, "ema": self.trainer.ema, "optimizer": self.trainer.optimizer}
-        self.recipe = SimpleNamespace(training=SimpleNamespace(optimizer=optimizer, eval_only=eval_only))
+        self.recipe = SimpleNamespace(training=SimpleNamespace(optimizer=optimizer))
         self.plan = make_plan()
         stored = {"training": {"accumulation": 1, "optimizer": optimizer}}
         self.provenance = {"recipe": stored, "global_batch_size": 8}
@@ -259,16 +258,6 @@ def test_the_loss_s_scale_comes_back_where_there_was_one(tmp_path, before, now, 
     theirs = Run(tmp_path, scaled=now)
     theirs.restore(saved_by(ours))
     assert theirs.trainer.scaler.get_scale() == scale
-
-
-def test_to_evaluate_nothing_but_the_weights_must_fit(tmp_path):
-    ours = Run(tmp_path)
-    content = saved_by(ours, epoch=1, samples=48)
-    theirs = Run(tmp_path, decay=(0.0, None), optimizer="adamw", eval_only=True)
-    assert theirs.restore(content).epoch == 1
-    for part in ("model", "ema"):
-        for name, value in ours.parts[part].state_dict().items():
-            assert torch.equal(theirs.parts[part].state_dict()[name], value), name
 
 
 def test_the_newest_checkpoint_is_the_furthest_in_epochs_and_samples_not_in_steps(tmp_path):

@@ -283,7 +283,7 @@ def test_damaged_checkpoints_are_passed_over_with_a_notice(ranks, undisturbed, d
     job = ranks.start(folder, 2, *arguments)
     assert job.statuses() == [2, 2] and "Traceback" not in job.output()
     first = next(line for line in job.output().splitlines() if "rror" in line)
-    assert first.startswith("error: --resume auto: ") and "move it away to start a new run" in first
+    assert first.startswith("error: --resume auto: ") and "name the checkpoint to evaluate" in first
 
 
 def test_a_rank_that_fails_says_so_first_and_the_others_end(ranks, data, tmp_path):

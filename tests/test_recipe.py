@@ -234,12 +234,12 @@ def test_short_flags_are_aliases(flag, tmp_path):
     checkpoint = tmp_path / "last.ckpt"
     checkpoint.touch()
     target = FLAGS[flag]
+    needed = ["--eval_only"] * (flag == "report") + ["--model.pretrained=1"] * (flag in ("report", "eval_only"))
     if isinstance(target, tuple):
-        assert read_recipe([f"--{flag}"]).flat() == read_recipe([f"--{target[0]}={target[1]}"]).flat()
+        assert read_recipe([f"--{flag}", *needed]).flat() == read_recipe([f"--{target[0]}={target[1]}", *needed]).flat()
         return
     value = {"precision": "32", "resume": str(checkpoint), "lr": "1e-2"}.get(flag, "7")
     spellings = ([f"--{flag}={value}"], [f"--{flag}", value], [f"--{target}={value}"], [f"--{target}", value])
-    needed = ["--eval_only"] * (flag == "report")
     flats = [read_recipe([*spelling, *needed]).flat() for spelling in spellings]
     assert flats[0] == flats[1] == flats[2] == flats[3]
     assert flats[0] != read_recipe(needed).flat()
@@ -699,10 +699,12 @@ def test_a_short_run_of_a_cyclic_recipe_is_noticed_not_refused(write):
     assert "will not fall from its peak" in recipe.notices[0]
 
 
-def test_evaluating_untrained_weights_is_noticed(tmp_path):
+def test_evaluating_untrained_weights_is_refused(tmp_path, capsys):
     weights = tmp_path / "weights.pt"
     weights.touch()
-    assert "weights to evaluate are untrained" in read_recipe(["--eval_only"]).notices[0]
+    with pytest.raises(SystemExit) as stop:
+        read_recipe(["--eval_only"])
+    assert stop.value.code == 2 and "--eval_only has no weights to evaluate" in capsys.readouterr().err
     assert read_recipe(["--eval_only", f"--model.weights={weights}"]).notices == ()
 
 
@@ -885,7 +887,12 @@ def test_plans_that_cannot_be():
         plan_run(recipe, world_size=1, num_train=200, num_val=0)
     with pytest.raises(ValueError, match="lr.min_lr=1 is above the peak learning rate, 0.1"):
         plan_run(read_recipe(["--lr=0.1", "--lr.min_lr=1"]), world_size=1, **IMAGENET)
-    assert plan_run(read_recipe(["--eval_only"]), world_size=1, num_train=3, num_val=3).steps_per_epoch == 0
+    assert (
+        plan_run(
+            read_recipe(["--eval_only", "--model.pretrained=1"]), world_size=1, num_train=3, num_val=3
+        ).steps_per_epoch
+        == 0
+    )
 
 
 def test_the_suggested_batch_size_fits():

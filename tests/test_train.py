@@ -465,7 +465,7 @@ def test_mistakes_are_refused_before_anything_is_created(call, recipe, data, tmp
         ("--preview", "out.png", "--data.train_dataset=none.beton"): "none.beton",
         ("--model.weights=none.pt",): "none.pt",
         ("--report", "out.html"): "needs --eval_only",
-        ("--report", "nowhere/out.html", "--eval_only"): "there is no folder nowhere",
+        ("--report", "nowhere/out.html", "--eval_only", "--model.pretrained=1"): "there is no folder nowhere",
     }
     for arguments, expected in cases.items():
         status, out, err, created = call("--config-file", recipe, *arguments)

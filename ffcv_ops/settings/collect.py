@@ -1,7 +1,7 @@
 """Settings collected from defaults, then files, then the command line."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +46,29 @@ class Settings:
             if is_dataclass(section)
             for key, value in vars(section).items()
         }
+
+    def with_values(self: "S", values: Mapping[str, Any], source: str) -> "S":
+        """Return a copy in which some settings have other values.
+
+        Parameters
+        ----------
+        values : mapping
+            Values by ``section.key``, as `to_dict` has them.
+        source : str
+            Where the values are from.
+
+        Raises
+        ------
+        UserError
+            If a setting cannot have its value.
+        """
+        parameters, given, sections = parameters_of(type(self)), dict(self.given), dict[str, Any]()
+        for key, raw in values.items():
+            section, name = key.split(".", 1)
+            value = _parse(key, parameters[key], raw, source)
+            given[key] = [*given[key], (value, source)]
+            sections[section] = replace(sections.get(section, getattr(self, section)), **{name: value})
+        return replace(self, given=given, **sections)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return all settings as ``{"section": {"key": value}}`` with the plain types of YAML and JSON."""

@@ -1,0 +1,269 @@
+"""Evaluate without training: which weights, under which settings, and with which classes."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ffcv_ops import UserError
+from ffcv_ops.settings.collect import DEFAULT
+from ffcv_ops.settings.command_line import COMMAND_LINE
+from ffcv_ops.settings.fields import show
+from imagenet_training.data import TrainingData, open_evaluation_data, val_loader
+from imagenet_training.distributed import World, join
+from imagenet_training.epoch import evaluate
+from imagenet_training.failures import ending_with_status
+from imagenet_training.logs import RunLog
+from imagenet_training.model import model_on_paper, model_size
+from imagenet_training.plan import RunPlan, plan_run
+from imagenet_training.provenance import describe_run, differences
+from imagenet_training.recipe import Recipe
+from imagenet_training.resume import ResumePoint, choose_checkpoint, load_whole
+from imagenet_training.run_folder import report_evaluation, run_notices
+from imagenet_training.state import TrainState
+from imagenet_training.summary import evaluation_summary, resolved_recipe
+from imagenet_training.trainer import DTYPES, Trainer, build_trainer, unwrapped
+
+# The settings outside section `validation` that change the result of an evaluation, if a recipe has them.
+_SETTINGS = (
+    "model.arch", "model.library", "model.num_classes", "data.mean", "data.std", "training.use_blurpool",
+    "training.precision", "training.tf32", "training.channels_last",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The weights that an evaluation is about.
+
+    Attributes
+    ----------
+    recipe : Recipe
+        With the settings of the run that trained the weights, unless the command line has others.
+    path : str or None
+        The checkpoint; None for other weights.
+    content : dict or None
+        The content of the checkpoint.
+    notices : tuple of str
+        Settings that were chosen or that differ from those of the run.
+    as_in_run : bool
+        The settings of the evaluation are those of the run.
+    """
+
+    recipe: Recipe
+    path: str | None
+    content: Mapping[str, Any] | None
+    notices: tuple[str, ...]
+    as_in_run: bool = False
+
+    @property
+    def averaged(self) -> bool:
+        """True if the moving average of the checkpoint is evaluated, and not its raw weights.
+
+        Raises
+        ------
+        UserError
+            If the moving average is asked for, and the checkpoint has none.
+        """
+        assert self.content is not None
+        wanted, stored = self.recipe.model.ema, self.content["ema"] is not None
+        if wanted is True and not stored:
+            raise UserError(f"{self.path} has no averaged weights: pass --model.ema=0 for the raw ones")
+        return stored and bool(wanted)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch at whose end the weights were saved; -1 if they are from within an epoch, or not known."""
+        state = TrainState.of(self.content) if self.content is not None else TrainState()
+        return -1 if state.samples else state.epoch - 1
+
+    def logged_acc1(self, val_digest: str | None) -> float | None:
+        """Return the top-1 that the run logged of these weights on a file; None if it is not known."""
+        if self.content is None or not self.as_in_run or self.averaged != (self.content["ema"] is not None):
+            return None
+        state, stored = self.content["state"], self.content["data"].get("val", {}).get("digest")
+        if val_digest is None or val_digest != stored or self.epoch < 0 or state["best_epoch"] != self.epoch:
+            return None
+        return float(state["best_acc1"])
+
+    def describe(self) -> str:
+        """Return what is evaluated in words: the weights, their file, and their position in the run."""
+        model = self.recipe.model
+        if self.content is None:
+            return f"the weights of {model.weights}" if model.weights else f"the pretrained weights of {model.arch}"
+        kind = "the averaged weights" if self.averaged else "the raw weights"
+        if self.averaged and not self.content["ema_updates"]:
+            kind = "the averaged weights, which no step has updated yet,"
+        return f"{kind} in {self.path}, {_position(TrainState.of(self.content), self.content['recipe'])}"
+
+
+def _position(state: TrainState, recipe: Mapping[str, Any]) -> str:
+    """Return the position of a run in words."""
+    step = f"step {state.step:,}"
+    if state.samples:
+        return f"within epoch {state.epoch}, after {state.samples:,} of its images ({step})"
+    if not state.epoch:
+        return "before the first step"
+    return f"after epoch {state.epoch - 1}, {state.epoch} of {recipe['training']['epochs']} ({step})"
+
+
+def choose_candidate(recipe: Recipe, world: World) -> Candidate:
+    """Choose the weights to evaluate, the same on every rank, and the settings that belong to them.
+
+    Raises
+    ------
+    UserError
+        If there are no weights, or they are named twice.
+    """
+    _check_one_source(recipe)
+    point = choose_checkpoint(recipe, world)
+    if point.content is None or point.path is None:
+        return Candidate(recipe, None, None, point.notices)
+    settled, lost, kept = with_settings_of(recipe, point.content["recipe"])
+    notices = list(point.notices)
+    if lost:
+        notices.append(f"settings of the run that saved {point.path} replace those of files: {', '.join(lost)}")
+    if kept:
+        notices.append(f"the result may differ from that of the run that saved {point.path}: {', '.join(kept)}")
+    return Candidate(settled, point.path, point.content, tuple(notices), as_in_run=not kept)
+
+
+def _check_one_source(recipe: Recipe) -> None:
+    """Check that the command line does not name two sources of weights."""
+    keys = ("training.resume", "model.weights", "model.pretrained")
+    named = [key for key in keys if recipe.flat()[key] and recipe.source(key) == COMMAND_LINE]
+    if len(named) > 1:
+        shown = " and ".join(f"{key}={show(recipe.flat()[key])}" for key in named)
+        raise UserError(f"{shown} are both given: only one can be evaluated")
+
+
+def with_settings_of(recipe: Recipe, saved: Mapping[str, Mapping[str, Any]]) -> tuple[Recipe, list[str], list[str]]:
+    """Return a recipe with the settings of another run that change the result of an evaluation.
+
+    The command line wins over the run, and the run wins over files and defaults. The run's validation file is only
+    taken if the recipe names none.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    saved : mapping
+        The resolved recipe of the run, by section.
+
+    Returns
+    -------
+    recipe : Recipe
+    lost, kept : list of str
+        The settings of files that were replaced, and those of the command line that differ from the run's.
+    """
+    own, taken, lost, kept = recipe.to_dict(), dict[str, Any](), list[str](), list[str]()
+    for key in (key for key in recipe.flat() if key in _SETTINGS or key.startswith("validation.")):
+        section, name = key.split(".")
+        if name not in saved.get(section, {}) or saved[section][name] == own[section][name]:
+            continue
+        theirs, ours, source = show(saved[section][name]), show(own[section][name]), recipe.source(key)
+        if source == COMMAND_LINE:
+            kept.append(f"{key}={ours} (not {theirs})")
+            continue
+        taken[key] = saved[section][name]
+        if source != DEFAULT:
+            lost.append(f"{key}={theirs} (not {ours}, {source})")
+    if recipe.source("data.val_dataset") == DEFAULT:
+        taken["data.val_dataset"] = saved["data"]["val_dataset"]
+    return recipe.with_values(taken, "the run that is evaluated"), lost, kept
+
+
+def build_evaluated(candidate: Candidate, plan: RunPlan, world: World) -> Trainer:
+    """Build the model of an evaluation on this rank's device, with its weights.
+
+    Raises
+    ------
+    UserError
+        If the weights are of another model, or not finite.
+    """
+    content = candidate.content
+    plan = replace(plan, ema_decay=0.0)  # averaged weights are loaded into the model itself
+    trainer = build_trainer(candidate.recipe, plan, world, from_checkpoint=content is not None)
+    if content is not None:
+        state = content["ema" if candidate.averaged else "model"]
+        load_whole(unwrapped(trainer.model), state, str(candidate.path))
+    return trainer
+
+
+def evaluate_only(recipe: Recipe) -> None:
+    """Evaluate the weights at hand on the validation split. Create only the report, if one was asked for.
+
+    Raises
+    ------
+    UserError
+        If there are no weights to evaluate, they do not fit or are not whole, or the data do not fit the model.
+    """
+    world = join(recipe)
+    candidate = choose_candidate(recipe, world)
+    recipe = candidate.recipe
+    data = open_evaluation_data(recipe, candidate.content)
+    plan = plan_run(
+        recipe,
+        world_size=world.world_size,
+        num_train=data.num_train,
+        num_val=data.num_val,
+        device_type=world.device.type,
+        resumed_from=candidate.path,
+    )
+    trainer = build_evaluated(candidate, plan, world)
+    loader = val_loader(recipe, data.val, world, DTYPES[plan.precision])
+    provenance = describe_run(recipe, plan, data, world)
+    log = RunLog(Path(recipe.logging.folder) / "logs", world.is_main)
+    for notice in evaluation_notices(candidate, plan, data, world, provenance):
+        log.print(f"note: {notice}")
+    log.print(f"evaluating {candidate.describe()}")
+    with ending_with_status(plan, world, log):
+        evaluated = evaluate(
+            trainer, loader, log, epoch=candidate.epoch, settings=recipe.validation, classes=data.classes
+        )
+        values = evaluated.values
+        logged, logged_text = candidate.logged_acc1(data.val.digest), ""
+        if logged is not None:
+            logged_text = ", as the run logged" if logged == values["val/acc1"] else f"; the run logged {logged:.3%}"
+        log.print(
+            f"{recipe.data.val_dataset}: {data.num_val:,} images, loss {values['val/loss']:.4f}, "
+            f"top-1 {values['val/acc1']:.3%}, top-5 {values['val/acc5']:.3%}{logged_text}"
+        )
+        if recipe.training.report and world.is_main:
+            assert evaluated.predictions is not None
+            report_evaluation(recipe, data, world, provenance, evaluated.predictions, candidate.describe())
+            log.print(f"report: {recipe.training.report}")
+    if not math.isfinite(values["val/loss"]):
+        raise UserError(
+            f"the logits of some images are not finite in {plan.precision}: evaluate with --precision 32. If that does "
+            "not help, the weights are damaged"
+        )
+
+
+def show_evaluation(recipe: Recipe) -> None:
+    """Print what an evaluation would do, and the resolved recipe. Check the data if they exist, and create nothing."""
+    candidate = choose_candidate(recipe, World(0, 0, 1, 1, torch.device("cpu")))
+    recipe = candidate.recipe
+    size = model_size(model_on_paper(recipe), recipe.validation.resolution)
+    print(f"{evaluation_summary(recipe, candidate.describe(), size)}\n\n{resolved_recipe(recipe)}")
+    notices = [*recipe.notices, *candidate.notices]
+    if Path(recipe.data.val_dataset).exists():
+        notices += open_evaluation_data(recipe, candidate.content).classes.notices
+    else:
+        notices.append(f"{recipe.data.val_dataset} does not exist")
+    for line in notices:
+        print(f"note: {line}")
+
+
+def evaluation_notices(
+    candidate: Candidate, plan: RunPlan, data: TrainingData, world: World, provenance: dict[str, Any]
+) -> Iterator[str]:
+    """Yield everything about an evaluation that the user should know though nothing is wrong."""
+    recipe = candidate.recipe
+    yield from run_notices(recipe, plan, data, world, ResumePoint(None, None, {}, candidate.notices), provenance)
+    if candidate.content is not None:
+        yield from differences(candidate.content, provenance, evaluates=True)
+        for key in ("model.weights", "model.pretrained"):
+            if recipe.flat()[key]:
+                yield f"{recipe.shown(key)} is not evaluated, since training.resume names a checkpoint"
