@@ -68,6 +68,7 @@ def test_the_modules_that_a_kernel_uses_are_found():
 
     used = kernels._used_by("ffcv_ops.operations.crops", set())
     names = ("operations.crops", "codec.jpeg", "codec.region", "operations.resample", "rng", "operations.base")
+    assert "ffcv_ops.operations.resample_avx2" in used and "ffcv_ops._kernels" in used
     assert {f"ffcv_ops.{name}" for name in names} <= used
     assert "ffcv_ops.loading.loader" not in used and all(name.startswith("ffcv_ops") for name in used)
 

@@ -204,17 +204,59 @@ def test_rounding_of_a_box_touches_no_further_pixel(photograph):
     np.testing.assert_array_equal(rgb_of(rows, rounded, (64, 64), BILINEAR), rgb_of(rows, exact, (64, 64), BILINEAR))
 
 
-def test_without_jit_the_bytes_are_the_same():
+@pytest.mark.parametrize("interpolation", FILTERS)
+def test_every_scale_equals_the_twin(interpolation):
+    """Each number of weights has code of its own, and so has a scale at which two windows are needed."""
+    noise = np.random.default_rng(0).integers(-128, 384, (40, 330)).clip(0, 255).astype(np.uint8)
+    for length in (32, 33, 47, 64, 65, 97, 131, 140, 152, 180, 290, 330):
+        across = noise[:, :length].copy()
+        down = np.ascontiguousarray(across.T)
+        for plane, shape in ((across, (33, 65)), (down, (65, 33))):
+            box = 0.0, 0.0, *map(float, plane.shape)
+            np.testing.assert_array_equal(
+                region_of(plane, box, shape, interpolation),
+                reference.resampled(plane, box, shape, interpolation == BICUBIC),
+            )
+
+
+def test_a_narrow_plane_in_wide_rows_is_read_within_its_rows(photograph):
+    """The last rows and columns of a plane are those of the memory, beyond which a kernel must not read or write."""
+    for height, width in ((32, 32), (33, 47), (300, 40), (40, 300)):
+        whole = np.full(height * width + 128, 255, np.uint8)
+        plane = whole[64:-64].reshape(height, width)
+        plane[:] = photograph[:height, :width, 0]
+        target = np.full(40 * 50 + 128, 7, np.uint8)
+        box = 0.0, 0.0, float(height), float(width)
+        for interpolation in FILTERS:
+            resample_plane_into(plane, box, interpolation, workspace_for(box, (40, 50)), target[64:-64].reshape(40, 50))
+            assert (target[:64] == 7).all() and (target[-64:] == 7).all()
+            np.testing.assert_array_equal(
+                target[64:-64].reshape(40, 50), region_of(plane.copy(), box, (40, 50), interpolation)
+            )
+
+
+def test_colours_are_converted_with_the_numbers_of_libjpeg():
+    y, cb, cr = (plane.reshape(-1, 64) for plane in np.mgrid[0:256:5, 0:256, 0:256:4].astype(np.uint8))
+    box = 0.0, 0.0, *map(float, y.shape)
+    luma, blue, red = (plane.astype(int) for plane in (y, cb - np.uint8(128), cr - np.uint8(128)))
+    blue, red = blue.astype(np.int8).astype(int), red.astype(np.int8).astype(int)
+    differences = 91881 * red, -22554 * blue - 46802 * red, 116130 * blue
+    expected = [np.clip(luma + (difference + (1 << 15) >> 16), 0, 255) for difference in differences]
+    np.testing.assert_array_equal(planes_of(y, cb, cr, box, box, y.shape, BILINEAR), np.stack(expected, axis=-1))
+
+
+def bytes_of_a_process(**environment: str) -> bytes:
+    """Resample noise in a process of its own, to sizes with and without code for vectors."""
     script = textwrap.dedent("""
         import sys
         import numpy as np
         from ffcv_ops.operations.resample import *
-        noise = np.random.default_rng(0).integers(0, 256, (37, 41, 3), dtype=np.uint8)
-        workspace = np.empty(workspace_bytes(37, 41, 24), np.uint8)
+        noise = np.random.default_rng(0).integers(0, 256, (37, 66, 3), dtype=np.uint8)
+        workspace = np.empty(workspace_bytes(37, 66, 36), np.uint8)
         planes = [np.ascontiguousarray(noise[..., channel]) for channel in range(3)]
-        box, c_box = (2.0, 3.0, 33.0, 30.0), (1.0, 1.5, 16.5, 15.0)
+        box, c_box = (2.0, 3.0, 33.0, 62.0), (1.0, 1.5, 16.5, 33.0)
         for interpolation in (BILINEAR, BICUBIC):
-            for shape in ((9, 18), (20, 24)):
+            for shape in ((9, 18), (33, 36)):
                 out = np.empty((*shape, 3), np.uint8)
                 resample_rgb_into(noise, box, True, interpolation, workspace, out)
                 sys.stdout.buffer.write(out.tobytes())
@@ -224,15 +266,22 @@ def test_without_jit_the_bytes_are_the_same():
                 resample_plane_into(planes[0], box, interpolation, workspace, plane)
                 sys.stdout.buffer.write(plane.tobytes())
     """)
-    compiled, interpreted = (
-        subprocess.run(
-            [sys.executable, "-c", script],
-            env=os.environ | {"NUMBA_DISABLE_JIT": disable},
-            cwd=Path(__file__).parents[1],
-            check=True,
-            stdout=subprocess.PIPE,
-        ).stdout
-        for disable in ("0", "1")
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | environment,
+        cwd=Path(__file__).parents[1],
+        check=True,
+        stdout=subprocess.PIPE,
     )
+    return done.stdout
+
+
+def test_without_jit_the_bytes_are_the_same():
+    compiled = bytes_of_a_process()
     assert len(compiled) > 0
-    assert compiled == interpreted
+    assert compiled == bytes_of_a_process(NUMBA_DISABLE_JIT="1")
+
+
+@pytest.mark.soak
+def test_for_another_cpu_the_bytes_are_the_same():
+    assert bytes_of_a_process() == bytes_of_a_process(NUMBA_CPU_NAME="generic")

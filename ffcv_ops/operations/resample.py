@@ -11,9 +11,10 @@ A crop ``(y, x, height, width)`` is in px of the plane. It may be fractional, as
 Weights stay within the pixels that the crop touches, so that no pixel beyond the crop has an effect.
 ``resize(box=...)`` of Pillow uses pixels of the whole image instead. If the crop is the whole image, the two agree.
 
-Most of the time goes into the pass along x. Its pixels lie side by side in memory, and vector instructions cannot weigh
-them there. Therefore stripes of rows are transposed tile by tile, weighed as the pass along y weighs rows, and
-transposed back.
+Where Numba compiles for AVX2, `resample_avx2` weighs and converts the pixels. It has functions for the usual sizes and
+scales. The plain loops here serve everything else, with the same bytes. For them, pixels along x are a problem. They
+lie side by side in memory, and vector instructions cannot weigh them there. Therefore stripes of rows are transposed
+tile by tile, weighed as the pass along y weighs rows, and transposed back.
 """
 
 import math
@@ -25,7 +26,8 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic, overload, register_jitable
 
-from ffcv_ops._kernels import CAN_CACHE
+from ffcv_ops._kernels import HAS_AVX2, kernel
+from ffcv_ops.operations import resample_avx2
 
 BILINEAR = 0
 BICUBIC = 1
@@ -40,16 +42,17 @@ TOLERANCE_PX = 1e-6
 MAX_STRIPE_PX = 160
 """Rows that are transposed and weighed together. More rows leave the cache. Fewer rows pay more for starting loops."""
 
-AxisTaps = namedtuple("AxisTaps", "firsts counts weights stride")
-"""For each output position of an axis: its first source position in the crop, the number of positions, the weights."""
+AxisTaps = namedtuple("AxisTaps", "firsts counts weights num_pairs")
+"""For each output position of an axis: its first source position in the crop, and the number of positions. Weight k of
+position i is at ``k * len(firsts) + i``. There are at most `num_pairs` pairs of weights."""
 
 Scratch = namedtuple("Scratch", "columns weighed sums between")
 """Arrays: a transposed stripe, the weighed stripe, the sums of a row, the image between the two passes."""
 
-ResampleTaps = namedtuple("ResampleTaps", "num_rows num_columns x_taps y_taps flip scratch")
+ResampleTaps = namedtuple("ResampleTaps", "num_rows num_columns x_taps y_taps num_parts scratch")
 """The taps of both axes, with the size of the crop and the scratch: for planes of one size and one crop."""
 
-_KERNEL: dict[str, Any] = {"cache": CAN_CACHE, "nogil": True, "boundscheck": False, "error_model": "numpy"}
+_OPTIONS: dict[str, Any] = {"boundscheck": False, "error_model": "numpy"}
 
 
 @register_jitable
@@ -101,11 +104,18 @@ def workspace_bytes(max_height: int, max_width: int, size: int) -> int:
     height, width = max_height + 2, max_width + 2  # a fractional crop touches up to two more
     longest = max(height, width, size)
     taps = 4 * (4 * (height + width) + 2 * 10 * size)  # an upper bound of _taps_entries, also for smaller outputs
+    scratch = 8 * (4 * longest + 10 * size)  # an upper bound of what _build_axis_taps needs
     stripe = (MAX_STRIPE_PX + TILE_PX) * (width + size)
     planes = 3 * (height * width + size * size)
     num_pieces = 16
     return (
-        taps + 8 * (longest + MAX_STRIPE_PX + TILE_PX) + stripe + longest * size + planes + num_pieces * ALIGNMENT_BYTES
+        taps
+        + scratch
+        + 8 * (longest + MAX_STRIPE_PX + TILE_PX)
+        + stripe
+        + longest * size
+        + planes
+        + num_pieces * ALIGNMENT_BYTES
     )
 
 
@@ -116,7 +126,7 @@ def _is_within(crop, shape):
     return min(height, width) > 0 and min(y, x) > -TOLERANCE_PX and bottom <= shape[0] and right <= shape[1]
 
 
-@nb.njit(**_KERNEL)
+@kernel(**_OPTIONS)
 def _take_piece(workspace, num_bytes):
     """Return a piece of the workspace, and the rest of the workspace."""
     if num_bytes > workspace.size:
@@ -124,56 +134,109 @@ def _take_piece(workspace, num_bytes):
     return workspace[:num_bytes], workspace[_rounded_up(num_bytes, ALIGNMENT_BYTES) :]
 
 
-@nb.njit(**_KERNEL)
+@kernel(**_OPTIONS)
 def _filter(x, interpolation):
     x = abs(x)
     if interpolation == BILINEAR:
         return max(1.0 - x, 0.0)
-    if x < 1.0:
-        return (1.5 * x - 2.5) * x * x + 1.0
-    if x < 2.0:
-        return (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
-    return 0.0
+    near, far = (1.5 * x - 2.5) * x * x + 1.0, (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
+    return near if x < 1.0 else (far if x < 2.0 else 0.0)
 
 
-@nb.njit(**_KERNEL)
-def _compute_axis_taps_into(start, extent, interpolation, taps):
-    """Compute the coefficients of Pillow for one axis, without the zeros at both ends."""
-    scale = extent / taps.firsts.size
-    shrink = 1.0 / max(scale, 1.0)
-    support = _support(extent, taps.firsts.size, interpolation)
-    offset, length = _first_touched(start), _num_touched(start, extent)
-    for position in range(taps.firsts.size):
-        center = start - offset + (position + 0.5) * scale
-        low = max(int(center - support + 0.5), 0)
-        high = min(int(center + support + 0.5), length)
-        total = 0.0
-        for source in range(low, high):
-            total += _filter((source - center + 0.5) * shrink, interpolation)
-        unit = (1 << PRECISION_BITS) / total
-        first, count, last = low, 0, 1
-        for source in range(low, high):
-            weight = _filter((source - center + 0.5) * shrink, interpolation) * unit
-            fixed = int(weight + math.copysign(0.5, weight))
-            if fixed == 0 and count == 0:
-                first += 1
-                continue
-            taps.weights[position * taps.stride + count] = fixed
-            count += 1
-            if fixed != 0:
-                last = count
-        taps.firsts[position] = first
-        taps.counts[position] = last
+@kernel(**_OPTIONS)
+def _find_sources_into(start, extent, support, flip, firsts, counts, centers):
+    """Write the sources of each output. Return the largest number."""
+    scale = extent / firsts.size
+    offset, length = start - _first_touched(start), np.int32(_num_touched(start, extent))
+    for i in range(np.uint64(firsts.size)):
+        centers[i] = offset + (np.float64(np.int32(firsts.size - 1 - i if flip else i)) + 0.5) * scale
+    for i in range(np.uint64(firsts.size)):
+        firsts[i] = max(np.int32(centers[i] - support + 0.5), np.int32(0))
+        counts[i] = min(np.int32(centers[i] + support + 0.5), length) - firsts[i]
+    return counts.max()
 
 
-@nb.njit(**_KERNEL)
-def _build_axis_taps(workspace, start, extent, size, interpolation):
+@kernel(forceinline=True, **_OPTIONS)
+def _evaluate_filter_into(firsts, counts, number, centers, shrink, interpolation, values, totals):
+    for i in range(np.uint64(firsts.size)):
+        value = _filter((np.float64(np.add(firsts[i], number)) - centers[i] + 0.5) * shrink, interpolation)
+        values[i] = value if number < counts[i] else 0.0
+        totals[i] += values[i]
+
+
+@kernel(**_OPTIONS)
+def _round_weights_into(values, units, weights):
+    for i in range(np.uint64(units.size)):
+        weight = values[i] * units[i]
+        weights[i] = np.int32(weight + (0.5 if weight >= 0.0 else -0.5))
+
+
+@kernel(**_OPTIONS)
+def _compute_axis_taps_into(start, extent, interpolation, flip, axis, scratch):
+    """Compute the coefficients of Pillow for one axis, for all outputs side by side. Return the number of pairs."""
+    firsts, counts, weights = axis
+    size = firsts.size
+    shrink = 1.0 / max(extent / size, 1.0)
+    centers, totals, values = scratch[:size], scratch[size : 2 * size], scratch[2 * size :]
+    longest = _find_sources_into(start, extent, _support(extent, size, interpolation), flip, firsts, counts, centers)
+    num_pairs = (longest + 1) // 2
+    for i in range(size):
+        totals[i] = 0.0
+    for k in range(2 * num_pairs):
+        row = values[k * size : (k + 1) * size]
+        if interpolation == BILINEAR:
+            _evaluate_filter_into(firsts, counts, np.int32(k), centers, shrink, BILINEAR, row, totals)
+        else:
+            _evaluate_filter_into(firsts, counts, np.int32(k), centers, shrink, BICUBIC, row, totals)
+    for i in range(size):
+        totals[i] = (1 << PRECISION_BITS) / totals[i]
+    for k in range(2 * num_pairs):
+        row = values[k * size : (k + 1) * size]
+        _round_weights_into(row, totals, weights[k * size : (k + 1) * size])
+    return num_pairs
+
+
+@kernel(**_OPTIONS)
+def _build_axis_taps(workspace, start, extent, size, interpolation, flip):
+    stride = _weights_stride(extent, size, interpolation)
     piece, workspace = _take_piece(workspace, 4 * _taps_entries(extent, size, interpolation))
     entries = piece.view(np.int32)
-    stride = _weights_stride(extent, size, interpolation)
-    taps = AxisTaps(entries[:size], entries[size : 2 * size], entries[2 * size :], stride)
-    _compute_axis_taps_into(start, extent, interpolation, taps)
-    return taps, workspace
+    firsts, counts, weights = entries[:size], entries[size : 2 * size], entries[2 * size :]
+    scratch = _take_piece(workspace, 8 * size * (2 + stride))[0].view(np.float64)
+    num_pairs = _compute_axis_taps_into(start, extent, interpolation, flip, (firsts, counts, weights), scratch)
+    return AxisTaps(firsts, counts, weights, num_pairs), workspace
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With AVX2
+
+
+@kernel(**_OPTIONS)
+def _address(array):
+    return np.int64(array.ctypes.data)
+
+
+@kernel(**_OPTIONS)
+def _count_parts(taps, num_columns):
+    """Return the argument `num_parts` of `resample_avx2.weigh_columns`; 0 if the plain loops have to serve."""
+    firsts, group, spread = taps.firsts, resample_avx2.GROUP, resample_avx2.WINDOW_SPREAD
+    if not HAS_AVX2 or min(num_columns, firsts.size) < resample_avx2.MIN_LENGTH:
+        return 0
+    if taps.num_pairs > resample_avx2.MAX_PAIRS:
+        return 0
+    num_parts = 1
+    for number in range(0, firsts.size, group):
+        start = min(number, firsts.size - group)
+        for i in range(start, start + group, 8):
+            if abs(firsts[i + 7] - firsts[i]) > spread:
+                num_parts = 2
+                if max(abs(firsts[i + 3] - firsts[i]), abs(firsts[i + 7] - firsts[i + 4])) > spread:
+                    return 0
+    return num_parts if num_parts == 1 or taps.num_pairs == resample_avx2.SPREAD_PAIRS else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without AVX2, and for small sizes
 
 
 def _transpose_tile_into(source, at, stride, out, out_at, out_stride):
@@ -224,7 +287,7 @@ def _overload_transpose_tile_into(source, at, stride, out, out_at, out_stride):
     return transpose
 
 
-@nb.njit(**_KERNEL)
+@kernel(**_OPTIONS)
 def _transpose_into(source, stride, height, width, out, out_stride):
     """Transpose (height, width) bytes. The last tiles overlap their neighbours, so that no byte beyond is touched."""
     if height < TILE_PX or width < TILE_PX:
@@ -239,20 +302,20 @@ def _transpose_into(source, stride, height, width, out, out_stride):
             _transpose_tile_into(source, row * stride + column, stride, out, column * out_stride + row, out_stride)
 
 
-@nb.njit(**_KERNEL)
+@kernel(**_OPTIONS)
 def _multiply(byte, weight):
     # ``*`` of Numba widens operands of 32 bits to 64, which halves the lanes of a vector. The ufunc keeps their type.
     return np.multiply(np.int32(byte), weight)
 
 
-@nb.njit(**_KERNEL)
+@kernel(**_OPTIONS)
 def _round_to_byte(total):
     value = np.right_shift(np.int32(total), np.int32(PRECISION_BITS))
     return np.uint8(min(max(value, np.int32(0)), np.int32(255)))
 
 
-@nb.njit(forceinline=True, **_KERNEL)
-def _weigh_rows_into(source, at, stride, count, weights, tap, sums, out, out_at, length):
+@kernel(forceinline=True, **_OPTIONS)
+def _weigh_rows_into(source, at, stride, taps, position, sums, out, out_at, length):
     """Weigh `count` rows of bytes, `stride` apart, into one row, four at a time. Most sums then stay in registers.
 
     The first half of `sums` holds 0.5 in fixed point, for rounding. The second half holds the sum of all but the last
@@ -260,6 +323,7 @@ def _weigh_rows_into(source, at, stride, count, weights, tap, sums, out, out_at,
     long as a row. Offsets are unsigned, because a test for negative indices would prevent vector code.
     """
     a, stride, target, length = np.uint64(at), np.uint64(stride), np.uint64(out_at), np.uint64(length)
+    count, weights, size, tap = taps.counts[position], taps.weights, taps.firsts.size, position
     b, c, d = a + stride, a + stride + stride, a + stride + stride + stride
     carried = np.uint64(0)
     if count > 4:
@@ -267,15 +331,15 @@ def _weigh_rows_into(source, at, stride, count, weights, tap, sums, out, out_at,
         for i in range(length):
             sums[carried + i] = sums[i]
     while count > 4:
-        w0, w1, w2, w3 = weights[tap], weights[tap + 1], weights[tap + 2], weights[tap + 3]
+        w0, w1, w2, w3 = weights[tap], weights[tap + size], weights[tap + 2 * size], weights[tap + 3 * size]
         for i in range(length):
             total = _multiply(source[a + i], w0) + _multiply(source[b + i], w1)
             sums[carried + i] += total + _multiply(source[c + i], w2) + _multiply(source[d + i], w3)
         a = d + stride
         b, c, d = a + stride, a + stride + stride, a + stride + stride + stride
-        tap += 4
+        tap += 4 * size
         count -= 4
-    w0, w1, w2, w3 = weights[tap], weights[tap + 1], weights[tap + 2], weights[tap + 3]
+    w0, w1, w2, w3 = weights[tap], weights[tap + size], weights[tap + 2 * size], weights[tap + 3 * size]
     if count == 1:
         for i in range(length):
             out[target + i] = _round_to_byte(sums[carried + i] + _multiply(source[a + i], w0))
@@ -294,13 +358,15 @@ def _weigh_rows_into(source, at, stride, count, weights, tap, sums, out, out_at,
             out[target + i] = _round_to_byte(total + _multiply(source[c + i], w2) + _multiply(source[d + i], w3))
 
 
-@nb.njit(**_KERNEL)
-def _weigh_along_y_into(source, stride, width, taps, scratch, out):
-    firsts, counts, weights, num_weights = taps
-    sums = scratch.sums
+@kernel(**_OPTIONS)
+def _weigh_along_y_into(source, stride, width, taps, out):
+    firsts, counts, weights, _ = taps.y_taps
+    if HAS_AVX2 and taps.num_parts > 0:
+        axis = _address(firsts), _address(counts), _address(weights)
+        resample_avx2.weigh_rows(_address(source), stride, axis[0], axis[1], axis[2], firsts.size, width, _address(out))
+        return
     for y in range(firsts.size):
-        at = firsts[y] * stride
-        _weigh_rows_into(source, at, stride, counts[y], weights, y * num_weights, sums, out, y * width, width)
+        _weigh_rows_into(source, firsts[y] * stride, stride, taps.y_taps, y, taps.scratch.sums, out, y * width, width)
 
 
 @register_jitable
@@ -309,62 +375,77 @@ def _stripe_height(height):
     return _rounded_up((height + num_stripes - 1) // num_stripes, TILE_PX)
 
 
-@nb.njit(**_KERNEL)
-def _weigh_along_x_into(source, stride, height, width, taps, flip, scratch, out):
-    firsts, counts, weights, num_weights = taps
-    columns, weighed, sums, _ = scratch
-    size = firsts.size
+@kernel(**_OPTIONS)
+def _weigh_along_x_into(source, stride, height, taps, out):
+    columns, weighed, sums, _ = taps.scratch
+    firsts, _, weights, num_pairs = taps.x_taps
+    size, width = firsts.size, taps.num_columns
+    if HAS_AVX2 and taps.num_parts > 0:
+        axis = _address(firsts), _address(weights)
+        resample_avx2.weigh_columns(
+            _address(source), stride, height, width, axis[0], axis[1], size, num_pairs, taps.num_parts, _address(out)
+        )
+        return
     lanes = _stripe_height(height)
     num_rows = min(height, lanes)
     for stripe in range(0, height, lanes):
         row = min(stripe, height - num_rows)  # the last stripe overlaps the one before, so that it is whole too
         _transpose_into(source[row * stride :], stride, num_rows, width, columns, lanes)
         for x in range(size):
-            at, target = firsts[x] * lanes, (size - 1 - x if flip else x) * lanes
-            _weigh_rows_into(columns, at, lanes, counts[x], weights, x * num_weights, sums, weighed, target, lanes)
+            _weigh_rows_into(columns, firsts[x] * lanes, lanes, taps.x_taps, x, sums, weighed, x * lanes, lanes)
         _transpose_into(weighed, lanes, size, num_rows, out[row * size :], size)
 
 
-@nb.njit(**_KERNEL)
+@kernel(**_OPTIONS)
 def _build_taps(crop, shape, flip, interpolation, workspace):
     y, x, height, width = crop
     num_rows, num_columns = _num_touched(y, height), _num_touched(x, width)
-    y_taps, workspace = _build_axis_taps(workspace, y, height, shape[0], interpolation)
-    x_taps, workspace = _build_axis_taps(workspace, x, width, shape[1], interpolation)
-    lanes = max(_stripe_height(num_rows), _stripe_height(shape[0]))
+    y_taps, workspace = _build_axis_taps(workspace, y, height, shape[0], interpolation, False)
+    x_taps, workspace = _build_axis_taps(workspace, x, width, shape[1], interpolation, flip)
+    num_parts = _count_parts(x_taps, num_columns) if y_taps.num_pairs <= resample_avx2.MAX_PAIRS else 0
+    between, workspace = _take_piece(workspace, max(shape[0] * num_columns, num_rows * shape[1]))
+    lanes = 0 if num_parts > 0 else max(_stripe_height(num_rows), _stripe_height(shape[0]))
     columns, workspace = _take_piece(workspace, lanes * num_columns)
     weighed, workspace = _take_piece(workspace, lanes * shape[1])
     longest = max(lanes, num_columns, shape[1])
     sums, workspace = _take_piece(workspace, 8 * longest)
-    between, workspace = _take_piece(workspace, max(shape[0] * num_columns, num_rows * shape[1]))
     scratch = Scratch(columns, weighed, sums.view(np.int32), between)
-    scratch.sums[:longest] = 1 << (PRECISION_BITS - 1)
-    return ResampleTaps(num_rows, num_columns, x_taps, y_taps, flip, scratch)
+    if num_parts == 0:
+        scratch.sums[:longest] = 1 << (PRECISION_BITS - 1)
+    return ResampleTaps(num_rows, num_columns, x_taps, y_taps, num_parts, scratch)
 
 
-@nb.njit(**_KERNEL)
+@kernel(**_OPTIONS)
 def _resample_into(source, stride, taps, out):
     """Resample the crop whose first byte is the first of `source`. `out` is flat."""
-    num_rows, num_columns, x_taps, y_taps, flip, scratch = taps
-    out_height, out_width = y_taps.firsts.size, x_taps.firsts.size
+    num_rows, num_columns, between = taps.num_rows, taps.num_columns, taps.scratch.between
+    out_height, out_width = taps.y_taps.firsts.size, taps.x_taps.firsts.size
     # As Pillow since version 13: y comes first if it removes more than twice as many rows as x removes columns.
     if num_rows > out_height and num_rows - out_height > 2 * (num_columns - out_width):
-        _weigh_along_y_into(source, stride, num_columns, y_taps, scratch, scratch.between)
-        _weigh_along_x_into(scratch.between, num_columns, out_height, num_columns, x_taps, flip, scratch, out)
+        _weigh_along_y_into(source, stride, num_columns, taps, between)
+        _weigh_along_x_into(between, num_columns, out_height, taps, out)
     else:
-        _weigh_along_x_into(source, stride, num_rows, num_columns, x_taps, flip, scratch, scratch.between)
-        _weigh_along_y_into(scratch.between, out_width, out_width, y_taps, scratch, out)
+        _weigh_along_x_into(source, stride, num_rows, taps, between)
+        _weigh_along_y_into(between, out_width, out_width, taps, out)
 
 
-@nb.njit(**_KERNEL)
+@kernel(**_OPTIONS)
 def _skip_to_first_touched(plane, crop):
     assert _is_within(crop, plane.shape)
     return plane.reshape(-1)[_first_touched(crop[0]) * plane.shape[1] + _first_touched(crop[1]) :]
 
 
-@nb.njit(**_KERNEL)
+@kernel(**_OPTIONS)
 def _split_channels_into(image, crop, red, green, blue):
     top, left, width = _first_touched(crop[0]), _first_touched(crop[1]), _num_touched(crop[1], crop[3])
+    if HAS_AVX2 and width >= resample_avx2.MIN_LENGTH:
+        at = _address(image) + 3 * (top * image.shape[1] + left)
+        for start in range(0, red.size, width):
+            resample_avx2.split_channels(
+                at, _address(red) + start, _address(green) + start, _address(blue) + start, width
+            )
+            at += 3 * image.shape[1]
+        return
     for row in range(red.size // width):
         pixels = image[top + row, left : left + width].reshape(-1)
         target = slice(row * width, (row + 1) * width)
@@ -375,8 +456,11 @@ def _split_channels_into(image, crop, red, green, blue):
             blues[x] = pixels[3 * x + 2]
 
 
-@nb.njit(**_KERNEL)
+@kernel(**_OPTIONS)
 def _join_channels_into(red, green, blue, out):
+    if HAS_AVX2 and red.size >= resample_avx2.MIN_LENGTH:
+        resample_avx2.join_channels(_address(red), _address(green), _address(blue), _address(out), red.size)
+        return
     pixels = out.reshape(-1)
     for i in range(red.size):
         pixels[3 * i] = red[i]
@@ -384,14 +468,17 @@ def _join_channels_into(red, green, blue, out):
         pixels[3 * i + 2] = blue[i]
 
 
-@nb.njit(**_KERNEL)
+@kernel(**_OPTIONS)
 def _round_to_channel(total):
     return np.uint8(min(max(np.right_shift(np.int32(total), np.int32(16)), np.int32(0)), np.int32(255)))
 
 
-@nb.njit(**_KERNEL)
+@kernel(**_OPTIONS)
 def _convert_colour_into(y, cb, cr, out):
     """Convert YCbCr to RGB as JPEG does (full-range BT.601), in the 16 bit fixed point of jdcolor.c in libjpeg."""
+    if HAS_AVX2 and y.size >= resample_avx2.MIN_LENGTH:
+        resample_avx2.convert_colour(_address(y), _address(cb), _address(cr), _address(out), y.size)
+        return
     pixels = out.reshape(-1)
     for i in range(y.size):
         luma = _multiply(y[i], np.int32(65536)) + 32768
@@ -401,7 +488,7 @@ def _convert_colour_into(y, cb, cr, out):
         pixels[3 * i + 2] = _round_to_channel(luma + _multiply(blue, np.int32(116130)))
 
 
-@nb.njit(**_KERNEL)
+@kernel(**_OPTIONS)
 def resample_plane_into(plane, crop, interpolation, workspace, out):
     """Resample a crop of one plane.
 
@@ -422,7 +509,7 @@ def resample_plane_into(plane, crop, interpolation, workspace, out):
     _resample_into(_skip_to_first_touched(plane, crop), plane.shape[1], taps, out.reshape(-1))
 
 
-@nb.njit(**_KERNEL)
+@kernel(**_OPTIONS)
 def resample_planes_into(y, cb, cr, y_crop, c_crop, flip, interpolation, workspace, out):
     """Resample a crop of the planes of a JPEG and convert it to RGB.
 
@@ -459,7 +546,7 @@ def resample_planes_into(y, cb, cr, y_crop, c_crop, flip, interpolation, workspa
     _convert_colour_into(y_plane, cb_plane, cr_plane, out)
 
 
-@nb.njit(**_KERNEL)
+@kernel(**_OPTIONS)
 def resample_rgb_into(image, crop, flip, interpolation, workspace, out):
     """Resample a crop of an interleaved RGB image.
 
