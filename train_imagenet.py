@@ -32,6 +32,8 @@ from imagenet_training.recipe import Recipe, read_recipe
 
 # The functions import what they use: a mistake, --help and --dry_run need not wait for imports that take seconds.
 if TYPE_CHECKING:
+    from torch.nn import Module
+
     from imagenet_training.data import Loaders, TrainingData
     from imagenet_training.distributed import World
     from imagenet_training.plan import RunPlan
@@ -50,6 +52,7 @@ class Run:
     plan: "RunPlan"
     trainer: "Trainer"
     state: "TrainState"
+    model_on_paper: "Module"
 
 
 def build(recipe: Recipe) -> Run:
@@ -62,7 +65,7 @@ def build(recipe: Recipe) -> Run:
     from imagenet_training.resume import choose_checkpoint, restore
     from imagenet_training.trainer import build_trainer
 
-    model_on_paper(recipe)  # an architecture that does not exist is an error before ranks meet
+    paper = model_on_paper(recipe)  # an architecture that does not exist is an error before ranks meet
     world = join(recipe)
     data = open_training_data(recipe)
     point = choose_checkpoint(recipe, world)
@@ -78,7 +81,7 @@ def build(recipe: Recipe) -> Run:
     if point.content is not None:
         check_rest_of_epoch(point.content, recipe, plan, data)
     trainer = build_trainer(recipe, plan, world, from_checkpoint=point.content is not None)
-    return Run(world, data, point, plan, trainer, restore(trainer, point, recipe, plan))
+    return Run(world, data, point, plan, trainer, restore(trainer, point, recipe, plan), paper)
 
 
 def train(recipe: Recipe) -> None:
@@ -97,7 +100,7 @@ def train_epochs(recipe: Recipe, run: Run, loaders: "Loaders") -> None:
     from imagenet_training.run_folder import RunFolder
 
     plan, trainer, state = run.plan, run.trainer, run.state
-    folder = RunFolder(recipe, plan, run.data, trainer, state, run.point)
+    folder = RunFolder(recipe, plan, run.data, trainer, state, run.point, run.model_on_paper)
     log = folder.log
     stopping = StopRequest(run.world, log.failure, log.keep)
     with ending_with_status(plan, run.world, log, folder.finish), stopping as stop, folder:

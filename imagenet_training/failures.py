@@ -105,8 +105,13 @@ def out_of_memory_message(plan: RunPlan) -> str:
     batch_size = max(1, plan.batch_size // 2)
     global_batch_size = plan.global_batch_size // plan.batch_size * batch_size
     lr = plan.lr * global_batch_size / plan.global_batch_size
-    return (
+    advice = (
         f"out of GPU memory at a batch size of {plan.batch_size}. Try --batch_size {batch_size}: its "
-        f"linearly scaled learning rate is {lr:.4g} (global batch {global_batch_size}); or --batch_size {batch_size} "
-        f"--training.accumulation={2 * plan.accumulation}, which keeps the global batch and the learning rate"
+        f"linearly scaled learning rate is {lr:.4g} (global batch {global_batch_size})"
+    )
+    if 2 * batch_size != plan.batch_size:
+        return advice
+    return (
+        f"{advice}; or --batch_size {batch_size} --training.accumulation={2 * plan.accumulation}, which keeps the "
+        "global batch and the learning rate"
     )

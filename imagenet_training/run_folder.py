@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ffcv_ops.settings.command_line import replace_settings
 from imagenet_training.background import BackgroundTask
 from imagenet_training.changes import position_notices
@@ -18,7 +20,7 @@ from imagenet_training.data import TrainingData, validation_images
 from imagenet_training.distributed import World, wait_for_all
 from imagenet_training.logs import RunLog
 from imagenet_training.meters import EtaEstimator
-from imagenet_training.model import find_library, model_on_paper, model_size
+from imagenet_training.model import find_library, model_size
 from imagenet_training.plan import RunPlan
 from imagenet_training.predictions import Predictions
 from imagenet_training.preemption import Stopped
@@ -46,6 +48,8 @@ class RunFolder:
     state : TrainState
         The position of the run, which the caller moves on.
     point : ResumePoint
+    model_on_paper : torch.nn.Module
+        The model on the meta device, for its size in the summary.
     """
 
     def __init__(
@@ -56,9 +60,10 @@ class RunFolder:
         trainer: Trainer,
         state: TrainState,
         point: ResumePoint,
+        model_on_paper: nn.Module,
     ):
         self.recipe, self.plan, self.data, self.trainer, self.state = recipe, plan, data, trainer, state
-        self.point, self.world = point, trainer.world
+        self.point, self.world, self.model_on_paper = point, trainer.world, model_on_paper
         self.folder = Path(recipe.logging.folder)
         self.report = self.folder / "report.html"
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", recipe.model.arch)
@@ -76,7 +81,7 @@ class RunFolder:
 
     def __enter__(self) -> "RunFolder":
         log, state = self.log, self.state
-        size = model_size(model_on_paper(self.recipe), self.recipe.validation.resolution)
+        size = model_size(self.model_on_paper, self.recipe.validation.resolution)
         log.print(summary(self.recipe, self.plan, size))
         log.keep(resolved_recipe(self.recipe))
         for notice in run_notices(self.recipe, self.plan, self.data, self.world, self.point, self.provenance):

@@ -13,15 +13,19 @@ from torch import nn
 
 from ffcv_ops import Label, Loader, OrderOption, UserError
 from imagenet_training.changes import check_rest_of_epoch, position_notices
+from imagenet_training.data import open_training_data
 from imagenet_training.distributed import World
 from imagenet_training.epoch import train_epoch
 from imagenet_training.logs import RunLog
 from imagenet_training.loss import soft_target_cross_entropy
 from imagenet_training.meters import EtaEstimator
+from imagenet_training.model import model_on_paper
 from imagenet_training.optim import build_ema, build_optimizer
 from imagenet_training.plan import plan_run
 from imagenet_training.preemption import Stopped, StopRequest
 from imagenet_training.recipe import read_recipe
+from imagenet_training.resume import ResumePoint
+from imagenet_training.run_folder import RunFolder
 from imagenet_training.state import TrainState
 from imagenet_training.trainer import Trainer, batch_place
 
@@ -188,6 +192,25 @@ def test_the_average_is_updated_and_the_run_saved_every_so_many_steps_through_al
     ends_and_stops = {10, 16, 18, 23, 48, 58, 61, 66}
     saves = [step for part in parts for step in part.saves]
     assert saves == [step for step in range(3, 67, 3) if step not in ends_and_stops]
+
+
+@pytest.mark.parametrize("num_steps", [0, 1])
+def test_a_stop_between_epochs_does_not_save_again(beton, tmp_path, num_steps):
+    arguments = [f"--logging.folder={tmp_path}", "--model.arch=test_resnet", "--model.num_classes=61"]
+    recipe = recipe_of(*arguments, f"--data.train_dataset={beton}", f"--data.val_dataset={beton}")
+    part = Part(plan_of(recipe), TrainState(), tmp_path)
+    data, point = open_training_data(recipe), ResumePoint(None, None, {}, ())
+    folder = RunFolder(recipe, part.plan, data, part.trainer, part.state, point, model_on_paper(recipe))
+    last = folder.checkpoints.last
+    with pytest.raises(Stopped), folder:
+        part.state.finish_epoch({})
+        folder.save_epoch(part.state, None)
+        folder.finish()
+        before = last.stat()
+        part.state.step += num_steps
+        raise Stopped(75)
+    assert (last.stat() == before) == (num_steps == 0)
+    assert torch.load(last, weights_only=True)["state"]["step"] == num_steps
 
 
 def test_a_frozen_checkpoint_of_format_1_keeps_its_position_and_its_seeds():

@@ -29,6 +29,7 @@ from wandb.proto import wandb_internal_pb2
 import train_imagenet
 from ffcv_ops import read_beton
 from ffcv_ops.writing.writer import write
+from imagenet_training import model
 from imagenet_training.data import IMAGENET_MEAN, IMAGENET_STD, open_train_file, random_crop, train_loader
 from imagenet_training.distributed import start
 from imagenet_training.predictions import Predictions
@@ -589,8 +590,11 @@ def test_every_part_of_the_published_recipes_runs(call, recipe, reversed_val, tm
     assert [str(label) for label in Predictions.read(newest).labels] == [file.classes[label] for label in file.labels]
 
 
-def test_a_loss_that_explodes_ends_the_run_with_its_remedies(call, recipe):
+def test_a_loss_that_explodes_ends_the_run_with_its_remedies(call, recipe, monkeypatch):
+    papers, on_paper = [], model.model_on_paper
+    monkeypatch.setattr(model, "model_on_paper", lambda recipe: papers.append(1) or on_paper(recipe))
     status, out, _, created = call("--config-file", recipe, "--no_wandb", "--lr", "1e30", "--epochs", "2")
     assert status == 1
+    assert len(papers) == 1, "built on paper once"
     assert "the loss or a weight is not finite" in out and "--training.grad_clip=1" in out
     assert any(path.suffix == ".log" and "not finite" in path.read_text() for path in created)
