@@ -110,7 +110,7 @@ def train_epoch(
     dict
         ``train/loss``, ``train/acc1``, ``train/acc5`` (against each image's heavier label if images are mixed),
         ``lr``, ``images_per_s``, ``data_wait`` (share of the time spent waiting for batches, by the GPU if there is
-        one), ``step_s``; on a GPU ``gpu_peak_allocated_bytes``, ``gpu_peak_reserved_bytes``.
+        one), ``step_s``; ``global_batch_size``; on a GPU ``gpu_peak_allocated_bytes``, ``gpu_peak_reserved_bytes``.
 
     Raises
     ------
@@ -145,7 +145,8 @@ def train_epoch(
             state.totals, state.pace = [], []
     meters.store()
     log.eta.start_pause()
-    return {**meters.values(state.totals), **meters.clock.peak_memory()}
+    size = {"global_batch_size": plan.global_batch_size}
+    return {**meters.values(state.totals), **size, **meters.clock.peak_memory()}
 
 
 def non_finite_message(state: TrainState, lr: float, precision: str) -> str:

@@ -262,7 +262,7 @@ def test_other_numbers_of_ranks_take_a_run_over(ranks, undisturbed, data, tmp_pa
 
 
 def test_other_batches_take_a_run_over_within_its_epochs(ranks, data, tmp_path):
-    """A batch of 32 on one rank, of 2 x 8 on two, of 8 x 4 on one: the learning rate is that of one undisturbed run."""
+    """A batch of 32 on one rank, of 2 x 8 on two, of 4 x 2 on one: the learning rate is that of one undisturbed run."""
     recipe = ["--config-file", data / "recipe.yaml", "--lr=0.05"]
     undisturbed = plan_run(recipe_of(*map(str, recipe)), world_size=1, num_train=NUM_TRAIN, num_val=NUM_VAL)
     recipe += ["--resume", "auto"]
@@ -276,14 +276,15 @@ def test_other_batches_take_a_run_over_within_its_epochs(ranks, data, tmp_path):
         assert job.statuses() == [75] * world_size
         state = last(tmp_path / "run")["state"]
         assert not state["totals"] or state["totals"][3] == state["samples"], "every image of both parts is counted"
-    output = ranks.run(tmp_path / "run", 1, *recipe, "--batch_size=8", "--training.accumulation=4").output()
+    output = ranks.run(tmp_path / "run", 1, *recipe, "--batch_size=4", "--training.accumulation=2").output()
     assert "note: an epoch now has 8 steps of 16 images, and had 4 of 32; the schedules go on at the same" in output
-    assert "note: an epoch now has 4 steps of 32 images, and had 8 of 16; the schedules go on at the same" in output
+    assert "note: an epoch now has 16 steps of 8 images, and had 8 of 16; the schedules go on at the same" in output
     lines = re.findall(r"^epoch (\d)  step (\d+)/(\d+) .* lr (\S+)", output, re.MULTILINE)
     places = [int(epoch) + (int(step) - 1) / int(steps) for epoch, step, steps, _ in lines]
-    assert places == sorted(set(places)) and {steps for _, _, steps, _ in lines} == {"4", "8"}
+    assert places == sorted(set(places)) and {steps for _, _, steps, _ in lines} == {"4", "8", "16"}
     for place, (*_, lr) in zip(places, lines, strict=True):
         assert float(lr) == pytest.approx(undisturbed.lr_at(place * undisturbed.steps_per_epoch), rel=1e-4), place
+    assert records(tmp_path / "run")[-1]["global_batch_size"] == 8
     steps = [record["step"] for record in records(tmp_path / "run")]
     assert len(steps) == 3 and steps == sorted(set(steps)) and steps[-1] == len(lines)
 
