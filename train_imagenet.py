@@ -63,7 +63,8 @@ def build(recipe: Recipe) -> Run:
     from imagenet_training.model import model_on_paper
     from imagenet_training.plan import plan_run
     from imagenet_training.resume import choose_checkpoint, restore
-    from imagenet_training.trainer import build_trainer
+    from imagenet_training.trainer import build_trainer, unwrapped
+    from imagenet_training.trial import try_model
 
     paper = model_on_paper(recipe)  # an architecture that does not exist is an error before ranks meet
     world = join(recipe)
@@ -81,14 +82,18 @@ def build(recipe: Recipe) -> Run:
     if point.content is not None:
         check_rest_of_epoch(point.content, recipe, plan, data)
     trainer = build_trainer(recipe, plan, world, from_checkpoint=point.content is not None)
+    if not point.has_model_of(recipe):
+        try_model(recipe, plan, unwrapped(trainer.model), trainer.loss)
     return Run(world, data, point, plan, trainer, restore(trainer, point, recipe, plan), paper)
 
 
 def train(recipe: Recipe) -> None:
     """Train a model from a recipe."""
     from imagenet_training.data import build_loaders
+    from imagenet_training.run_folder import check_folder
 
     run = build(recipe)
+    check_folder(recipe, run.trainer, run.state)
     train_epochs(recipe, run, build_loaders(recipe, run.plan, run.data, run.world))
 
 
@@ -131,14 +136,18 @@ def show_plan(recipe: Recipe) -> None:
     """Print the resolved recipe and its arithmetic. This needs no GPU and no data, but checks data that exist."""
     from imagenet_training.data import build_augmentations, planned_sizes
     from imagenet_training.distributed import planned_world_size
+    from imagenet_training.loss import recipe_loss
     from imagenet_training.model import model_on_paper, model_size
     from imagenet_training.plan import plan_run
     from imagenet_training.summary import resolved_recipe, summary
+    from imagenet_training.trial import try_model
 
     build_augmentations(recipe)  # an operation that does not exist is an error
     num_train, num_val, notices = planned_sizes(recipe)
     plan = plan_run(recipe, world_size=planned_world_size(recipe), num_train=num_train, num_val=num_val)
-    print(summary(recipe, plan, model_size(model_on_paper(recipe), recipe.validation.resolution)))
+    model = model_on_paper(recipe)
+    try_model(recipe, plan, model, recipe_loss(recipe))
+    print(summary(recipe, plan, model_size(model, recipe.validation.resolution)))
     print(f"\n{resolved_recipe(recipe)}")
     for line in [*recipe.notices, *plan.notices, *notices]:
         print(f"note: {line}")

@@ -1,9 +1,12 @@
 """Files that appear whole or not at all."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from ffcv_ops.errors import UserError
 
 
 class SaveError(OSError):
@@ -35,6 +38,45 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
     sync(path.absolute().parent)
+
+
+def nearest_folder(path: Path) -> Path:
+    """Return the path itself, or the nearest folder above it that exists. The path may be a file."""
+    path = path.absolute()
+    while not os.path.lexists(path):
+        path = path.parent
+    return path
+
+
+def check_writable(folder: Path, *names: str) -> None:
+    """Check that files can be written in a folder, or that the folder can be made. Leave nothing behind.
+
+    Parameters
+    ----------
+    folder : Path
+        It need not exist.
+    *names : str
+        Files in the folder that will be written, if they exist.
+
+    Raises
+    ------
+    UserError
+        If a file cannot be written there.
+    """
+    existing = nearest_folder(folder)
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            write_all(file.fileno(), bytes(1 << 16))
+            os.fsync(file.fileno())
+    except OSError as error:
+        what = "cannot be written to" if existing == folder.absolute() else f"cannot be made in {existing}"
+        raise UserError(f"the folder {folder} {what}: {error.strerror or error}") from error
+    for path in (folder / name for name in names):
+        try:
+            if path.exists():
+                open(path, "ab").close()
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def publish(temporary: Path, path: Path) -> None:

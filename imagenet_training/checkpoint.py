@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 import zipfile
 import zlib
 from dataclasses import asdict
@@ -36,6 +37,14 @@ def copy_to_cpu(value: Any) -> Any:
         new.update((key, copy_to_cpu(part)) for key, part in value.items())
         return new
     return [copy_to_cpu(part) for part in value] if isinstance(value, list) else value
+
+
+def size_bytes(value: Any) -> int:
+    """Return the size of the tensors of a checkpoint's content."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(map(size_bytes, parts))
 
 
 class UnreadableFile(ValueError):
@@ -221,4 +230,4 @@ class CheckpointFolder:
         while (target := self.folder / f"earlier-{number}").exists():
             number += 1
         target.mkdir(parents=True)
-        return [path.rename(target / path.name) for path in found]
+        return [Path(shutil.move(path, target / path.name)) for path in found]  # perhaps to another disk

@@ -26,6 +26,7 @@ from imagenet_training.run_folder import report_evaluation, run_notices
 from imagenet_training.state import TrainState
 from imagenet_training.summary import evaluation_summary, resolved_recipe
 from imagenet_training.trainer import DTYPES, Trainer, build_trainer, unwrapped
+from imagenet_training.trial import try_model
 
 # The settings outside section `validation` that change the result of an evaluation, if a recipe has them.
 _SETTINGS = (
@@ -185,6 +186,7 @@ def build_evaluated(candidate: Candidate, plan: RunPlan, world: World) -> Traine
     content = candidate.content
     plan = replace(plan, ema_decay=0.0)  # averaged weights are loaded into the model itself
     trainer = build_trainer(candidate.recipe, plan, world, from_checkpoint=content is not None)
+    try_model(candidate.recipe, plan, unwrapped(trainer.model), trainer.loss)
     if content is not None:
         state = content["ema" if candidate.averaged else "model"]
         load_whole(unwrapped(trainer.model), state, str(candidate.path))

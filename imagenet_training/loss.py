@@ -2,11 +2,18 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+from imagenet_training.recipe import Recipe
+
+Loss = Callable[[Any, torch.Tensor], torch.Tensor]
+
+# Weight of the loss of each auxiliary head, which torchvision's architectures of these names have in training.
+# GoogLeNet: arXiv 1409.4842, section 5. Inception-v3: the code of its authors.
+AUXILIARY_WEIGHTS = {"googlenet": 0.3, "inception_v3": 0.4}
 
 
 def soft_target_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -36,10 +43,50 @@ def binary_cross_entropy(
     return F.binary_cross_entropy_with_logits(logits.float(), targets.float())
 
 
-def build_loss(name: str, *, bce_threshold: float | None = None) -> Loss:
-    """Return the loss of a recipe: ``"cross_entropy"`` or ``"bce"``."""
+def loss_of_outputs(loss: Loss, auxiliary_weight: float | None, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+    """Return the loss (scalar) of a model's outputs: that of the main head, and the share of each auxiliary head.
+
+    Parameters
+    ----------
+    loss : callable
+        Loss of one head.
+    auxiliary_weight : float or None
+        Weight of the loss of each auxiliary head.
+    outputs : torch.Tensor or tuple of torch.Tensor
+        Logits (N, K), first those of the main head.
+    targets : torch.Tensor
+        Float (N, K).
+
+    Raises
+    ------
+    TypeError
+        If there are several outputs and no weight, or the output is no tensor.
+    """
+    if isinstance(outputs, torch.Tensor):
+        return loss(outputs, targets)
+    if not isinstance(outputs, tuple) or auxiliary_weight is None:
+        raise TypeError(f"the model's output is a {type(outputs).__name__}, for which no loss is defined")
+    logits, *auxiliary = outputs
+    return loss(logits, targets) + auxiliary_weight * sum(loss(output, targets) for output in auxiliary)
+
+
+def main_logits(outputs: Any) -> torch.Tensor:
+    """Return the logits (N, K) of the main head."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def build_loss(name: str, *, bce_threshold: float | None = None, auxiliary_weight: float | None = None) -> Loss:
+    """Return the loss of a recipe, ``"cross_entropy"`` or ``"bce"``, as a function of a model's outputs and targets."""
     losses: dict[str, Loss] = {
         "cross_entropy": soft_target_cross_entropy,
         "bce": partial(binary_cross_entropy, threshold=bce_threshold),
     }
-    return losses[name]
+    return partial(loss_of_outputs, losses[name], auxiliary_weight)
+
+
+def recipe_loss(recipe: Recipe) -> Loss:
+    """Return the loss of a recipe as a function of its model's outputs and targets."""
+    training = recipe.training
+    return build_loss(
+        training.loss, bce_threshold=training.bce_threshold, auxiliary_weight=AUXILIARY_WEIGHTS.get(recipe.model.arch)
+    )

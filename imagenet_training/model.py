@@ -2,6 +2,8 @@
 
 import difflib
 import importlib.util
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,12 @@ from imagenet_training.weights import load_state, load_weights
 
 # A compilation takes about a minute. A shorter run gains less than that.
 MIN_STEPS_TO_COMPILE = 2000
+# torchvision's published weights of these two expect another normalisation, which the models can make themselves.
+# Their weights do not show it, so all models of these names make it.
+TORCHVISION_OPTIONS: dict[str, dict[str, Any]] = {
+    "googlenet": {"transform_input": True, "init_weights": True},
+    "inception_v3": {"transform_input": True, "init_weights": True},
+}
 
 
 def find_library(arch: str, library: str = "auto") -> str:
@@ -82,29 +90,67 @@ def build_model(
     UserError
         If the architecture is unknown, the library has no drop path, or the weights are unusable.
     """
-    if find_library(arch, library) == "timm":
+    library = find_library(arch, library)
+    if library == "torchvision" and drop_path:
         import timm
 
-        options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
-        model = timm.create_model(arch, pretrained=pretrained, num_classes=num_classes, **options)
-    else:
-        if drop_path:
-            raise UserError(f"model.drop_path={drop_path} needs a timm architecture: add --model.library=timm")
-        published = torchvision.models.get_model_weights(arch).__members__ if pretrained else {}
-        if pretrained and "IMAGENET1K_V1" not in published:
-            raise UserError(
-                f"torchvision has no IMAGENET1K_V1 weights of {arch}, but {', '.join(published)}: download those, and "
-                "pass --model.weights=FILE in place of --model.pretrained=1"
-            )
-        model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
-        if pretrained:
-            chosen = published["IMAGENET1K_V1"]
-            load_state(model, chosen.get_state_dict(progress=False), f"torchvision's {chosen}")
+        remedy = (
+            "add --model.library=timm" if timm.is_model(arch) else f"timm has no {arch}, so pass --model.drop_path=0"
+        )
+        raise UserError(f"model.drop_path={drop_path} needs a timm architecture: {remedy}")
+    published = torchvision.models.get_model_weights(arch).__members__ if pretrained and library != "timm" else {}
+    if pretrained and library != "timm" and "IMAGENET1K_V1" not in published:
+        raise UserError(
+            f"torchvision has no IMAGENET1K_V1 weights of {arch}, but {', '.join(published)}: download those, and "
+            "pass --model.weights=FILE in place of --model.pretrained=1"
+        )
+    model = _library_model(arch, library, num_classes, drop_path, pretrained=pretrained)
+    if published:
+        chosen = published["IMAGENET1K_V1"]
+        load_state(model, chosen.get_state_dict(progress=False), f"torchvision's {chosen}")
     if use_blurpool:
         apply_blurpool(model)
     if weights:
         load_weights(model, weights, ema=ema)
     return model
+
+
+def _library_model(
+    arch: str, library: str, num_classes: int, drop_path: float, *, pretrained: bool = False
+) -> nn.Module:
+    """Build an architecture with its library. A failure is the user's to correct: it is no code of this project."""
+
+    def build(**options: Any) -> nn.Module:
+        if library == "torchvision":
+            options = TORCHVISION_OPTIONS.get(arch, {})
+            return torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **options)
+        import timm
+
+        return timm.create_model(arch, num_classes=num_classes, **options)
+
+    options = {"drop_path_rate": drop_path} if drop_path else {}
+    try:
+        return build(pretrained=pretrained, **options)
+    except Exception as error:  # each architecture fails with its own kind of error
+        if drop_path and _succeeds(build) and not _succeeds(partial(build, **options)):
+            raise UserError(
+                f"model.drop_path={drop_path}: {library}'s {arch} has no drop path; pass --model.drop_path=0"
+            ) from error
+        raise UserError(f"{library} cannot build {arch} with {num_classes} classes ({reason_of(error)})") from error
+
+
+def _succeeds(call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except Exception:
+        return False
+    return True
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error's kind and the first line of its message."""
+    line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def recipe_model(recipe: Recipe) -> dict[str, Any]:
@@ -121,8 +167,19 @@ def recipe_model(recipe: Recipe) -> dict[str, Any]:
 
 def model_on_paper(recipe: Recipe) -> nn.Module:
     """Build the recipe's model on the meta device: it has shapes, and no values."""
-    with torch.device("meta"):
-        return build_model(**recipe_model(recipe))
+    return on_paper(**recipe_model(recipe))
+
+
+def on_paper(**arguments: Any) -> nn.Module:
+    """Build a model on the meta device, from the arguments of `build_model`.
+
+    Some architectures compute with values while they are built. They are built on the CPU, and then moved.
+    """
+    try:
+        with torch.device("meta"):
+            return build_model(**arguments)
+    except Exception:  # each architecture fails with its own kind of error
+        return build_model(**arguments).to("meta")
 
 
 def model_size(model: nn.Module, resolution: int) -> str:
@@ -145,8 +202,7 @@ def model_size(model: nn.Module, resolution: int) -> str:
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
             model.eval()(torch.empty(1, 3, resolution, resolution, device="meta"))
     except Exception as error:  # timm's many architectures raise many kinds of errors without data
-        reason = str(error).partition("\n")[0]
-        return f"{parameters}; the cost of an image of {resolution} px is not known: {reason}"
+        return f"{parameters}; the cost of an image of {resolution} px is not known: {reason_of(error)}"
     finally:
         model.train(training)
     flops = counter.get_total_flops()

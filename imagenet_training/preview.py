@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from ffcv_ops.errors import UserError
 from imagenet_training import distributed
 from imagenet_training.contact_sheet import caption, class_names, denormalized, draw_contact_sheet, take_images
 from imagenet_training.data import IMAGENET_MEAN, IMAGENET_STD, open_train_file, random_crop, train_loader
@@ -17,11 +16,9 @@ def draw_preview(recipe: Recipe) -> None:
     Raises
     ------
     UserError
-        If the folder of the picture does not exist, or the data cannot be used.
+        If the data cannot be used.
     """
     path, world = Path(recipe.training.preview or ""), distributed.start()
-    if not path.parent.is_dir():
-        raise UserError(f"training.preview={path}: there is no folder {path.parent}")
     data = open_train_file(recipe)
     batch_size = min(recipe.training.batch_size, data.num_samples // world.world_size)
     crop = random_crop(recipe, resolution_of(recipe)(0))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ffcv_ops.errors import UserError, exit_with_user_error
+from ffcv_ops.files import check_writable
 from ffcv_ops.settings import Flags, Settings, ShippedFiles, read_settings, setting
 from ffcv_ops.settings.fields import Auto, Checker, Choice, Course, Integer, Number, Range, Switch, Text
 
@@ -394,8 +395,15 @@ def _check_files(recipe: Recipe) -> None:
         raise UserError(
             f"{shown('training.report')} needs --eval_only; a training run writes report.html into its folder"
         )
-    if training.report and not Path(training.report).absolute().parent.is_dir():
-        raise UserError(f"{shown('training.report')}: there is no folder {Path(training.report).parent}")
+    for key in ("training.report", "training.preview"):
+        if name := recipe.flat()[key]:
+            path = Path(name)
+            if not path.absolute().parent.is_dir():
+                raise UserError(f"{shown(key)}: there is no folder {path.parent}")
+            try:
+                check_writable(path.parent, path.name)
+            except UserError as error:
+                raise UserError(f"{shown(key)}: {error}") from error
     if model.pretrained and model.weights:
         raise UserError(f"{shown('model.pretrained')} and {shown('model.weights')} exclude each other: set one")
     if model.weights and not Path(model.weights).is_file():

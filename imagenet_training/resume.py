@@ -42,6 +42,11 @@ class ResumePoint:
     names: Mapping[str, str]
     notices: tuple[str, ...]
 
+    def has_model_of(self, recipe: Recipe) -> bool:
+        """Return True if the run of the checkpoint had a recipe's model and sizes of images."""
+        was, now = (self.content or {}).get("recipe", {}), recipe.to_dict()
+        return all(was.get(section) == now[section] for section in ("model", "resolution", "validation"))
+
 
 def choose_checkpoint(recipe: Recipe, world: World) -> ResumePoint:
     """Choose the checkpoint to continue from, the same on every rank.

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -11,13 +12,16 @@ from typing import Any
 
 from torch import nn
 
+from ffcv_ops import UserError
+from ffcv_ops.files import check_writable, nearest_folder
 from ffcv_ops.settings.command_line import replace_settings
+from ffcv_ops.units import show_bytes
 from imagenet_training.background import BackgroundTask
 from imagenet_training.changes import position_notices
-from imagenet_training.checkpoint import CheckpointFolder, checkpoint_content, copy_to_cpu
+from imagenet_training.checkpoint import CheckpointFolder, checkpoint_content, copy_to_cpu, size_bytes
 from imagenet_training.contact_sheet import class_names
 from imagenet_training.data import TrainingData, validation_images
-from imagenet_training.distributed import World, wait_for_all
+from imagenet_training.distributed import World, decided_by_main, wait_for_all
 from imagenet_training.logs import RunLog
 from imagenet_training.meters import EtaEstimator
 from imagenet_training.model import find_library, model_size
@@ -217,6 +221,34 @@ class RunFolder:
         log.print(f"  train on     {_command(train_on)}")
         if checkpoints.weights.exists():
             log.print(f"  use weights  {use}")
+
+
+def check_folder(recipe: Recipe, trainer: Trainer, state: TrainState) -> None:
+    """Check that a run can write its files and one checkpoint. Create and move nothing.
+
+    Raises
+    ------
+    UserError
+        On every rank, if a folder cannot be written to or the disk is full.
+    """
+
+    def check() -> None:
+        folder = Path(recipe.logging.folder)
+        try:
+            check_writable(folder)
+            check_writable(folder / "checkpoints")
+            check_writable(folder / "logs", f"{state.run_name}.log")
+        except UserError as error:
+            raise UserError(f"{recipe.shown('logging.folder')}: {error}") from error
+        needed_bytes = size_bytes(checkpoint_content(state, trainer, {}))
+        free_bytes = shutil.disk_usage(nearest_folder(folder / "checkpoints")).free
+        if free_bytes < needed_bytes:
+            raise UserError(
+                f"{recipe.shown('logging.folder')}: {show_bytes(free_bytes)} are free there, and a checkpoint of this "
+                f"run takes {show_bytes(needed_bytes)}: free space, or pass another --logging.folder"
+            )
+
+    decided_by_main(check)
 
 
 def run_notices(

@@ -7,6 +7,8 @@ import yaml
 
 from ffcv_ops.settings.collect import DEFAULT
 from ffcv_ops.settings.fields import show
+from imagenet_training.loss import AUXILIARY_WEIGHTS
+from imagenet_training.model import find_library
 from imagenet_training.plan import RunPlan, batch_arithmetic
 from imagenet_training.recipe import Recipe
 
@@ -35,7 +37,7 @@ def summary(recipe: Recipe, plan: RunPlan, size: str = "") -> str:
         ("crops", _crops_line(recipe)),
         ("augmentation", _augmentation_line(recipe)),
         ("mixing", _mixing_line(recipe)),
-        ("loss", _loss_line(recipe)),
+        ("loss", _loss_line(recipe) + _auxiliary_part(recipe)),
         ("global batch", f"{batches} = {plan.global_batch_size}"),
         ("lr", plan.lr_arithmetic),
         ("schedule", _schedule_line(recipe)),
@@ -141,6 +143,14 @@ def _augmentation_line(recipe: Recipe) -> str:
     if augmentation.repeats > 1:
         parts.append(f"{augmentation.repeats} copies of each image")
     return ", ".join(parts or ["none"])
+
+
+def _auxiliary_part(recipe: Recipe) -> str:
+    """Return the auxiliary heads' share of the loss, and what their architectures do to the images."""
+    weight = AUXILIARY_WEIGHTS.get(recipe.model.arch)
+    if weight is None or find_library(recipe.model.arch, recipe.model.library) == "timm":
+        return ""
+    return f", plus {weight} x that of each auxiliary head; the model rescales images to -1 to 1 itself"
 
 
 def _loss_line(recipe: Recipe) -> str:

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from imagenet_training import distributed
 from imagenet_training.distributed import World
 from imagenet_training.logs import RunLog
-from imagenet_training.loss import Loss, build_loss
-from imagenet_training.model import build_model, compiled, gains_from_compilation, recipe_model
+from imagenet_training.loss import Loss, main_logits, recipe_loss
+from imagenet_training.model import build_model, compiled, gains_from_compilation, reason_of, recipe_model
 from imagenet_training.optim import build_ema, build_optimizer
 from imagenet_training.plan import RunPlan
 from imagenet_training.recipe import Recipe
@@ -63,7 +63,7 @@ class Trainer:
         Disabled unless the precision is ``"16-mixed"``.
     world : World
     loss : callable
-        Scalar loss of logits (N, K) and dense targets (N, K).
+        Scalar loss of the model's outputs and dense targets (N, K); see `loss_of_outputs`.
     lr : callable
         Learning rate at a place of the schedule; see `imagenet_training.plan.RunPlan.step_at`.
     precision : {"16-mixed", "bf16-mixed", "32"}
@@ -132,8 +132,8 @@ class Trainer:
         self._seed(place)
         with self._no_exchange(number < self.accumulation - 1):
             with autocast(self.world.device, self.precision):
-                logits = self.model(self.to_memory_format(images))
-            loss = self.loss(logits, targets)
+                outputs = self.model(self.to_memory_format(images))
+            loss, logits = self.loss(outputs, targets), main_logits(outputs)
             self.scaler.scale(loss / self.accumulation).backward()
         return loss, logits
 
@@ -183,8 +183,7 @@ class Trainer:
             return
         self.compiles = False
         torch.compiler.set_stance("force_eager")
-        first_line = str(error).strip().partition("\n")[0]
-        reason = f"{type(error).__name__}: {first_line}" if error else "on another rank"
+        reason = reason_of(error) if error else "on another rank"
         log.print(f"note: torch.compile failed, training goes on without it ({reason})")
 
     def warm_up(self, shape: tuple[int, int, int, int]) -> Exception | None:
@@ -211,7 +210,7 @@ class Trainer:
         try:
             with self._no_exchange(True):  # a rank that fails here leaves no other rank waiting
                 with autocast(self.world.device, self.precision):
-                    logits = self.model(images)
+                    logits = main_logits(self.model(images))
                 logits.float().sum().backward()
         except torch.OutOfMemoryError:
             raise
@@ -300,7 +299,7 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
         ),
         scaler=torch.amp.GradScaler(world.device.type, enabled=plan.precision == "16-mixed"),
         world=world,
-        loss=build_loss(training.loss, bce_threshold=training.bce_threshold),
+        loss=recipe_loss(recipe),
         lr=plan.lr_at,
         precision=plan.precision,
         accumulation=plan.accumulation,

@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +28,9 @@ from imagenet_training.distributed import World
 from imagenet_training.loss import soft_target_cross_entropy
 from imagenet_training.model import build_model
 from imagenet_training.optim import build_ema, build_optimizer
+from imagenet_training.recipe import read_recipe
 from imagenet_training.resume import ResumePoint, restore
+from imagenet_training.run_folder import check_folder
 from imagenet_training.state import TrainState
 from imagenet_training.trainer import Trainer
 
@@ -314,3 +318,48 @@ def test_a_failed_save_leaves_the_file_before(tmp_path):
         save_atomically({"number": lambda: 2}, path)
     assert torch.load(path) == {"number": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_folder_that_cannot_hold_a_run_is_found_and_nothing_is_left(tmp_path):
+    recipe, run = read_recipe([f"--logging.folder={tmp_path / 'run'}"]), Run(tmp_path)
+    check_folder(recipe, run.trainer, TrainState())
+    run.trainer.model = torch.nn.Linear(2**20, 2**30, device="meta")  # 4 PB
+    with pytest.raises(UserError, match=r"logging.folder=.* are free there, and a checkpoint of this run takes 4.* GB"):
+        check_folder(recipe, run.trainer, TrainState())
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.fixture
+def public_folder():
+    """A folder in memory that every user may enter."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+@pytest.mark.parametrize("part", ["", "logs", "checkpoints"])
+def test_a_folder_without_permission_is_found(public_folder, part):
+    recipe, run = read_recipe([f"--logging.folder={public_folder / 'run'}"]), Run(public_folder)
+    closed, user = public_folder / "run" / part, os.geteuid()
+    closed.mkdir(parents=True)
+    (public_folder / "run").chmod(0o777)
+    closed.chmod(0o555)
+    try:
+        if user == 0:
+            os.seteuid(65534)  # root may write everywhere
+        with pytest.raises(
+            UserError, match=rf"logging.folder=.*: the folder {closed} cannot be written to: Permission"
+        ):
+            check_folder(recipe, run.trainer, TrainState())
+    finally:
+        os.seteuid(user)
+
+
+def test_an_earlier_run_is_moved_to_checkpoints_on_another_disk(tmp_path, public_folder):
+    run = Run(tmp_path / "checkpoints")
+    run.save(TrainState(run_name="run", epoch=1, step=3))
+    report = public_folder / "report.html"
+    report.write_text("a page")
+    kept = run.checkpoints.keep_earlier_run(report)
+    assert [path.name for path in kept] == ["last.ckpt", "report.html"]
+    assert kept[1].read_text() == "a page" and not report.exists()

@@ -5,7 +5,7 @@ import timm.loss
 import torch
 import torch.nn.functional as F
 
-from imagenet_training.loss import build_loss
+from imagenet_training.loss import build_loss, main_logits
 
 LOGITS = torch.linspace(-3, 4, 24).reshape(4, 6).roll(2, 1)
 LABELS = torch.tensor([0, 5, 5, 2])
@@ -36,3 +36,13 @@ def test_half_precision_logits_lose_nothing_more(name):
     loss = build_loss(name)
     torch.testing.assert_close(loss(half, SMOOTH), loss(half.float(), SMOOTH))
     assert loss(half, SMOOTH).dtype == torch.float32
+
+
+def test_auxiliary_heads_add_their_weighted_share():
+    outputs, loss = (LOGITS, LOGITS.flip(0), LOGITS.flip(1)), build_loss("bce", auxiliary_weight=0.3)
+    alone = [build_loss("bce")(output, SMOOTH) for output in outputs]
+    torch.testing.assert_close(loss(outputs, SMOOTH), alone[0] + 0.3 * alone[1] + 0.3 * alone[2])
+    torch.testing.assert_close(loss(LOGITS, SMOOTH), alone[0])
+    assert main_logits(outputs) is main_logits(LOGITS) is LOGITS
+    with pytest.raises(TypeError, match="output is a tuple, for which no loss is defined"):
+        build_loss("bce")(outputs, SMOOTH)

@@ -467,11 +467,26 @@ def test_mistakes_are_refused_before_anything_is_created(call, recipe, data, tmp
         ("--model.weights=none.pt",): "none.pt",
         ("--report", "out.html"): "needs --eval_only",
         ("--report", "nowhere/out.html", "--eval_only", "--model.pretrained=1"): "there is no folder nowhere",
+        ("--report", "/proc/o", "--eval_only", "--model.pretrained=1"): "the folder /proc cannot be written to: ",
+        ("--preview", "logs"): "logs cannot be written: Is a directory",
+        ("--model.arch=test_vit3", "--no_wandb"): "--resolution.min_res=160 --resolution.max_res=160 "
+        "--validation.resolution=160 work",
+        ("--model.arch=test_vit3", "--dry_run"): "cannot take images of 24 px in training, resolution.min_res=24",
+        ("--batch_size", "1"): "cannot take one image of 24 px",
+        (f"--logging.folder={foreign}",): "foreign.beton cannot be written to: Not a directory",
+        ("--logging.folder=/proc/run",): "the folder /proc/run cannot be made in /proc: ",
+        ("--logging.folder=run",): "the folder run/logs cannot be written to: Not a directory",
     }
+    (tmp_path / "logs").mkdir()
+    earlier = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_bytes(b"of an earlier run")
+    (tmp_path / "run" / "logs").write_bytes(b"a file")
     for arguments, expected in cases.items():
         status, out, err, created = call("--config-file", recipe, *arguments)
         assert (status, created) == (2, set()), (arguments, err)
         assert expected in err and "Traceback" not in err, (arguments, err)
+    assert earlier.exists()
 
 
 def test_a_bug_keeps_its_traceback(recipe, tmp_path):

@@ -1,0 +1,98 @@
+"""What a model cannot do is found on a few images, by trying, and before a run creates anything."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from imagenet_training.loss import recipe_loss
+from imagenet_training.model import build_model, model_on_paper, recipe_model
+from imagenet_training.plan import plan_run
+from imagenet_training.recipe import read_recipe
+from imagenet_training.trial import try_model
+
+
+def recipe_of(arch, sizes=(32, 32, 32), *arguments):
+    smallest, largest, validation = sizes
+    return read_recipe(
+        [
+            f"--model.arch={arch}", "--model.num_classes=5", f"--resolution.min_res={smallest}", "--batch_size=8",
+            f"--resolution.max_res={largest}", f"--validation.resolution={validation}", *arguments,
+        ]
+    )  # fmt: skip
+
+
+def plan_of(recipe):
+    return plan_run(recipe, world_size=1, num_train=100, num_val=10, device_type="cpu")
+
+
+def try_recipe(arch, sizes=(32, 32, 32), *arguments, on_paper=False):
+    recipe = recipe_of(arch, sizes, *arguments)
+    model = model_on_paper(recipe) if on_paper else build_model(**recipe_model(recipe))
+    try_model(recipe, plan_of(recipe), model, recipe_loss(recipe))
+
+
+@pytest.mark.parametrize("on_paper", [False, True])
+@pytest.mark.parametrize(
+    "arch, sizes",
+    [
+        ("regnet_y_400mf", (32, 64, 48)),  # computes with values while it is built
+        ("googlenet", (32, 32, 32)),  # auxiliary heads
+        ("levit_128s", (224, 224, 224)),  # two heads; caches in evaluation
+    ],
+)
+def test_what_can_be_trained_passes(arch, sizes, on_paper):
+    try_recipe(arch, sizes, on_paper=on_paper)
+
+
+@pytest.mark.parametrize(
+    "arch, sizes, remedy",
+    [
+        ("test_vit3", (128, 192, 160), "--resolution.min_res=160 --resolution.max_res=160 work"),
+        ("test_vit_relpos", (160, 160, 256), "--validation.resolution=160 works"),
+        ("squeezenet1_1", (16, 32, 32), "--resolution.min_res=32 works"),
+        ("test_maxvit", (128, 160, 160), "--resolution.min_res=160 works"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_one_line_with_sizes_that_do(arch, sizes, remedy):
+    with pytest.raises(ValueError, match=rf"'s {arch} cannot take images of .*; {remedy}$") as caught:
+        try_recipe(arch, sizes, on_paper=arch == "test_maxvit")
+    assert "\n" not in str(caught.value)
+    try_recipe(arch, sizes, *re.findall(r"--\S+=\d+", str(caught.value)), on_paper=True)
+
+
+def test_a_size_within_the_ramp_is_tried_too():
+    recipe = recipe_of("test_vit", (64, 128, 64), "--epochs=5", "--resolution.end_ramp=2")
+    whole_tiles = nn.Sequential(nn.PixelUnshuffle(64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3 * 64**2, 5))
+    with pytest.raises(
+        ValueError, match="96 px in training, between .* and resolution.max_res.*--resolution.min_res=128 works"
+    ):
+        try_model(recipe, plan_of(recipe), whole_tiles, recipe_loss(recipe))
+
+
+def test_one_image_is_too_few_for_batch_normalisation_at_one_pixel():
+    with pytest.raises(ValueError, match=r"cannot take one image of 32 px.*; --batch_size 2 or more works"):
+        try_recipe("resnet18", (32, 32, 32), "--batch_size=1")
+    try_recipe("resnet18", (64, 64, 64), "--batch_size=1")
+
+
+@pytest.mark.parametrize(
+    "arch, fault", [("ghostnet_050", "has no drop path"), ("test_efficientnet", "accepts the setting and ignores it")]
+)
+def test_drop_path_has_an_effect_or_is_refused(arch, fault):
+    arguments = [(32, 32, 32), "--model.library=timm", "--model.drop_path=0.1"]
+    with pytest.raises(ValueError, match=f"drop_path=0.1.*{arch} {fault}; pass --model.drop_path=0"):
+        try_recipe(arch, *arguments, on_paper=True)
+    try_recipe("test_convnext", *arguments)
+
+
+def test_a_trial_changes_nothing():
+    recipe = recipe_of("resnet18")
+    model = build_model(**recipe_model(recipe))
+    before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    try_model(recipe, plan_of(recipe), model, recipe_loss(recipe))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
