@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import sys
 import threading
 import time
 from io import BytesIO
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from terminals import run_on_terminal, screen
 from torchvision.datasets import ImageFolder
 
 from ffcv_ops.beton.layout import manifest_path
@@ -241,6 +243,24 @@ def test_without_a_terminal_a_stage_prints_a_line_every_so_often(capsys, monkeyp
     assert capsys.readouterr() == ("402,113 images listed\n", "")
     progress(0, 10)
     progress.close()
+
+
+STAGE = """
+from ffcv_ops.progress import Progress, print_line
+progress = Progress()
+progress.show_stage("images listed", 402_113)
+print_line("hidden folders left out: 1")
+progress.show_stage("images listed", 500_000)
+progress(3, 10)
+progress.close()
+"""
+
+
+def test_on_a_terminal_a_stage_is_a_count_that_goes_away():
+    status, written = run_on_terminal([sys.executable, "-c", STAGE], columns=60)
+    assert status == 0 and "402,113 images listed" in written and "500,000 images listed" in written
+    shown = [line for line in screen(written) if line]
+    assert shown[0] == "hidden folders left out: 1" and len(shown) == 2 and "3/10" in shown[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
