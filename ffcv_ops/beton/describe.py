@@ -187,7 +187,7 @@ def lines(found: Description) -> list[str]:
             ("settings", _pairs({key: value for key, value in settings.items() if value is not None})),
             ("order", f"shuffled by seed {settings.get('seed', '?')}, in which the samples are stored"),
             ("source", _pairs(manifest.get("source", {}))),
-            *(("noted", _pairs(remark)) for remark in manifest.get("remarks", [])),
+            *(("noted", _remark(remark)) for remark in manifest.get("remarks", [])),
             ("skipped", f"{len(manifest.get('skipped', []))} images"),
             ("written", f"{manifest.get('written', '?')}, {_pairs(manifest.get('versions', {}))}"),
             ("digest", file.digest or "none"),
@@ -245,6 +245,10 @@ def _pages(found: Description) -> str:
     num_pages = (file.alloc_table_ptr - file.data_start) // file.page_size
     filled = int(file.alloc_table["size"].sum()) / max(num_pages * file.page_size, 1)
     return f"{num_pages:,} of {file.page_size:,} bytes, {filled:.1%} filled"
+
+
+def _remark(entry: Mapping[str, Any]) -> str:
+    return f"{entry.get('what')}: {entry.get('count')}, such as {entry.get('example')}"
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

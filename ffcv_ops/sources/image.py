@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_PIXELS = 178_956_970
 """The pixels of the largest image. Above this number, Pillow raises DecompressionBombError."""
-_EXIF_NAME, _ORIENTATION = b"Exif\0\0", 0x0112
-# EXIF follows the first bytes of a JPEG, or the 18 bytes of JFIF.
-_EXIF_WITHIN = 64
+_EXIF_START, _EXIF_NAME, _ORIENTATION = b"\xff\xe1", b"Exif\0\0", 0x0112
 _PNG_START, _PNG_DEPTH_AT = b"\x89PNG\r\n\x1a\n", 24
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
@@ -189,14 +187,22 @@ def _has_transparency(image: "Image.Image") -> bool:
 
 def _jpeg_changes(content: bytes) -> Change:
     """Return what a JPEG loses that TurboJPEG has decoded. It decodes no CMYK."""
-    start = content.find(_EXIF_NAME, 0, _EXIF_WITHIN)
-    if start < 0:
-        return Change(0)
+    position = 2
+    # EXIF is in one of the application segments and comments before the tables.
+    while content[position : position + 2] >= b"\xff\xe0":
+        size_bytes = int.from_bytes(content[position + 2 : position + 4], "big")
+        if content.startswith(_EXIF_START, position) and content.startswith(_EXIF_NAME, position + 4):
+            return _exif_changes(content[position + 4 : position + 2 + size_bytes])
+        position += 2 + size_bytes
+    return Change(0)
+
+
+def _exif_changes(content: bytes) -> Change:
     from PIL import Image
 
     exif = Image.Exif()
     with contextlib.suppress(Exception):  # damaged EXIF is none, and Pillow documents no class for what it raises
-        exif.load(content[start : start + 65536])
+        exif.load(content)
         if exif.get(_ORIENTATION, 1) != 1:
             return Change.ORIENTATION
     return Change(0)
