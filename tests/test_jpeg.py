@@ -45,14 +45,11 @@ class Decoder:
 
     def __init__(self):
         self.handle = jpeg.open_decompressor()
-        self.numbers = np.empty(8, np.int64)
-        self.spliced = np.empty(1 << 20, np.uint8)
+        self.scratch = np.empty(8, np.int64), np.empty(1 << 20, np.uint8), region.allocate_decoders(1)[0]
         self.memory = np.empty(3 << 20, np.uint8)
 
     def __call__(self, data, size, window, eighths=8):
-        found = region.decode_planes_into(
-            self.handle, data, size, window, eighths, self.numbers, self.spliced, self.memory
-        )
+        found = region.decode_planes_into(self.handle, data, size, window, eighths, self.scratch, self.memory)
         luma = found.height * found.width
         if found.v == region.RGB:
             return found, [self.memory[: 3 * luma].reshape(found.height, found.width, 3).copy()]

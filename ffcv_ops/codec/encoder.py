@@ -18,6 +18,7 @@ from llvmlite import ir
 from numba.extending import intrinsic, overload
 
 from ffcv_ops._kernels import CAN_CACHE
+from ffcv_ops.codec.jpeg import ZIGZAG
 
 _MCU_PX = 16
 _BLOCKS_PER_MCU = 6
@@ -26,8 +27,6 @@ _END_OF_BLOCK, _ZERO_RUN = 0x00, 0xF0
 # Rows are padded to a multiple of the bytes in a vector.
 _VECTOR = 32
 
-# Row and column of each coefficient, in the order of a JPEG.
-ZIGZAG = np.array(sorted(np.ndindex(8, 8), key=lambda at: (sum(at), at[1 - sum(at) % 2])))
 # ITU-T T.81, K.1: the quantisation of luma and of chroma at quality 50.
 _QUANTISATION = np.array(
     [

@@ -9,6 +9,7 @@ The kernels read files by address and call TurboJPEG. They name its functions by
 on each import of this module. Therefore Numba can keep the kernels in its cache on disk.
 """
 
+import os
 from collections import namedtuple
 from typing import Any
 
@@ -19,7 +20,8 @@ from llvmlite import ir
 from numba.extending import intrinsic
 
 from ffcv_ops._kernels import kernel
-from ffcv_ops.codec import jpeg
+from ffcv_ops.codec import entropy, jpeg
+from ffcv_ops.errors import UserError
 
 for _name, _entry in jpeg.function_addresses().items():
     llvm.add_symbol(f"ffcv_ops_{_name}", _entry)
@@ -39,6 +41,8 @@ _decompress_to_rgb = _external("ffcv_ops_tjDecompress2", "4", "888844444")
 _memcpy = _external("memcpy", "8", "888")
 _memchr = _external("memchr", "8", "848")
 
+DECODERS = "own", "turbojpeg"
+SLACK_BYTES = entropy.SLACK_BYTES
 OK = 0
 BAD_JPEG = 1
 WRONG_SIZE = 2
@@ -66,6 +70,25 @@ NOT_INDEXED = Layout(0, 0, 0, 0, 0)
 Planes = namedtuple("Planes", "status top left height width v h")
 Planes.__doc__ = """The result of `decode_planes_into`: a status; top and left of the decoded region in the image in px;
 height and width of its luma plane; the factors v and h by which chroma is smaller, or `GRAY` or `RGB` twice."""
+
+
+def allocate_decoders(num_workers: int) -> np.ndarray:
+    """Return the scratch of our decoder for each worker.
+
+    Returns
+    -------
+    ndarray of uint8, shape (num_workers, n)
+        Zeros. If the environment variable ``FFCV_OPS_DECODER`` is ``turbojpeg``, n is 0.
+
+    Raises
+    ------
+    UserError
+        If the variable is neither ``own`` nor ``turbojpeg``.
+    """
+    chosen = os.environ.get("FFCV_OPS_DECODER") or DECODERS[0]
+    if chosen not in DECODERS:
+        raise UserError(f"FFCV_OPS_DECODER is {chosen!r}; it can be {' or '.join(DECODERS)}")
+    return np.zeros((num_workers, entropy.SCRATCH_BYTES if chosen == DECODERS[0] else 0), np.uint8)
 
 
 @intrinsic
@@ -223,7 +246,7 @@ def _find_marker(data, position, stop):
 
 
 @kernel
-def decode_planes_into(handle, data, size, window, eighths, numbers, spliced, planes):
+def decode_planes_into(handle, data, size, window, eighths, scratch, planes):
     """Decode the part of a JPEG under a window.
 
     Parameters
@@ -238,10 +261,9 @@ def decode_planes_into(handle, data, size, window, eighths, numbers, spliced, pl
         (y, x, h, w) in px, within the image.
     eighths : int
         Scale of the decode, by a smaller inverse DCT: 8, 4, 2 or 1. It is 8 if a side of the window is below 16 px.
-    numbers : ndarray of int64, shape (8,)
-        Scratch.
-    spliced : ndarray of uint8, shape (at least size_bytes,)
-        Scratch.
+    scratch : tuple of three ndarray
+        Scratch of this thread: int64 (8,); uint8 (at least size_bytes + `SLACK_BYTES`,); a row of
+        `allocate_decoders`.
     planes : ndarray of uint8, shape (at least 3 x height x width, each rounded up to whole MCUs of 32 px,)
         The output: Y, Cb and Cr one after the other, without padding. For a gray JPEG it is Y only. For a JPEG that is
         neither YCbCr nor gray it is interleaved RGB.
@@ -250,8 +272,15 @@ def decode_planes_into(handle, data, size, window, eighths, numbers, spliced, pl
     -------
     Planes
     """
+    numbers, spliced, decoder = scratch
     layout = read_layout(data)
     if layout.height == size[0] and layout.width == size[1]:
+        if eighths == 8 and decoder.size > 0:
+            if entropy.decode_region_into(data, layout, window, spliced, decoder, planes):
+                top, left = window[0] // _MCU_PX * _MCU_PX, window[1] // _MCU_PX * _MCU_PX
+                height = -(-(window[0] + window[2]) // _MCU_PX) * _MCU_PX - top
+                width = -(-(window[1] + window[3]) // _MCU_PX) * _MCU_PX - left
+                return Planes(OK, top, left, height, width, 2, 2)
         segment_px = layout.interval * _MCU_PX
         y, x, h, w = window
         rows = y // _MCU_PX, -(-(y + h) // _MCU_PX)

@@ -324,12 +324,14 @@ class _Scratch:
         self._handles = np.concatenate((self._handles, np.array(opened, np.int64)))
         height, width, file_bytes, side = self._extent = extent
         plane_bytes = 3 * (-(-height // 32) * 32) * (-(-width // 32) * 32)
-        row_bytes = file_bytes, plane_bytes, resample.workspace_bytes(height + 32, width + 32, side)
-        self.arrays = (
-            self._handles,
-            np.empty((len(self._handles), 8), np.int64),
-            *(np.empty((len(self._handles), -(-num_bytes // 4096) * 4096), np.uint8) for num_bytes in row_bytes),
+        workspace_bytes = resample.workspace_bytes(height + 32, width + 32, side)
+        spliced, planes, workspaces = (
+            np.empty((len(self._handles), -(-num_bytes // 4096) * 4096), np.uint8)
+            for num_bytes in (file_bytes + region.SLACK_BYTES, plane_bytes, workspace_bytes)
         )
+        numbers = np.empty((len(self._handles), 8), np.int64)
+        decoders = region.allocate_decoders(len(self._handles))
+        self.arrays = self._handles, numbers, spliced, decoders, planes, workspaces
 
     def close(self) -> None:
         for handle in self._handles.tolist():
@@ -361,12 +363,12 @@ def _choose_eighths(h, w, size):
 
 @kernel
 def _crop_jpeg_into(data, image_size, crop, flip, interpolation, scratch, out):
-    handle, numbers, spliced, planes, workspace = scratch
+    handle, decoder, planes, workspace = scratch
     y, x, h, w = crop
     top, left = math.floor(y), math.floor(x)
     window = top, left, math.ceil(y + h) - top, math.ceil(x + w) - left
     eighths = _choose_eighths(h, w, out.shape[0])
-    found = region.decode_planes_into(handle, data, image_size, window, eighths, numbers, spliced, planes)
+    found = region.decode_planes_into(handle, data, image_size, window, eighths, decoder, planes)
     if found.status != region.OK:
         return found.status
     scale = eighths / 8
@@ -398,7 +400,7 @@ def _crop_sample_into(data, mode, image_size, crop, flip, interpolation, scratch
     if data.size < height * width * 3:
         return _TOO_SHORT
     image = data[: height * width * 3].reshape((height, width, 3))
-    resample.resample_rgb_into(image, crop, flip, interpolation, scratch[4], out)
+    resample.resample_rgb_into(image, crop, flip, interpolation, scratch[3], out)
     return region.OK
 
 
@@ -406,12 +408,13 @@ def _crop_sample_into(data, mode, image_size, crop, flip, interpolation, scratch
 def _crop_samples(worker, counter, samples, interpolation, scratch, out, status):
     """Take samples from the counter until none is left, and decode them."""
     addresses, sizes_bytes, modes, heights, widths, crops, flips = samples
-    handles, numbers, spliced, planes, workspaces = scratch
+    handles, numbers, spliced, decoders, planes, workspaces = scratch
     while True:
         i = take(counter)
         if i >= len(status):
             break
-        own = handles[worker], numbers[worker], spliced[worker], planes[worker], workspaces[worker]
+        decoder = numbers[worker], spliced[worker], decoders[worker]
+        own = handles[worker], decoder, planes[worker], workspaces[worker]
         data = region.view_memory(addresses[i], sizes_bytes[i])
         crop = crops[i, 0], crops[i, 1], crops[i, 2], crops[i, 3]
         status[i] = _crop_sample_into(
