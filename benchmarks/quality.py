@@ -52,8 +52,9 @@ def payloads(path: Path) -> Iterator[np.ndarray]:
 def count_differing_crops(path: Path, crops: int) -> str:
     """Compare region decodes with full ones."""
     generator = np.random.default_rng(0)
-    handle, numbers = jpeg.open_decompressor(), np.empty(8, np.int64)
-    scratch = [np.empty(1 << 21, np.uint8) for _ in range(3)]
+    handle = jpeg.open_decompressor()
+    scratch = np.empty(8, np.int64), np.empty(1 << 21, np.uint8), region.allocate_decoders(1)[0]
+    memory = [np.empty(1 << 21, np.uint8) for _ in range(2)]
     compared = differing = 0
     for data in payloads(path):
         plain = np.concatenate((data[:2], data[4 + int.from_bytes(data[4:6].tobytes(), "big") :]))
@@ -64,10 +65,10 @@ def count_differing_crops(path: Path, crops: int) -> str:
             h, w = (int(generator.integers(min(16, side), side + 1)) for side in size)
             y, x = int(generator.integers(size[0] - h + 1)), int(generator.integers(size[1] - w + 1))
             for eighths in (8, 4, 2):
-                part = region.decode_planes_into(handle, data, size, (y, x, h, w), eighths, numbers, *scratch[:2])
-                whole = region.decode_planes_into(handle, plain, size, (0, 0, *size), eighths, numbers, *scratch[::2])
+                part = region.decode_planes_into(handle, data, size, (y, x, h, w), eighths, scratch, memory[0])
+                whole = region.decode_planes_into(handle, plain, size, (0, 0, *size), eighths, scratch, memory[1])
                 compared += 1
-                differing += not _equal_planes(part, whole, scratch[1], scratch[2], eighths, size)
+                differing += not _equal_planes(part, whole, memory[0], memory[1], eighths, size)
             compared += 1
             differing += not np.array_equal(_rgb_region(data, layout, (y, x, h, w)), image[y : y + h, x : x + w])
     jpeg.close_decompressor(handle)

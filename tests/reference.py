@@ -159,3 +159,25 @@ def _read_block(bits, codes, table: int) -> list[int]:
         block[k] = int(extra or "0", 2) - (2 ** len(extra) - 1 if extra.startswith("0") else 0)
         k += 1
     return block
+
+
+def inverse_dct(coefficients: np.ndarray, quantisation: np.ndarray, zigzag: np.ndarray) -> np.ndarray:
+    """Pixels of a block, uint8 (8, 8): jidctint.c of libjpeg, in its own order of operations, in whole numbers."""
+    block = np.zeros((8, 8), np.int64)
+    block[zigzag[:, 0], zigzag[:, 1]] = coefficients * quantisation.astype(np.int64)
+    for shift in (11, 18):
+        block = _inverse_dct_of_columns(block, shift).T
+    return np.clip(block + 128, 0, 255).astype(np.uint8)
+
+
+def _inverse_dct_of_columns(rows: np.ndarray, shift: int) -> np.ndarray:
+    z1 = (rows[2] + rows[6]) * 4433
+    even = [(rows[0] + rows[4]) << 13, (rows[0] - rows[4]) << 13, z1 - rows[6] * 15137, z1 + rows[2] * 6270]
+    starts = even[0] + even[3], even[1] + even[2], even[1] - even[2], even[0] - even[3]
+    a, b, c, d = rows[7], rows[5], rows[3], rows[1]
+    z1, z2, z3, z4, z5 = a + d, b + c, a + c, b + d, (a + c + b + d) * 9633
+    z1, z2, z3, z4 = z1 * -7373, z2 * -20995, z3 * -16069 + z5, z4 * -3196 + z5
+    odd = d * 12299 + z1 + z4, c * 25172 + z2 + z3, b * 16819 + z2 + z4, a * 2446 + z1 + z3
+    pairs = list(zip(starts, odd, strict=True))
+    sums = [start + other for start, other in pairs] + [start - other for start, other in reversed(pairs)]
+    return np.array([(total + (1 << shift - 1)) >> shift for total in sums])

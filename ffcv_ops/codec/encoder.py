@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba.extending import intrinsic, overload
 
 from ffcv_ops._kernels import CAN_CACHE
-from ffcv_ops.codec.jpeg import ZIGZAG
+from ffcv_ops.codec.zigzag import ZIGZAG
 
 _MCU_PX = 16
 _BLOCKS_PER_MCU = 6

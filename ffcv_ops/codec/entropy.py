@@ -14,6 +14,7 @@ segment, and takes less than `SLACK_BYTES`. Everything else is checked before th
 """
 
 from collections import namedtuple
+from typing import Any
 
 import numba as nb
 import numpy as np
@@ -33,8 +34,6 @@ from ffcv_ops.codec.memory import (
     load_big_endian,
     load_i8,
     load_u1,
-    load_u2,
-    load_u4,
     store_i8,
     store_u1,
     store_u2,
@@ -112,7 +111,7 @@ def _find_symbol(codes, bits):
     next_bits = np.int64(bits >> np.uint64(48))
     for length in range(1, 17):
         if next_bits < load_i8(codes + 8 * length):
-            place = load_i8(codes + 8 * (17 + length)) + (next_bits >> (16 - length))
+            place = load_i8(codes + huffman.PLACES_OFFSET + 8 * length) + (next_bits >> (16 - length))
             return length << 8 | np.int64(load_u1(codes + huffman.SYMBOLS_OFFSET + place))
     return 0
 
@@ -222,7 +221,8 @@ def _end_block(context, stream, entry, bits, position, place, block, table, shif
     block = described & ((1 << _COMPONENT_SHIFT) - 1)
     is_chroma = np.int64(component > 0)
     bits = _peek(data, position)
-    found = np.int64(np.int32(load_u4(tables + huffman.DC_OFFSETS[0] + (is_chroma << huffman.DC_BITS + 2) + (np.int64(bits >> np.uint64(64 - huffman.DC_BITS)) << 2))))
+    dc_table = tables + (huffman.DC_OFFSETS[1] if is_chroma else huffman.DC_OFFSETS[0])
+    found = load_i8(dc_table + (np.int64(bits >> np.uint64(64 - huffman.DC_BITS)) << 3))
     difference, used = found >> 8, found & 63
     position += used
     bits <<= np.uint64(used)
@@ -290,7 +290,7 @@ def _unstuff(source, stop, end, target):
     """
     while source <= stop:
         if source + 33 <= end:
-            count = copy_until_ff(source, target)
+            count: Any = copy_until_ff(source, target)
             source += count
             target += count
             if count == 32:
@@ -311,9 +311,19 @@ def _unstuff(source, stop, end, target):
 
 
 @kernel
+def _read_u2(data, offset):
+    return np.int64(load_u1(data + offset)) << 8 | np.int64(load_u1(data + offset + 1))
+
+
+@kernel
+def _read_u4(data, offset):
+    return _read_u2(data, offset) << 16 | _read_u2(data, offset + 2)
+
+
+@kernel
 def _matches(data, position, expected):
     for i in range(len(expected)):
-        if data[position + i] != expected[i]:
+        if load_u1(data + position + i) != expected[i]:
             return False
     return True
 
@@ -331,53 +341,51 @@ def _read_header(data, start, scan):
         return 0, 0, 0
     for number in range(2):
         at = tables + number * (len(_TABLE) + 65)
-        if not _matches(data, at, _TABLE) or data[at + len(_TABLE)] != number:
+        if not _matches(data, at, _TABLE) or load_u1(data + at + len(_TABLE)) != number:
             return 0, 0, 0
     if not _matches(data, frame, _FRAME) or not _matches(data, frame + len(_FRAME) + 4, _COMPONENTS):
         return 0, 0, 0
     huffman_start = at = frame + len(_FRAME) + 4 + len(_COMPONENTS)
     for number in range(4):
-        if at + 5 > scan or data[at] != 0xFF or data[at + 1] != 0xC4 or data[at + 4] != _CODES_NAMES[number]:
+        if at + 5 > scan or _read_u2(data, at) != 0xFFC4 or load_u1(data + at + 4) != _CODES_NAMES[number]:
             return 0, 0, 0
-        size_bytes = np.int64(data[at + 2]) << 8 | np.int64(data[at + 3])
+        size_bytes = _read_u2(data, at + 2)
         if not 19 < size_bytes <= 19 + 256:
             return 0, 0, 0
         at += 2 + size_bytes
     num_bytes = at - huffman_start
-    if at + 6 + len(_SCAN) != scan or data[at] != 0xFF or data[at + 1] != 0xDD:
+    if at + 6 + len(_SCAN) != scan or _read_u2(data, at) != 0xFFDD or _read_u2(data, at + 2) != 4:
         return 0, 0, 0
-    if data[at + 2] != 0 or data[at + 3] != 4 or not _matches(data, at + 6, _SCAN):
+    if not _matches(data, at + 6, _SCAN):
         return 0, 0, 0
     return tables + len(_TABLE) + 1, huffman_start, num_bytes
 
 
 @kernel
-def _find_set(scratch, data, start, size_bytes):
-    """Return the offset of the set of Huffman tables in the scratch, -1 if the tables are not as an encoder writes them.
+def _find_set(scratch, segments, num_bytes):
+    """Return the address of the set of Huffman tables, 0 if the tables are not as an encoder writes them.
 
     Sets are kept. A new set takes the place of the last one that has been used for one image only.
     """
-    state = scratch[_AT.state : _AT.state + 256].view(np.int64)
-    key = data[start : start + size_bytes]
-    for number in range(huffman.NUM_SETS):
-        at = _AT.sets + number * huffman.SET_BYTES
-        if huffman.has_key(scratch[at : at + huffman.SET_BYTES], key):
-            if number == state[_PROBATION // 8]:
-                state[_PROBATION // 8] = (number + 1) % huffman.NUM_SETS
-            return at
-    at = _AT.sets + state[_PROBATION // 8] * huffman.SET_BYTES
-    pyramid = scratch[_AT.pyramid : _AT.pyramid + huffman.PYRAMID_BYTES].view(np.int64)
-    return at if huffman.build_set(key, pyramid, scratch[at : at + huffman.SET_BYTES]) else -1
+    sets, probation = scratch + _AT.sets, scratch + _AT.state + _PROBATION
+    number = load_i8(probation)
+    for other in range(huffman.NUM_SETS):
+        if huffman.has_key(sets + other * huffman.SET_BYTES, segments, num_bytes):
+            if other == number:
+                store_i8(probation, (number + 1) % huffman.NUM_SETS)
+            return sets + other * huffman.SET_BYTES
+    built = sets + number * huffman.SET_BYTES
+    return built if huffman.build_set(segments, built, scratch + _AT.pyramid) else 0
 
 
 @kernel
-def _queue_row(data, layout, row, segments, mcus, scratch, target, stop, queue):
+def _queue_row(data, size_bytes, layout, row, segments, mcus, scratch, target, stop, queue):
     """Put the segments of a row of MCUs that lie under the crop into the queue.
 
     Parameters
     ----------
-    data, layout : ndarray, Layout
-        The JPEG.
+    data, size_bytes, layout : int, int, Layout
+        The JPEG: address, size and layout.
     row : int
         The row.
     segments, mcus : tuple of two int
@@ -397,20 +405,19 @@ def _queue_row(data, layout, row, segments, mcus, scratch, target, stop, queue):
     """
     first_byte, num_segments, num_mcus, num_lanes = queue
     segments_per_row = -(-layout.width // (_MCU_PX * layout.interval))
-    base = np.int64(data.ctypes.data)
-    position, row_stop = _read_row(data, row), _read_row(data, row + 1)
-    if not layout.scan <= position <= row_stop or row_stop + 2 > data.size or (row == 0) != (position == layout.scan):
+    position, row_stop = _read_u4(data, _ROWS_OFFSET + 4 * row), _read_u4(data, _ROWS_OFFSET + 4 * row + 4)
+    if not layout.scan <= position <= row_stop or row_stop + 2 > size_bytes or (row == 0) != (position == layout.scan):
         return 0, queue
-    if row > 0 and (data[position - 2] != 0xFF or data[position - 1] != 0xD0 + (row * segments_per_row - 1) % 8):
+    if row > 0 and _read_u2(data, position - 2) != 0xFFD0 + (row * segments_per_row - 1) % 8:
         return 0, queue
     if target + (row_stop - position) > stop:
         return 0, queue
     for number in range(segments[1]):
-        marker, copied = _unstuff(base + position, base + row_stop, base + data.size, target)
+        marker, copied = _unstuff(data + position, data + row_stop, data + size_bytes, target)
         is_last = row * _MCU_PX + _MCU_PX >= layout.height and number + 1 == segments_per_row
         if marker == 0 or load_u1(marker + 1) != (0xD9 if is_last else 0xD0 + (row * segments_per_row + number) % 8):
             return 0, queue
-        position = marker + 2 - base
+        position = marker + 2 - data
         if number < segments[0]:
             continue
         segment = scratch + _AT.segments + 32 * num_segments
@@ -436,16 +443,6 @@ def _queue_row(data, layout, row, segments, mcus, scratch, target, stop, queue):
             store_i8(blocks + 40, (chroma + LANES) | 2 << _COMPONENT_SHIFT)
             num_mcus += 1
     return target, (first_byte, num_segments, num_mcus, num_lanes)
-
-
-@kernel
-def _read_row(data, row):
-    """Return the offset of a row of MCUs, from the index."""
-    at = _ROWS_OFFSET + 4 * row
-    offset = np.int64(0)
-    for i in range(4):
-        offset = offset << 8 | np.int64(data[at + i])
-    return offset
 
 
 @kernel
@@ -492,18 +489,18 @@ def decode_region_into(data, layout, window, unstuffed, scratch, planes):
 
     Parameters
     ----------
-    data : ndarray of uint8, shape (size_bytes,)
-        A JPEG.
+    data : tuple of two int
+        A JPEG: address and size in bytes.
     layout : Layout
         The layout, from `ffcv_ops.codec.region.read_layout`.
     window : tuple of four int
         (y, x, h, w) in px, within the image.
-    unstuffed : ndarray of uint8, shape (at least size_bytes + SLACK_BYTES,)
-        Scratch.
-    scratch : ndarray of uint8, shape (SCRATCH_BYTES,)
-        Scratch, all zeros at first, that is kept from image to image.
-    planes : ndarray of uint8
-        The output: Y, Cb and Cr of the MCUs one after the other.
+    unstuffed : tuple of two int
+        Scratch: address and size in bytes, at least that of the JPEG and `SLACK_BYTES`.
+    scratch : int
+        Address of `SCRATCH_BYTES`, all zeros at first, that are kept from image to image.
+    planes : tuple of two int
+        The output: address and size in bytes. Y, Cb and Cr of the MCUs are written one after the other.
 
     Returns
     -------
@@ -517,43 +514,41 @@ def decode_region_into(data, layout, window, unstuffed, scratch, planes):
     num_rows, mcus_per_row = last_row - first_row, mcus[1] - mcus[0]
     decoded_per_row = (segments[1] - segments[0]) * layout.interval
     num_px = _MCU_PX * _MCU_PX * num_rows * mcus_per_row
-    if mcus_per_row > _MAX_ROW_MCUS or decoded_per_row > _MAX_DECODED_MCUS or 3 * num_px // 2 > planes.size:
+    if mcus_per_row > _MAX_ROW_MCUS or decoded_per_row > _MAX_DECODED_MCUS or 3 * num_px // 2 > planes[1]:
         return False
-    header = 4 + (np.int64(data[4]) << 8 | np.int64(data[5]))
-    if not header < layout.scan <= data.size:
+    data, size_bytes = data
+    header = 4 + _read_u2(data, 4)
+    if not header < layout.scan <= size_bytes:
         return False
     quantisation, codes, codes_bytes = _read_header(data, header, layout.scan)
     if quantisation == 0:
         return False
-    tables = _find_set(scratch, data, codes, codes_bytes)
-    if tables < 0:
-        return False
-    for i in range(64):
-        scratch[_AT.quantisation + i] = data[quantisation + i]
-        scratch[_AT.quantisation + 64 + i] = data[quantisation + len(_TABLE) + 65 + i]
-    divisors = np.int64(scratch[_AT.quantisation]), np.int64(scratch[_AT.quantisation + 64])
-    if min(divisors) == 0:
+    tables = _find_set(scratch, data + codes, codes_bytes)
+    second = quantisation + len(_TABLE) + 65
+    divisors = np.int64(load_u1(data + quantisation)), np.int64(load_u1(data + second))
+    if tables == 0 or min(divisors) == 0:
         return False
     limits = MAX_COEFFICIENT // divisors[0], MAX_COEFFICIENT // divisors[1]
-    base = np.int64(scratch.ctypes.data)
-    first_byte = np.int64(unstuffed.ctypes.data)
-    stop = first_byte + unstuffed.size - SLACK_BYTES
-    at = np.int64(planes.ctypes.data)
+    for i in range(64):
+        store_u1(scratch + _AT.quantisation + i, np.int64(load_u1(data + quantisation + i)))
+        store_u1(scratch + _AT.quantisation + 64 + i, np.int64(load_u1(data + second + i)))
+    first_byte, stop, at = unstuffed[0], unstuffed[0] + unstuffed[1] - SLACK_BYTES, planes[0]
     rows_per_chunk = max(min(_CHUNK_MCUS // mcus_per_row, _MAX_DECODED_MCUS // decoded_per_row), 1)
     for chunk in range(first_row, last_row, rows_per_chunk):
         queue = first_byte, np.int64(0), np.int64(0), np.int64(0)
         target = first_byte
         for row in range(chunk, min(chunk + rows_per_chunk, last_row)):
-            target, queue = _queue_row(data, layout, row, segments, mcus, base, target, stop, queue)
+            target, queue = _queue_row(data, size_bytes, layout, row, segments, mcus, scratch, target, stop, queue)
             if target == 0:
                 return False
-        state = base + _AT.state
+        state = scratch + _AT.state
         store_i8(state + _NEXT_SEGMENT, 0)
         store_i8(state + _NUM_SEGMENTS, queue[1])
-        is_sound = _decode_segments(first_byte, base, base + tables, limits)
+        is_sound = _decode_segments(first_byte, scratch, tables, limits)
         done = _MCU_PX * _MCU_PX * (chunk - first_row) * mcus_per_row
         cb = at + num_px + done // 4
-        if not is_sound or _transform_chunk(base, queue[3], mcus_per_row, at + done, cb, cb + num_px // 4):
-            scratch[: _AT.dump] = 0
+        if not is_sound or _transform_chunk(scratch, queue[3], mcus_per_row, at + done, cb, cb + num_px // 4):
+            for i in range(0, _AT.dump, 8):
+                store_i8(scratch + i, 0)
             return False
     return True

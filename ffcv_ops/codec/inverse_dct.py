@@ -18,8 +18,9 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from ffcv_ops.codec.jpeg import ZIGZAG
+from ffcv_ops._kernels import HAS_AVX2
 from ffcv_ops.codec.memory import pointer_to
+from ffcv_ops.codec.zigzag import ZIGZAG
 
 LANES = 16
 ROW_BYTES = 2 * LANES
@@ -97,9 +98,7 @@ class _Plain:
         return [self.builder.sext(one, ir.VectorType(_I32, LANES)) for one in (x, y)]
 
     def weigh(self, pair: Any, weights: tuple[int, int]) -> Any:
-        products = [
-            self.builder.mul(x, _splat(_I32, LANES, weight)) for x, weight in zip(pair, weights, strict=True)
-        ]
+        products = [self.builder.mul(x, _splat(_I32, LANES, weight)) for x, weight in zip(pair, weights, strict=True)]
         return [self.builder.add(*products)]
 
     def _clamp(self, value: ir.Value, bits: int) -> ir.Value:
@@ -118,16 +117,17 @@ class _Plain:
         return _shuffle(self.builder, x, y, halves)
 
 
-def _arithmetic(context: Any, builder: ir.IRBuilder) -> _Avx2 | _Plain:
-    """Choose by the features for which Numba compiles. They are in the keys of its cache on disk."""
-    has_avx2 = "+avx2" in context.codegen()._tm_features.split(",")
-    return _Avx2(builder) if has_avx2 else _Plain(builder)
+def _arithmetic(builder: ir.IRBuilder) -> _Avx2 | _Plain:
+    return _Avx2(builder) if HAS_AVX2 else _Plain(builder)
 
 
 def _transform(machine: _Avx2 | _Plain, x: Sequence[ir.Value], shift: int) -> list[ir.Value]:
     """Emit one dimension of the transform: eight rows of lanes in, eight rows out."""
     builder = machine.builder
-    even, odd = (machine.pair(x[0], x[4]), machine.pair(x[2], x[6])), (machine.pair(x[1], x[3]), machine.pair(x[5], x[7]))
+    even, odd = (
+        (machine.pair(x[0], x[4]), machine.pair(x[2], x[6])),
+        (machine.pair(x[1], x[3]), machine.pair(x[5], x[7])),
+    )
 
     def both(function: Callable[..., ir.Value], a: Any, b: Any) -> list[ir.Value]:
         return [function(*parts) for parts in zip(a, b, strict=True)]
@@ -169,13 +169,11 @@ def transform_column(typing_context, source, column, divisors, work) -> Any:
     if not isinstance(column, nb.types.IntegerLiteral):
         return None
     at_column = column.literal_value
-    places = [
-        int(np.flatnonzero((ZIGZAG == (row, at_column)).all(axis=1))[0]) for row in range(8)
-    ]
+    places = [int(np.flatnonzero((ZIGZAG == (row, at_column)).all(axis=1))[0]) for row in range(8)]
 
     def codegen(context, builder, signature, arguments):
         source, _, divisors, work = arguments
-        machine = _arithmetic(context, builder)
+        machine = _arithmetic(builder)
         lanes = []
         for place in places:
             address = builder.add(source, ir.Constant(_I64, place * ROW_BYTES))
@@ -194,9 +192,9 @@ def transform_column(typing_context, source, column, divisors, work) -> Any:
     return nb.types.void(nb.types.int64, column, nb.types.int64, nb.types.int64), codegen
 
 
-def _emit_row(context: Any, builder: ir.IRBuilder, work: ir.Value) -> tuple[list[ir.Value], ir.Value]:
+def _emit_row(builder: ir.IRBuilder, work: ir.Value) -> tuple[list[ir.Value], ir.Value]:
     """Emit the second dimension for a row: the bytes of the blocks one after the other, and whether one is beyond."""
-    machine = _arithmetic(context, builder)
+    machine = _arithmetic(builder)
     x = []
     for column in range(8):
         address = builder.add(work, ir.Constant(_I64, column * ROW_BYTES))
@@ -213,7 +211,9 @@ def _emit_row(context: Any, builder: ir.IRBuilder, work: ir.Value) -> tuple[list
     rows = [machine.to_bytes(pixels[2 * i], pixels[2 * i + 1]) for i in range(4)]
     for _ in range(3):
         rows = [
-            _shuffle(builder, rows[i], rows[i + 2], _interleaving(32, upper)) for i in range(2) for upper in (0, 1)
+            _shuffle(builder, rows[i], rows[i + 2], _interleaving(32, upper))
+            for i in range(2)
+            for upper in (False, True)
         ]
     signs = _splat(_I8, 32, 128)
     rows = [builder.xor(row, signs) for row in rows]
@@ -248,7 +248,7 @@ def transform_luma_row(typing_context, work, places, offset, below) -> Any:
 
     def codegen(context, builder, signature, arguments):
         work, places, offset, below = arguments
-        rows, beyond = _emit_row(context, builder, work)
+        rows, beyond = _emit_row(builder, work)
         for mcu in reversed(range(4)):
             upper = builder.add(_load_place(builder, places, mcu), offset)
             for place, first in ((upper, 0), (builder.add(upper, below), 16)):
@@ -266,7 +266,7 @@ def transform_chroma_row(typing_context, work, places, offset, below) -> Any:
 
     def codegen(context, builder, signature, arguments):
         work, places, offset, below = arguments
-        rows, beyond = _emit_row(context, builder, work)
+        rows, beyond = _emit_row(builder, work)
         for mcu in reversed(range(8)):
             cb = builder.add(_load_place(builder, places, mcu), offset)
             for place, first in ((cb, 0), (builder.add(cb, below), 16)):

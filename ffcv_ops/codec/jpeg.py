@@ -24,8 +24,6 @@ INDEX_NAME = b"ffcvrow\0"
 # Add 1 with every change of the bytes that `encode` makes of an image.
 ENCODER = 2
 MCU_PX = 16
-# Row and column of each coefficient, in the order of a JPEG.
-ZIGZAG = np.array(sorted(np.ndindex(8, 8), key=lambda at: (sum(at), at[1 - sum(at) % 2])))
 MAX_SIDE_PX = 65500
 _SEGMENT_MCUS = 2
 _SEGMENT_BYTES = 160

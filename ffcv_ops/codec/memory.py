@@ -44,8 +44,8 @@ def _build_store(number_type: Any) -> Any:
     return store
 
 
-load_u1, load_u2, load_u4, load_i8 = map(_build_load, (nb.types.uint8, nb.types.uint16, nb.types.uint32, nb.types.int64))
-"""Return the number at an address, in the byte order of the machine: uint8, uint16, uint32, int64."""
+load_u1, load_i8 = _build_load(nb.types.uint8), _build_load(nb.types.int64)
+"""Return the number at an address, in the byte order of the machine: uint8 or int64."""
 
 
 @intrinsic

@@ -77,7 +77,7 @@ def allocate_decoders(num_workers: int) -> np.ndarray:
 
     Returns
     -------
-    ndarray of uint8, shape (num_workers, n)
+    ndarray of int64, shape (num_workers, n)
         Zeros. If the environment variable ``FFCV_OPS_DECODER`` is ``turbojpeg``, n is 0.
 
     Raises
@@ -88,7 +88,7 @@ def allocate_decoders(num_workers: int) -> np.ndarray:
     chosen = os.environ.get("FFCV_OPS_DECODER") or DECODERS[0]
     if chosen not in DECODERS:
         raise UserError(f"FFCV_OPS_DECODER is {chosen!r}; it can be {' or '.join(DECODERS)}")
-    return np.zeros((num_workers, entropy.SCRATCH_BYTES if chosen == DECODERS[0] else 0), np.uint8)
+    return np.zeros((num_workers, entropy.SCRATCH_BYTES // 8 if chosen == DECODERS[0] else 0), np.int64)
 
 
 @intrinsic
@@ -276,7 +276,8 @@ def decode_planes_into(handle, data, size, window, eighths, scratch, planes):
     layout = read_layout(data)
     if layout.height == size[0] and layout.width == size[1]:
         if eighths == 8 and decoder.size > 0:
-            if entropy.decode_region_into(data, layout, window, spliced, decoder, planes):
+            memory = (_address(data), data.size), (_address(spliced), spliced.size), (_address(planes), planes.size)
+            if entropy.decode_region_into(memory[0], layout, window, memory[1], _address(decoder), memory[2]):
                 top, left = window[0] // _MCU_PX * _MCU_PX, window[1] // _MCU_PX * _MCU_PX
                 height = -(-(window[0] + window[2]) // _MCU_PX) * _MCU_PX - top
                 width = -(-(window[1] + window[3]) // _MCU_PX) * _MCU_PX - left

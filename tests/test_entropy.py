@@ -1,0 +1,271 @@
+"""Our decoder of regions: every plane equals that of TurboJPEG, whatever happens to the bytes, and no byte is touched
+beyond the memory that the decoder is given.
+
+Run as a script, ``python -m tests.test_entropy SEED COUNT``, this decodes COUNT damaged JPEGs between guard pages with
+both decoders, and prints how many ended how, as JSON.
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numba as nb
+import numpy as np
+import pytest
+
+from ffcv_ops.codec import jpeg, region
+from ffcv_ops.codec.zigzag import ZIGZAG
+from ffcv_ops.errors import UserError
+from tests.reference import decoded_coefficients, inverse_dct
+from tests.test_jpeg import photograph, pillow_jpeg, random_windows
+
+if nb.config.DISABLE_JIT:
+    pytest.skip("the kernels of the decoder exist compiled alone", allow_module_level=True)
+
+NUM_MUTANTS = int(os.environ.get("FFCV_OPS_MUTANTS", 3000))
+
+
+class Both:
+    """Both decoders on the same JPEG: `decode` compares them, and returns the status and whether ours accepted it."""
+
+    def __init__(self, allocate=lambda size, dtype: np.zeros(size, dtype)):
+        self.allocate = allocate
+        self.handle = jpeg.open_decompressor()
+        self.own = allocate(region.allocate_decoders(1).size, np.int64)
+        self.none = np.zeros(0, np.int64)
+
+    def decode(self, data, size, window):
+        planes = [self.allocate(3 * (-(-size[0] // 32) * 32) * (-(-size[1] // 32) * 32), np.uint8) for _ in range(2)]
+        results = []
+        for decoder, memory in zip((self.own, self.none), planes, strict=True):
+            scratch = np.empty(8, np.int64), self.allocate(data.size + region.SLACK_BYTES, np.uint8), decoder
+            found = region.decode_planes_into(self.handle, data, size, window, 8, scratch, memory)
+            if found.status == region.BAD_JPEG:
+                self.handle = region.renew_decompressor(self.handle)
+            results.append((found, window_of(found, memory, window) if found.status == region.OK else []))
+        (ours, parts), (theirs, expected) = results
+        assert ours.status == theirs.status
+        assert (ours.v, ours.h) == (theirs.v, theirs.h)
+        for part, other in zip(parts, expected, strict=True):
+            np.testing.assert_array_equal(part, other)
+        accepted = self.accepts(data, size, window, planes[0])
+        assert not accepted or ours.status == region.OK
+        return ours.status, accepted
+
+    def accepts(self, data, size, window, planes):
+        from ffcv_ops.codec import entropy
+
+        layout = region.read_layout(data)
+        if (layout.height, layout.width) != size:
+            return False
+        unstuffed = self.allocate(data.size + region.SLACK_BYTES, np.uint8)
+        memory = [(array.ctypes.data, array.size) for array in (data, unstuffed, planes)]
+        return entropy.decode_region_into(memory[0], layout, window, memory[1], self.own.ctypes.data, memory[2])
+
+
+def window_of(found, memory, window):
+    """Return the part of each plane that the window touches."""
+    luma = found.height * found.width
+    if found.v == region.RGB:
+        return [memory[: 3 * luma].reshape(found.height, found.width, 3)]
+    planes, steps = [memory[:luma].reshape(found.height, found.width)], [(1, 1)]
+    if found.v != region.GRAY:
+        shape = found.height // found.v, found.width // found.h
+        planes += list(memory[luma : luma + 2 * shape[0] * shape[1]].reshape(2, *shape))
+        steps += 2 * [(found.v, found.h)]
+    y, x, h, w = window[0] - found.top, window[1] - found.left, *window[2:]
+    return [
+        plane[y // v : -(-(y + h) // v), x // h_step : -(-(x + w) // h_step)].copy()
+        for plane, (v, h_step) in zip(planes, steps, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def both():
+    return Both()
+
+
+def patterns(size):
+    """Yield images that are unlike photographs."""
+    rng = np.random.default_rng(7)
+    yield rng.integers(0, 256, (*size, 3), np.uint8)
+    yield 255 * rng.integers(0, 2, (*size, 3), np.uint8)
+    yield 255 * rng.integers(0, 2, (*size, 1), np.uint8).repeat(3, 2)
+    checkered = np.indices(size).sum(0) % 2
+    yield (255 * checkered).astype(np.uint8)[:, :, None].repeat(3, 2)
+    yield np.full((*size, 3), 255, np.uint8)
+    yield np.zeros((*size, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 40), (40, 1), (15, 17), (16, 16), (17, 33), (64, 48), (97, 31), (203, 331)]
+)
+def test_planes_equal_those_of_turbojpeg(both, size):
+    rng = np.random.default_rng(sum(size))
+    for quality in (1, 10, 50, 90, 98, 100):
+        data = jpeg.encode(photograph(*size, which=quality), quality)
+        for window in ((0, 0, *size), *random_windows(rng, size, 12)):
+            assert both.decode(data, size, window) == (region.OK, True)
+
+
+@pytest.mark.parametrize("quality", range(1, 101, 9))
+def test_planes_of_noise_equal_those_of_turbojpeg(both, quality):
+    """Saturated noise of the lowest qualities has pixels far beyond the range. Such images are left to TurboJPEG."""
+    rng = np.random.default_rng(quality)
+    size = (100, 134)
+    for image in patterns(size):
+        data = jpeg.encode(image, quality)
+        for window in ((0, 0, *size), *random_windows(rng, size, 4)):
+            status, accepted = both.decode(data, size, window)
+            assert status == region.OK and (accepted or quality < 10)
+
+
+def test_a_large_image_is_decoded_in_several_chunks(both):
+    size = (1100, 2000)
+    data = jpeg.encode(photograph(*size), 95)
+    for window in ((0, 0, *size), (77, 333, 600, 1600), (1000, 1500, 100, 500)):
+        assert both.decode(data, size, window) == (region.OK, True)
+
+
+def test_an_image_that_is_too_wide_is_left_to_turbojpeg(both):
+    size = (20, 5000)
+    data = jpeg.encode(photograph(*size), 90)
+    assert both.decode(data, size, (0, 0, *size)) == (region.OK, False)
+    assert both.decode(data, size, (0, 900, 20, 4000)) == (region.OK, True)
+
+
+def test_other_jpegs_are_left_to_turbojpeg(both):
+    image = photograph(97, 130)
+    for options in ({}, {"progressive": True}, {"subsampling": "4:4:4"}, {"restart_marker_blocks": 3}):
+        assert both.decode(pillow_jpeg(image, **options), (97, 130), (3, 5, 70, 60)) == (region.OK, False)
+
+
+def test_planes_are_those_of_the_definition(both):
+    """Read bit by bit and transformed in the order of jidctint.c, one block at a time."""
+    size = (48, 64)
+    for quality in (5, 60, 97):
+        data = jpeg.encode(photograph(*size), quality)
+        memory = np.empty(3 << 13, np.uint8)
+        assert both.accepts(data, size, (0, 0, *size), memory)
+        quantisation = [data[at + 4 : at + 68] for at in np.flatnonzero(data == 0xDB) if data[at - 1] == 0xFF]
+        blocks = decoded_coefficients(data.tobytes())
+        mcus = blocks.reshape(3, 4, 6, 64)
+        luma = memory[: 48 * 64].reshape(3, 2, 8, 4, 2, 8).transpose(0, 3, 1, 4, 2, 5)
+        chroma = memory[48 * 64 : 48 * 64 * 3 // 2].reshape(2, 3, 8, 4, 8).transpose(1, 3, 0, 2, 4)
+        for row, column in np.ndindex(3, 4):
+            for number in range(6):
+                expected = inverse_dct(mcus[row, column, number], quantisation[number // 4], ZIGZAG)
+                found = chroma[row, column, number - 4] if number > 3 else luma[row, column, number >> 1, number & 1]
+                np.testing.assert_array_equal(found, expected)
+
+
+def test_the_environment_can_choose_turbojpeg(monkeypatch):
+    assert region.allocate_decoders(2).shape[1] > 0
+    monkeypatch.setenv("FFCV_OPS_DECODER", "turbojpeg")
+    assert region.allocate_decoders(2).shape == (2, 0)
+    monkeypatch.setenv("FFCV_OPS_DECODER", "fast")
+    with pytest.raises(UserError, match="FFCV_OPS_DECODER is 'fast'; it can be own or turbojpeg"):
+        region.allocate_decoders(2)
+
+
+# --- damage
+
+
+def test_damaged_jpegs_end_as_with_turbojpeg():
+    command = [sys.executable, "-m", "tests.test_entropy", "0", str(NUM_MUTANTS)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert sum(found.values()) == NUM_MUTANTS
+    assert min(found["0 by us"], found["0 by TurboJPEG"], found["1 by TurboJPEG"]) > NUM_MUTANTS // 100
+
+
+class Guarded:
+    """Arrays that end or begin at a page that nobody may touch. Each request reuses the memory of the last one."""
+
+    def __init__(self):
+        self.free = {}
+        self.taken = []
+        self.at_end = True
+
+    def reset(self, at_end):
+        for size_bytes, array in self.taken:
+            self.free.setdefault(size_bytes, []).append(array)
+        self.taken, self.at_end = [], at_end
+
+    def __call__(self, size, dtype):
+        num_bytes = size * np.dtype(dtype).itemsize
+        page = mmap.PAGESIZE
+        length = -(-num_bytes // page) * page
+        if not self.free.get(length):
+            mapped = mmap.mmap(-1, length + 2 * page)
+            memory = np.frombuffer(mapped, np.uint8)
+            mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+            mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+            for guard in (memory.ctypes.data, memory.ctypes.data + page + length):
+                assert mprotect(guard, page, 0) == 0
+            self.free.setdefault(length, []).append(memory[page : page + length])
+        memory = self.free[length].pop()
+        self.taken.append((length, memory))
+        part = memory[length - num_bytes :] if self.at_end else memory[:num_bytes]
+        return part.view(dtype)
+
+
+def mutate(draw, data, layout):
+    """Return a copy with a few changes, most of them where our decoder reads."""
+    parts = {"index": (2, 60), "header": (layout.frame - 180, layout.scan), "scan": (layout.scan, data.size)}
+    start, stop = parts[draw.choice(list(parts), p=(0.1, 0.3, 0.6))]
+    start = max(start, 0)
+    content = data.copy()
+    kind = draw.choice(["flip", "bytes", "markers", "cut", "remove", "repeat"], p=(0.4, 0.2, 0.15, 0.05, 0.1, 0.1))
+    at = draw.integers(start, stop, draw.integers(1, 4))
+    if kind == "flip":
+        content[at] ^= (1 << draw.integers(0, 8, at.size)).astype(np.uint8)
+    elif kind == "bytes":
+        content[at] = draw.integers(0, 256, at.size)
+    elif kind == "markers":
+        content[at] = 0xFF
+        content[np.minimum(at + 1, data.size - 1)] = draw.choice([0, 0xD0, 0xD3, 0xD9, 0xFF], at.size)
+    elif kind == "cut":
+        content = content[: at[0]].copy()
+    elif kind == "remove":
+        content = np.delete(content, slice(at[0], at[0] + draw.integers(1, 4)))
+    else:
+        content = np.insert(content, at[0], content[at[0] : at[0] + draw.integers(1, 40)])
+    return content
+
+
+def run(seed, count):
+    guarded = Guarded()
+    both = Both(guarded)
+    guarded.taken = []  # the decoder keeps its memory
+    sources = []
+    for number, quality in enumerate((1, 30, 75, 90, 97, 100)):
+        size = (49 + 23 * number, 190 - 17 * number)
+        sources.append((size, jpeg.encode(photograph(*size, which=number), quality)))
+    sources.append(((60, 70), jpeg.encode(next(patterns((60, 70))), 80)))
+    outcomes = Counter()
+    for number in range(count):
+        draw = np.random.default_rng((seed, number))
+        size, data = sources[draw.integers(len(sources))]
+        guarded.reset(at_end=bool(number % 2))
+        content = mutate(draw, data, region.read_layout(data))
+        mutant = guarded(content.size, np.uint8)
+        mutant[:] = content
+        window = next(random_windows(draw, size, 1)) if draw.integers(3) else (0, 0, *size)
+        try:
+            status, accepted = both.decode(mutant, size, window)
+        except AssertionError:
+            print(f"mutant {number} of seed {seed}, window {window}", file=sys.stderr)
+            raise
+        outcomes[f"{status} by {'us' if accepted else 'TurboJPEG'}"] += 1
+    return outcomes
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(int(sys.argv[1]), int(sys.argv[2]))))
