@@ -101,8 +101,8 @@ def decoder():
 
 def decode_region(handles, data, size, eighths=8):
     memory = np.empty(3 * 96 * 96, np.uint8)
-    scratch = np.empty(8, np.int64), np.empty(1 << 16, np.uint8), memory
-    found = region.decode_planes_into(handles[0], data, size, (5, 6, 40, 50), eighths, *scratch)
+    scratch = np.empty(8, np.int64), np.empty(1 << 16, np.uint8), region.allocate_decoders(1)[0]
+    found = region.decode_planes_into(handles[0], data, size, (5, 6, 40, 50), eighths, scratch, memory)
     if found.status == region.BAD_JPEG:
         handles[0] = region.renew_decompressor(handles[0])
     return found, memory
