@@ -7,6 +7,7 @@ import os
 import shutil
 import tracemalloc
 import warnings
+from concurrent.futures import wait
 from io import BytesIO
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from ffcv_ops.codec.jpeg import decode
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources import folder as folders
 from ffcv_ops.sources.image import load_image
-from ffcv_ops.writing import partial_file, writer
+from ffcv_ops.writing import encode, partial_file, writer
 from ffcv_ops.writing.encode import shrink
 from ffcv_ops.writing.plan import BadImage, WriteSettings, build_plan
 from ffcv_ops.writing.writer import WriteError, write
@@ -711,3 +712,31 @@ def test_a_killed_worker_ends_the_run(many, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert quiet(many, tmp_path / "file.beton", WriteSettings("raw", page_size=PAGE_SIZE))["num_samples"] == 60
+
+
+def test_a_worker_reads_the_images_of_a_request_while_it_encodes_the_one_before(many, tmp_path):
+    shutil.copytree(many, tmp_path / "data")
+    plan = build_plan(folders.scan(tmp_path / "data"), WriteSettings("raw", page_size=PAGE_SIZE))
+    encoder = encode.Encoder(plan.settings, plan.folder.root, tmp_path / "file")
+    requests = [encode.encode_request(plan, number, np.arange(start, start + 8)) for number, start in enumerate((0, 8))]
+    for request in requests:
+        encoder.expect(request)
+    wait([content for contents in encoder._coming for content in contents])
+    shutil.rmtree(tmp_path / "data")
+    entries = [entry for request in requests for entry in encoder(request).entries]
+    assert len(entries) == 16 and not any(isinstance(entry, str) for entry in entries)
+
+
+def test_only_the_file_that_was_listed_is_read(tmp_path):
+    path = tmp_path / "0.png"
+    path.write_bytes(bytes(range(200)) * 100)
+    listed = list(folders.stat_image(path))
+    assert encode._read_listed(str(path), listed) == path.read_bytes()
+    broken = tmp_path / "1.png"
+    broken.symlink_to("nothing")
+    with pytest.raises(FileNotFoundError):  # the image is bad, but it is what was listed
+        encode._read_listed(str(broken), list(folders.stat_image(broken)))
+    for change in (lambda: os.utime(path, (1, 1)), lambda: os.truncate(path, 5), path.unlink, lambda: os.mkfifo(path)):
+        change()
+        with pytest.raises(encode.SourceChanged, match=r"0.png: on .* not the file that was listed"):
+            encode._read_listed(str(path), listed)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from enum import IntFlag
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,7 +52,9 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
     return read_image(path)[0]
 
 
-def read_image(path: str | os.PathLike[str], max_pixels: int | None = None) -> tuple[np.ndarray, Change]:
+def read_image(
+    path: str | os.PathLike[str], max_pixels: int | None = None, content: bytes | None = None
+) -> tuple[np.ndarray, Change]:
     """Decode an image file to the pixels of ``torchvision.datasets.folder.pil_loader``, except for deep grayscale.
 
     Those are the pixels of Pillow's ``convert("RGB")``. Grayscale, palette, alpha and CMYK images become RGB. An EXIF
@@ -67,6 +70,8 @@ def read_image(path: str | os.PathLike[str], max_pixels: int | None = None) -> t
     path : path
     max_pixels : int, optional
         The largest number of pixels; 0 for no limit. Pillow's limit also holds, twice ``Image.MAX_IMAGE_PIXELS``.
+    content : bytes, optional
+        The content of the file, if it has been read already. Only Pillow then opens the file, for what it decodes.
 
     Returns
     -------
@@ -81,8 +86,8 @@ def read_image(path: str | os.PathLike[str], max_pixels: int | None = None) -> t
         If the image is empty, has too many pixels, or has numbers of unknown range. Also if it is a JPEG of a kind
         that cannot be decoded, or PostScript, because Pillow would run it in Ghostscript.
     """
-    with open(path, "rb", buffering=0) as file:
-        content = file.read()
+    if content is None:
+        content = Path(path).read_bytes()
     if not content:
         raise UserError("the file is empty (0 bytes)")
     if max_pixels is None:

@@ -9,10 +9,12 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 # A worker has one message to work on, and one to begin with after its answer.
 MESSAGES_A_WORKER = 2
 _RESULTS_A_WORKER = 8
+_END = object()
 
 
 class WorkerKilled(RuntimeError):
@@ -183,7 +186,11 @@ def _environment(**values: str) -> Iterator[None]:
 def serve(
     connection: multiprocessing.connection.Connection, build: Callable[..., Callable[[Any], Any]], args: tuple[Any, ...]
 ) -> None:
-    """Answer messages with the function that `build` returns, until the other end of the connection is closed."""
+    """Answer messages with the function that `build` returns, until the other end of the connection is closed.
+
+    If the function has a method ``expect``, this is called with each message as soon as the message arrives, in another
+    thread. The message before it may not be answered yet.
+    """
     for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all processes, and the leader decides
         signal.signal(number, signal.SIG_IGN)
     warnings.simplefilter("ignore")  # Pillow warns about metadata that nobody reads
@@ -191,14 +198,26 @@ def serve(
 
     cv2.setNumThreads(1)
     answer = build(*args)
+    inbox: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=_receive_messages, args=(connection, inbox, answer), daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
-        while True:
-            message = connection.recv()
+        while (message := inbox.get()) is not _END:
             try:
                 reply: tuple[Any, Exception | None, str] = answer(message), None, ""
             except Exception as error:
                 reply = None, error, traceback.format_exc()
             _send(connection, reply)
+
+
+def _receive_messages(connection: multiprocessing.connection.Connection, inbox: SimpleQueue, answer: Any) -> None:
+    """Put the messages of a connection into a queue, and `_END` behind the last one."""
+    expect = getattr(answer, "expect", lambda message: None)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            message = connection.recv()
+            expect(message)
+            inbox.put(message)
+    inbox.put(_END)
 
 
 def _send(connection: multiprocessing.connection.Connection, message: Any) -> None:

@@ -2,9 +2,12 @@
 
 import os
 import socket
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from itertools import repeat
 from pathlib import Path
 from pickle import PickleBuffer
 from typing import Any
@@ -18,6 +21,9 @@ from ffcv_ops.files import write_all
 from ffcv_ops.sources.folder import stat_image
 from ffcv_ops.sources.image import Change, read_image
 from ffcv_ops.writing.plan import WritePlan, WriteSettings, library_versions
+
+# Threads of one worker that read images. A network file system answers in milliseconds, and several at once.
+_NUM_READERS = 8
 
 Entry = tuple[int, int, int, int, bytes, int]
 """Mode, width, height, size in bytes, SHA-256 and `Change` of an encoded image."""
@@ -66,7 +72,10 @@ def encode_request(plan: WritePlan, chunk: int | None, positions: np.ndarray) ->
 
 
 class Encoder:
-    """A worker's function: it answers `EncodeRequest` with `Encoded`, and `PlaceRequest` with `Placed`."""
+    """A worker's function: it answers `EncodeRequest` with `Encoded`, and `PlaceRequest` with `Placed`.
+
+    Threads read the images of the requests that have arrived, while earlier images are encoded.
+    """
 
     def __init__(self, settings: WriteSettings, root: Path, partial_path: Path):
         from PIL import Image
@@ -74,12 +83,20 @@ class Encoder:
         # The root is text: joining it to a path as a Path takes as long as reading a small file.
         self.settings, self.root, self.partial_path = settings, os.fspath(root), partial_path
         self._kept: dict[int, list[memoryview]] = {}
+        self._readers = ThreadPoolExecutor(_NUM_READERS)
+        self._coming: deque[list[Future[bytes]]] = deque()
         # Pillow's limit is a global variable, and this process has one setting. `read_image` checks the number.
         Image.MAX_IMAGE_PIXELS = None
 
     @cached_property
     def _file(self) -> int:
         return os.open(self.partial_path, os.O_WRONLY)
+
+    def expect(self, message: EncodeRequest | PlaceRequest) -> None:
+        """Begin to read the images of a request that has arrived."""
+        if isinstance(message, EncodeRequest):
+            paths = (os.path.join(self.root, path) for path in message.paths)
+            self._coming.append(list(map(self._readers.submit, repeat(_read_listed), paths, message.stats)))
 
     def __call__(self, message: EncodeRequest | PlaceRequest) -> Encoded | Placed:
         return self._place(message) if isinstance(message, PlaceRequest) else self._encode(message)
@@ -95,8 +112,11 @@ class Encoder:
     def _encode(self, message: EncodeRequest) -> Encoded:
         entries: list[Entry | str] = []
         contents = []
-        for path, stat, keep_raw in zip(message.paths, message.stats, message.raw, strict=True):
-            loaded = self._load(os.path.join(self.root, path), stat)
+        if not self._coming:
+            self.expect(message)
+        contents_read = self._coming.popleft()
+        for path, keep_raw in zip(message.paths, message.raw, strict=True):
+            loaded = self._load(os.path.join(self.root, path), contents_read.pop(0))
             if isinstance(loaded, str):
                 entries.append(loaded)
                 continue
@@ -112,12 +132,11 @@ class Encoder:
             self._kept[message.chunk] = contents
         return Encoded(message.chunk, entries)
 
-    def _load(self, path: str, stat: list[int]) -> tuple[np.ndarray, Change] | str:
+    def _load(self, path: str, content: Future[bytes]) -> tuple[np.ndarray, Change] | str:
         """Return the pixels of an image and their changes, or the reason why it cannot be decoded."""
-        _check_same(path, stat)
         try:
-            return read_image(path, self.settings.pixel_limit)
-        except (MemoryError, ImportError):  # not the image's fault
+            return read_image(path, self.settings.pixel_limit, content.result())
+        except (MemoryError, ImportError, SourceChanged):  # not the image's fault
             raise
         except UserError as error:
             return str(error)
@@ -125,17 +144,33 @@ class Encoder:
             return f"{type(error).__name__}: {error}"
 
 
-def _check_same(path: str, stat: list[int]) -> None:
-    """Raise UserError if an image is not the one that was listed. Another machine may have another image there."""
+class SourceChanged(UserError):
+    """An image is not the one that was listed. Another machine may have another image there."""
+
+
+def _changed(path: str) -> SourceChanged:
+    return SourceChanged(
+        f"{path}: on {socket.gethostname()} not the file that was listed (size or time of change differ, or it is "
+        "gone); leave the images alone while they are written, and let all machines see the same ones"
+    )
+
+
+def _read_listed(path: str, stat: list[int]) -> bytes:
+    """Return the content of a file, if it is the one that was listed."""
     try:
-        same = list(stat_image(path)) == stat
-    except FileNotFoundError:
-        same = False
-    if not same:
-        raise UserError(
-            f"{path}: on {socket.gethostname()} not the file that was listed (size or time of change differ, or it "
-            "is gone); leave the images alone while they are written, and let all machines see the same ones"
-        )
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # it may have become a pipe
+    except OSError as error:
+        if not os.path.lexists(path) or list(stat_image(path)) != stat:
+            raise _changed(path) from error
+        raise  # as listed: a link without target, or a file without permission
+    with open(file, "rb", buffering=0) as opened:
+        found = os.fstat(file)
+        if [found.st_size, found.st_mtime_ns] != stat:
+            raise _changed(path)
+        content = opened.read(found.st_size)
+        while len(content) < found.st_size and (more := opened.read(found.st_size - len(content))):
+            content += more
+    return content
 
 
 def encode_image(image: np.ndarray, settings: WriteSettings, keep_raw: bool) -> tuple[int, int, int, memoryview]:
