@@ -13,6 +13,8 @@ import torch
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.files import replacing
+from imagenet_training.card import ModelCard
+from imagenet_training.export import export_weights
 from imagenet_training.state import TrainState
 from imagenet_training.trainer import Trainer, unwrapped
 
@@ -101,10 +103,12 @@ def check_whole(path: str | Path) -> None:
         raise UnreadableFile(f"the checksum of {damaged} in it is wrong")
 
 
-def checkpoint_content(state: TrainState, trainer: Trainer, provenance: dict[str, Any]) -> dict[str, Any]:
+def checkpoint_content(
+    state: TrainState, trainer: Trainer, provenance: dict[str, Any], card: ModelCard
+) -> dict[str, Any]:
     """Return everything a run needs to continue, of types that ``torch.load(weights_only=True)`` admits.
 
-    Besides position and tensors, it has the keys of `provenance.describe_run`.
+    Besides position, tensors and the facts of the model, it has the keys of `provenance.describe_run`.
     """
     ema = trainer.ema
     return {
@@ -115,6 +119,7 @@ def checkpoint_content(state: TrainState, trainer: Trainer, provenance: dict[str
         "ema_updates": int(ema.n_averaged) if ema is not None else 0,
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
+        "card": card.to_dict(),
         **provenance,
     }
 
@@ -139,6 +144,11 @@ class CheckpointFolder:
 
     @property
     def weights(self) -> Path:
+        return self.folder / f"{self.arch}-weights.safetensors"
+
+    @property
+    def older_weights(self) -> Path:
+        """The weights that version 0.1.0 exported. They have no facts about the model."""
         return self.folder / f"{self.arch}-weights.pt"
 
     def best(self, state: TrainState) -> Path:
@@ -202,13 +212,16 @@ class CheckpointFolder:
         state = TrainState.of(content)
         self.folder.mkdir(parents=True, exist_ok=True)
         if is_best:
-            save_atomically(content["ema"] or content["model"], self.weights)
+            card = ModelCard.from_dict(content["card"], str(self.weights))
+            card = card.at(state, averaged=bool(content["ema"]))
+            export_weights(self.weights, content["ema"] or content["model"], card)
             save_atomically(content, self.best(state))
         save_atomically(content, self.last)
         if is_best:
             for older in self.paths():
                 if older not in (self.best(state), self.last):
                     older.unlink()
+            self.older_weights.unlink(missing_ok=True)
 
     def remove_unfinished(self) -> None:
         """Remove the temporary files of runs that were killed during a save."""
@@ -223,7 +236,7 @@ class CheckpointFolder:
         list of Path
             The new paths, in a folder ``earlier-N``.
         """
-        found = [*self.paths(), *(path for path in (self.weights, *others) if path.exists())]
+        found = [*self.paths(), *(path for path in (self.weights, self.older_weights, *others) if path.exists())]
         if not found:
             return []
         number = 1

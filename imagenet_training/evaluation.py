@@ -217,7 +217,7 @@ def evaluate_only(recipe: Recipe) -> None:
     loader = val_loader(recipe, data.val, world, DTYPES[plan.precision])
     provenance = describe_run(recipe, plan, data, world)
     log = RunLog(Path(recipe.logging.folder) / "logs", world.is_main)
-    for notice in evaluation_notices(candidate, plan, data, world, provenance):
+    for notice in (*evaluation_notices(candidate, plan, data, world, provenance), *trainer.notices):
         log.print(f"note: {notice}")
     log.print(f"evaluating {candidate.describe()}")
     with ending_with_status(plan, world, log):

@@ -13,9 +13,13 @@ import torchvision
 from torch import nn
 
 from ffcv_ops.errors import UserError
+from ffcv_ops.settings.fields import show
 from imagenet_training.recipe import Recipe
-from imagenet_training.weights import load_state, load_weights
+from imagenet_training.weight_file import WeightFile, read_weight_file
+from imagenet_training.weights import Fit, Head, load_state, load_weights
 
+# Sections of the recipe's settings of a network that are not in ``model``.
+_SECTIONS = {"use_blurpool": "training"}
 # A compilation takes about a minute. A shorter run gains less than that.
 MIN_STEPS_TO_COMPILE = 2000
 # torchvision's published weights of these two expect another normalisation, which the models can make themselves.
@@ -65,6 +69,8 @@ def build_model(
     ema: bool | Literal["auto"] = "auto",
     drop_path: float = 0.0,
     use_blurpool: bool = False,
+    whole: bool = False,
+    notices: list[str] | None = None,
 ) -> nn.Module:
     """Build a classifier from images (N, 3, H, W) to logits (N, num_classes).
 
@@ -84,13 +90,65 @@ def build_model(
         Rate of stochastic depth, for timm architectures only.
     use_blurpool : bool
         Blur the input of every strided convolution with at least 16 input channels; see `apply_blurpool`.
+    whole : bool
+        Refuse weights that do not make a trained model: without a head, or of a network that computes something else.
+    notices : list of str, optional
+        Gets everything that was chosen, left out or not loaded.
 
     Raises
     ------
     UserError
         If the architecture is unknown, the library has no drop path, or the weights are unusable.
     """
-    library = find_library(arch, library)
+    network: dict[str, Any] = {
+        "arch": arch,
+        "library": find_library(arch, library),
+        "num_classes": num_classes,
+        "drop_path": drop_path,
+        "use_blurpool": use_blurpool,
+    }
+    model, notes = _build_network(**network), list[str]()
+    head, fit = head_of(model, **network), None
+    if pretrained:
+        fit = load_state(model, *pretrained_state(arch, network["library"]), head)
+        source = f"the pretrained {arch}"
+    elif weights:
+        file = read_weight_file(weights, f"model.weights={weights}")
+        fit, found = load_weights(model, file, head, ema=ema)
+        source = file.name
+        notes += found + _other_network(file, fit, network, whole)
+    if fit is not None and fit.new_head:
+        had = f"a head of {fit.head_classes:,} classes" if fit.head_classes else "no head"
+        left = (
+            f"{source} has {had}, and the model has {num_classes:,} classes: {', '.join(fit.new_head)} would be random"
+        )
+        if whole:
+            raise UserError(f"{left}. Evaluate with data of the same classes, or train the head first")
+        notes.append(left.replace("would be random", "start from random values"))
+    if notices is not None:
+        notices += notes
+    return model
+
+
+def _other_network(file: WeightFile, fit: Fit, network: dict[str, Any], whole: bool) -> list[str]:
+    """Return a notice if weights are of a network that computes something else; refuse them if they must be whole."""
+    was = {**network, **(file.card.model if file.card is not None else {})}
+    if fit.blurred:
+        was["use_blurpool"] = True
+    was["library"] = find_library(was["arch"], was["library"])
+    ignored = ("num_classes", "drop_path")
+    others = [key for key in network if key not in ignored and network[key] != was[key]]
+    if not others:
+        return []
+    flags = " ".join(f"--{_SECTIONS.get(key, 'model')}.{key}={show(was[key])}" for key in others)
+    text = f"{file.name} is of a network that computes something else with the same tensors: its own has {flags}"
+    if whole:
+        raise UserError(f"{text}. Pass that")
+    return [text]
+
+
+def _build_network(arch: str, library: str, num_classes: int, drop_path: float, use_blurpool: bool) -> nn.Module:
+    """Build a classifier with initial weights."""
     if library == "torchvision" and drop_path:
         import timm
 
@@ -98,26 +156,13 @@ def build_model(
             "add --model.library=timm" if timm.is_model(arch) else f"timm has no {arch}, so pass --model.drop_path=0"
         )
         raise UserError(f"model.drop_path={drop_path} needs a timm architecture: {remedy}")
-    published = torchvision.models.get_model_weights(arch).__members__ if pretrained and library != "timm" else {}
-    if pretrained and library != "timm" and "IMAGENET1K_V1" not in published:
-        raise UserError(
-            f"torchvision has no IMAGENET1K_V1 weights of {arch}, but {', '.join(published)}: download those, and "
-            "pass --model.weights=FILE in place of --model.pretrained=1"
-        )
-    model = _library_model(arch, library, num_classes, drop_path, pretrained=pretrained)
-    if published:
-        chosen = published["IMAGENET1K_V1"]
-        load_state(model, chosen.get_state_dict(progress=False), f"torchvision's {chosen}")
+    model = _library_model(arch, library, num_classes, drop_path)
     if use_blurpool:
         apply_blurpool(model)
-    if weights:
-        load_weights(model, weights, ema=ema)
     return model
 
 
-def _library_model(
-    arch: str, library: str, num_classes: int, drop_path: float, *, pretrained: bool = False
-) -> nn.Module:
+def _library_model(arch: str, library: str, num_classes: int, drop_path: float) -> nn.Module:
     """Build an architecture with its library. A failure is the user's to correct: it is no code of this project."""
 
     def build(**options: Any) -> nn.Module:
@@ -130,7 +175,7 @@ def _library_model(
 
     options = {"drop_path_rate": drop_path} if drop_path else {}
     try:
-        return build(pretrained=pretrained, **options)
+        return build(**options)
     except Exception as error:  # each architecture fails with its own kind of error
         if drop_path and _succeeds(build) and not _succeeds(partial(build, **options)):
             raise UserError(
@@ -153,12 +198,56 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
+def head_of(model: nn.Module, *, num_classes: int = 1000, **network: Any) -> Head:
+    """Return the head of a model that `build_model` has built with the same arguments."""
+    return Head(model, lambda number: build_model(**network, num_classes=number), num_classes)
+
+
+def pretrained_state(arch: str, library: str) -> tuple[dict[str, torch.Tensor], str]:
+    """Fetch the library's ImageNet weights of an architecture: a state dict, and its source in words.
+
+    Raises
+    ------
+    UserError
+        If there are none, or they can be neither downloaded nor found in the library's cache.
+    """
+    try:
+        return _timm_state(arch) if library == "timm" else _torchvision_state(arch)
+    except OSError as error:
+        raise UserError(
+            f"{library}'s weights of {arch} could not be downloaded ({reason_of(error)}): download them on another machine, and "
+            "pass --model.weights=FILE in place of --model.pretrained=1"
+        ) from error
+
+
+def _timm_state(arch: str) -> tuple[dict[str, torch.Tensor], str]:
+    import timm
+
+    if not timm.is_model_pretrained(arch):
+        raise UserError(
+            f"timm has no pretrained weights of {arch}: set model.pretrained=0, or pass --model.weights=FILE"
+        )
+    model: Any = timm.create_model(arch, pretrained=True)
+    return model.state_dict(), f"timm's {model.pretrained_cfg.get('tag') or 'pretrained'} weights of {arch}"
+
+
+def _torchvision_state(arch: str) -> tuple[dict[str, torch.Tensor], str]:
+    published = torchvision.models.get_model_weights(arch).__members__
+    if "IMAGENET1K_V1" not in published:
+        raise UserError(
+            f"torchvision has no IMAGENET1K_V1 weights of {arch}, but {', '.join(published)}: download those, and "
+            "pass --model.weights=FILE in place of --model.pretrained=1"
+        )
+    chosen = published["IMAGENET1K_V1"]
+    return chosen.get_state_dict(progress=False), f"torchvision's {chosen}"
+
+
 def recipe_model(recipe: Recipe) -> dict[str, Any]:
     """Return the arguments of `build_model` that a recipe sets, without weights."""
     model = recipe.model
     return {
         "arch": model.arch,
-        "library": model.library,
+        "library": find_library(model.arch, model.library),
         "num_classes": model.num_classes,
         "drop_path": model.drop_path,
         "use_blurpool": recipe.training.use_blurpool,

@@ -17,14 +17,16 @@ from ffcv_ops.files import check_writable, nearest_folder
 from ffcv_ops.settings.command_line import replace_settings
 from ffcv_ops.units import show_bytes
 from imagenet_training.background import BackgroundTask
+from imagenet_training.card import ModelCard
 from imagenet_training.changes import position_notices
 from imagenet_training.checkpoint import CheckpointFolder, checkpoint_content, copy_to_cpu, size_bytes
 from imagenet_training.contact_sheet import class_names
 from imagenet_training.data import TrainingData, validation_images
 from imagenet_training.distributed import World, decided_by_main, wait_for_all
+from imagenet_training.export import use_of_weights
 from imagenet_training.logs import RunLog
 from imagenet_training.meters import EtaEstimator
-from imagenet_training.model import find_library, model_size
+from imagenet_training.model import model_size, recipe_model
 from imagenet_training.plan import RunPlan
 from imagenet_training.predictions import Predictions
 from imagenet_training.preemption import Stopped
@@ -72,6 +74,8 @@ class RunFolder:
         self.report = self.folder / "report.html"
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", recipe.model.arch)
         self.provenance = describe_run(recipe, plan, data, self.world)
+        card = ModelCard.of_recipe(self.provenance["recipe"], recipe_model(recipe), self.provenance["classes"])
+        self.card = dataclasses.replace(card, precision=plan.precision)
         resolutions = [plan.resolution(epoch) for epoch in range(plan.epochs)]
         self.log = RunLog(
             self.folder / "logs",
@@ -88,7 +92,8 @@ class RunFolder:
         size = model_size(self.model_on_paper, self.recipe.validation.resolution)
         log.print(summary(self.recipe, self.plan, size))
         log.keep(resolved_recipe(self.recipe))
-        for notice in run_notices(self.recipe, self.plan, self.data, self.world, self.point, self.provenance):
+        notices = run_notices(self.recipe, self.plan, self.data, self.world, self.point, self.provenance)
+        for notice in (*notices, *self.trainer.notices):
             log.print(f"note: {notice}")
         if self.world.is_main:
             self._make_room()
@@ -126,7 +131,7 @@ class RunFolder:
 
     def _content(self, state: TrainState) -> dict[str, Any]:
         """Return a copy of what a checkpoint holds, which further steps do not change."""
-        return copy_to_cpu(checkpoint_content(state, self.trainer, self.provenance))
+        return copy_to_cpu(checkpoint_content(state, self.trainer, self.provenance, self.card))
 
     def save(self, state: TrainState) -> None:
         """Save the run at its present position, while training goes on. A position is saved once."""
@@ -194,7 +199,7 @@ class RunFolder:
     def print_next_steps(self) -> None:
         """Print how the run ended, where its files are, and what is usually done next."""
         self.finish()
-        state, log, checkpoints, model = self.state, self.log, self.checkpoints, self.recipe.model
+        state, log, checkpoints = self.state, self.log, self.checkpoints
         best, last = checkpoints.best(state), log.last.get("val/acc1")
         log.print(
             f"done: best top-1 {state.best_acc1:.3%} in epoch {state.best_epoch}"
@@ -207,20 +212,14 @@ class RunFolder:
             log.print(f"  exported weights  {checkpoints.weights}")
         log.print(f"  logs              {log.folder / state.run_name}.log .jsonl .png .recipe.json .predictions.npz")
         log.print(f"  report            {self.report}")
-        if find_library(model.arch, model.library) == "timm":
-            options = f'num_classes={model.num_classes}, checkpoint_path="{checkpoints.weights}"'
-            use = f'model = timm.create_model("{model.arch}", {options})'
-        else:
-            loaded = f'torch.load("{checkpoints.weights}", weights_only=True)'
-            build = f"model = torchvision.models.{model.arch}(num_classes={model.num_classes})"
-            use = f"{build}; model.load_state_dict({loaded})"
         log.print("next")
         evaluate = {"training.eval_only": "1", "training.resume": str(best if best.exists() else checkpoints.last)}
         train_on = {"training.resume": str(checkpoints.last), "training.epochs": str(2 * self.plan.epochs)}
         log.print(f"  evaluate     {_command(evaluate)}")
         log.print(f"  train on     {_command(train_on)}")
         if checkpoints.weights.exists():
-            log.print(f"  use weights  {use}")
+            for line in use_of_weights(checkpoints.weights, self.card):
+                log.print(f"  use weights  {line}")
 
 
 def check_folder(recipe: Recipe, trainer: Trainer, state: TrainState) -> None:
@@ -240,7 +239,7 @@ def check_folder(recipe: Recipe, trainer: Trainer, state: TrainState) -> None:
             check_writable(folder / "logs", f"{state.run_name}.log")
         except UserError as error:
             raise UserError(f"{recipe.shown('logging.folder')}: {error}") from error
-        needed_bytes = size_bytes(checkpoint_content(state, trainer, {}))
+        needed_bytes = size_bytes(checkpoint_content(state, trainer, {}, ModelCard({})))
         free_bytes = shutil.disk_usage(nearest_folder(folder / "checkpoints")).free
         if free_bytes < needed_bytes:
             raise UserError(

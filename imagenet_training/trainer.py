@@ -16,7 +16,14 @@ from imagenet_training import distributed
 from imagenet_training.distributed import World
 from imagenet_training.logs import RunLog
 from imagenet_training.loss import Loss, main_logits, recipe_loss
-from imagenet_training.model import build_model, compiled, gains_from_compilation, reason_of, recipe_model
+from imagenet_training.model import (
+    build_model,
+    compiled,
+    gains_from_compilation,
+    head_of,
+    reason_of,
+    recipe_model,
+)
 from imagenet_training.optim import build_ema, build_optimizer
 from imagenet_training.plan import RunPlan
 from imagenet_training.recipe import Recipe
@@ -71,7 +78,9 @@ class Trainer:
         Batches per optimizer step.
     grad_clip, agc : float
         Largest norm of the whole gradient. Largest ratio of each unit's gradient norm to the norm of its weights
-        (adaptive gradient clipping, arXiv 2102.06171); the last layer is not clipped, as there. 0 does not clip.
+        (adaptive gradient clipping, arXiv 2102.06171); the head is not clipped, as there. 0 does not clip.
+    head : frozenset of str
+        Names of the head's parameters: those whose shapes depend on the number of classes.
     channels_last : bool
         Memory format of the images and the weights. Images that already have it are not copied.
     seed : int
@@ -80,6 +89,8 @@ class Trainer:
         Compile the model in `compile_for`.
     compiled_px : int
         Side of the images that the model is compiled for; 0 for none yet.
+    notices : tuple of str
+        Everything that was chosen, left out or not loaded of the weights that the model starts from.
     """
 
     model: nn.Module
@@ -93,11 +104,13 @@ class Trainer:
     accumulation: int = 1
     grad_clip: float = 0.0
     agc: float = 0.0
+    head: frozenset[str] = frozenset()
     ema_every: int = 1
     channels_last: bool = True
     seed: int = 0
     compiles: bool = False
     compiled_px: int = 0
+    notices: tuple[str, ...] = ()
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -154,7 +167,8 @@ class Trainer:
         if self.agc:
             from timm.utils.agc import adaptive_clip_grad  # here, because importing timm takes two seconds
 
-            adaptive_clip_grad([*self.model.parameters()][:-2], self.agc)
+            parameters = unwrapped(self.model).named_parameters()
+            adaptive_clip_grad([value for name, value in parameters if name not in self.head], self.agc)
         if self.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.scaler.step(self.optimizer)
@@ -274,11 +288,14 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
     torch.manual_seed(training.seed)
     torch.backends.cudnn.benchmark = True
     allow_tf32(training.tf32)
+    notices: list[str] = []
     model = build_model(
         **recipe_model(recipe),
         pretrained=recipe.model.pretrained and not from_checkpoint,
         weights=None if from_checkpoint else recipe.model.weights,
         ema=recipe.model.ema,
+        whole=training.eval_only,
+        notices=notices,
     ).to(world.device)
     if training.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -305,10 +322,12 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
         accumulation=plan.accumulation,
         grad_clip=training.grad_clip,
         agc=training.agc,
+        head=frozenset(head_of(model, **recipe_model(recipe)).class_dims) if training.agc else frozenset(),
         ema_every=training.ema_every,
         channels_last=training.channels_last,
         seed=training.seed,
         compiles=bool(compiles),
+        notices=tuple(notices),
     )
     trainer.model = _wrapped(model, trainer)
     return trainer

@@ -1,5 +1,10 @@
-"""Read weights from files of several kinds, and load them into a model."""
+"""Fit the tensors of a file to a model, by their structure, and load them."""
 
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,65 +12,309 @@ import torch
 from torch import nn
 
 from ffcv_ops.errors import UserError
+from imagenet_training.weight_file import TensorGroup, WeightFile, read_weight_file
+
+AVERAGED_WORDS = {"ema", "swa", "avg", "average", "averaged"}
+NUM_SHOWN = 3
 
 
-def load_weights(model: nn.Module, path: str | Path, *, ema: bool | Literal["auto"] = "auto") -> None:
-    """Load a local file of weights into a model, in place.
+class Head:
+    """The tensors of a model whose shapes depend on its number of classes.
 
-    The file may be a state dict (``torch.save`` or safetensors), an exported weights file, a checkpoint of this project
-    (its moving average if it has one), or ffcv-imagenet's ``final_weights.pt``. Prefixes ``module.`` and ``_orig_mod.``
-    are dropped. A head of another size keeps its initial weights.
+    Parameters
+    ----------
+    model : torch.nn.Module
+    build : callable
+        Builds the same architecture with another number of classes.
+    num_classes : int
+        Of the model.
+    """
+
+    def __init__(self, model: nn.Module, build: Callable[[int], nn.Module], num_classes: int):
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._build, self.num_classes = build, num_classes
+
+    @cached_property
+    def class_dims(self) -> dict[str, list[int]]:
+        """The dimensions of each of these tensors that grow with the number of classes, by the tensor's name."""
+        try:
+            with torch.device("meta"):
+                other = self._build(self.num_classes + 1).state_dict()
+        except Exception:  # some architectures compute with values when they are built
+            other = self._build(self.num_classes + 1).state_dict()
+        return {
+            name: [dim for dim, (a, b) in enumerate(zip(shape, other[name].shape, strict=True)) if a != b]
+            for name, shape in self._shapes.items()
+            if shape != tuple(other[name].shape)
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.class_dims
+
+    def classes_of(self, name: str, shape: tuple[int, ...]) -> int | None:
+        """Return the number of classes of a head's tensor; None if its shape differs in other dimensions too."""
+        own, dims = self._shapes[name], self.class_dims[name]
+        if len(own) != len(shape) or any(
+            a != b for i, (a, b) in enumerate(zip(own, shape, strict=True)) if i not in dims
+        ):
+            return None
+        return shape[dims[0]] - own[dims[0]] + self.num_classes
+
+
+@dataclass
+class Fit:
+    """A group of a file's tensors under the names of a model.
+
+    Attributes
+    ----------
+    label : str
+        Place and prefix of the tensors in the file.
+    averaged : bool
+        The tensors are averaged weights.
+    state : dict of str to torch.Tensor
+        The tensors, by the names of the model.
+    problems : list of str
+        The reasons why the tensors do not fit; empty if they do.
+    left_out : list of str
+        Names of the group's tensors that are not the model's.
+    num_matched : int
+        Names that the model has too.
+    new_head : list of str
+        Names of the head's tensors that keep their initial values.
+    head_classes : int or None
+        Number of classes of the file's head; None if the file has no head.
+    blurred : bool
+        The file has the filters of ffcv-imagenet's BlurPool.
+    """
+
+    label: str
+    averaged: bool
+    state: dict[str, torch.Tensor]
+    metadata: Mapping[str, Any] | None
+    problems: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    num_matched: int = 0
+    new_head: list[str] = field(default_factory=list)
+    head_classes: int | None = None
+    blurred: bool = False
+
+
+def load_weights(
+    model: nn.Module, source: str | Path | WeightFile, head: Head, *, ema: bool | Literal["auto"] = "auto"
+) -> tuple[Fit, list[str]]:
+    """Load a file of weights into a model, in place.
+
+    The file may hold a state dict of PyTorch or safetensors, a checkpoint or an export of this project, or a checkpoint
+    of other projects: of timm, torchvision, Lightning or ffcv-imagenet, for example. The tensors are found by their
+    structure: anywhere in nested mappings, under any prefix. Only a head of another size keeps its initial values.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    source : path or WeightFile
+    head : Head
+        Of the model.
+    ema : bool or "auto"
+        Take the averaged or the raw weights. ``"auto"``: the averaged ones, if there are any.
+
+    Returns
+    -------
+    fit : Fit
+        What was loaded.
+    notices : list of str
+        Everything that was chosen, left out or not loaded.
 
     Raises
     ------
     UserError
-        If the file is missing or unreadable, or its tensors do not fit. The message names the first few of them.
+        If the file is missing or unreadable, its tensors do not fit or are not finite, or several groups of them fit.
     """
-    if not Path(path).is_file():
-        raise UserError(f"model.weights={path}: no such file")
-    content: Any
-    try:
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpicklers and archives raise many kinds
-        raise UserError(f"model.weights={path} is not a file of weights: {error}") from error
-    averaged, raw = ("ema", "state_dict_ema", "model_ema"), ("model", "state_dict")
-    names = {"auto": averaged + raw, True: averaged, False: raw}[ema]
-    found = [name for name in names if isinstance(content, dict) and isinstance(content.get(name), dict)]
-    if ema is True and not found:
-        raise UserError(f"model.weights={path} has no averaged weights: pass --model.ema=0 for the raw ones")
-    content = content[found[0]] if found else content
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise UserError(f"model.weights={path} holds no state dict")
-    load_state(model, content, str(path))
+    file = source if isinstance(source, WeightFile) else read_weight_file(source, f"model.weights={source}")
+    fits = [fit for group in file.groups for fit in _fits(group, model, head)]
+    if file.card is not None and file.card.averaged:
+        for fit in fits:
+            fit.averaged = True
+    fit, notices = _choose(fits, ema, file.name)
+    _load(model, fit, file.name)
+    if fit.left_out:
+        notices.append(f"{file.name}: {_listed(fit.left_out)} left out, since the model has no such tensors")
+    return fit, notices
 
 
-def load_state(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Load a state dict into a model, in place. Only a head of another size may keep its initial weights."""
+def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str, head: Head) -> Fit:
+    """Load a state dict into a model, in place, as `load_weights` does."""
+    group = TensorGroup("", dict(state), getattr(state, "_metadata", None))
+    fit, _ = _choose(_fits(group, model, head), "auto", source)
+    _load(model, fit, source)
+    return fit
+
+
+def _choose(fits: list[Fit], ema: bool | Literal["auto"], source: str) -> tuple[Fit, list[str]]:
+    """Choose the tensors to load among all groups of a file."""
+    whole = [fit for fit in fits if not fit.problems]
+    if not whole:
+        nearest = max(fits, key=lambda fit: fit.num_matched)
+        where = f" ({nearest.label})" if nearest.label else ""
+        raise UserError(f"{source}{where} does not fit this architecture: tensors {'; '.join(nearest.problems)}")
+    averaged, raw = [fit for fit in whole if fit.averaged], [fit for fit in whole if not fit.averaged]
+    if ema is True and not averaged:
+        raise UserError(f"{source} has no averaged weights: pass --model.ema=0 for the raw ones")
+    if ema is False and not raw:
+        raise UserError(f"{source} has only averaged weights: pass --model.ema=auto or 1 for these")
+    chosen = raw if ema is False or not averaged else averaged
+    first, *others = chosen
+    if any(not _same(first, other) for other in others):
+        labels = " and ".join(fit.label or "the outermost tensors" for fit in chosen)
+        raise UserError(
+            f"{source} has several weights that fit: {labels}. Save the ones you want in a file of their own"
+        )
+    notices = []
+    if averaged and raw and ema == "auto":
+        notices.append(
+            f"{source} has averaged and raw weights: the averaged ones ({first.label}) are used; --model.ema=0 takes "
+            f"the raw ones ({raw[0].label})"
+        )
+    return first, notices
+
+
+def _same(one: Fit, other: Fit) -> bool:
+    return one.state.keys() == other.state.keys() and all(
+        torch.equal(tensor, other.state[name]) for name, tensor in one.state.items()
+    )
+
+
+def _load(model: nn.Module, fit: Fit, source: str) -> None:
+    """Load tensors that fit, if all of them are finite."""
     own = model.state_dict()
-    state = {_plain_name(name, own): value for name, value in state.items() if not name.endswith("blur_filter")}
-    head = {name for name in list(own)[-2:] if name in state and own[name].shape != state[name].shape}
-    state = {name: value for name, value in state.items() if name not in head}
-    missing = sorted(own.keys() - state.keys() - head)
+    bad = [
+        name
+        for name, tensor in fit.state.items()
+        if tensor.is_floating_point() and not tensor.isfinite().all() and not _initially_so(own[name], tensor)
+    ]
+    if bad:
+        raise UserError(f"{source} has values that are not finite in {_listed(bad)}: the training that made it failed")
+    state: Any = type(own)({**own, **fit.state})
+    # The versions of the modules, without which some architectures take current tensors for old ones.
+    state._metadata = getattr(own, "_metadata", None) if fit.metadata is None else fit.metadata
+    model.load_state_dict(state)
+
+
+def _initially_so(own: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Return True if a model has the same values that are not finite from the beginning, as masks have."""
+    return not own.is_meta and torch.equal(own.cpu().isfinite(), tensor.isfinite())
+
+
+def _fits(group: TensorGroup, model: nn.Module, head: Head) -> list[Fit]:
+    """Return the fits of a group's tensors under each prefix that they may have."""
+    own = model.state_dict()
+    tensors, blurred = _without_blur(group.tensors)
+    counts: Counter[str] = Counter()
+    for name in tensors:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in own:
+                counts[".".join(parts[:i])] += 1
+    most = max(counts.values(), default=0)
+    prefixes = [prefix for prefix, count in counts.items() if 2 * count > most] or [""]
+    fits = [_fit(group, tensors, prefix, model, head) for prefix in prefixes]
+    others, counters = tuple(f"{prefix}." for prefix in prefixes if prefix), {_counter(prefix) for prefix in prefixes}
+    for fit in fits:
+        fit.blurred = blurred
+        fit.left_out = [name for name in fit.left_out if name not in counters and not name.startswith(others)]
+    return fits
+
+
+def _counter(prefix: str) -> str | None:
+    """Return the name of the count that AveragedModel stores beside its module; None if the prefix is of no module."""
+    outer, _, last = f".{prefix}".rpartition(".")
+    return f"{outer[1:]}.n_averaged".removeprefix(".") if last == "module" else None
+
+
+def _without_blur(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], bool]:
+    """Return tensors without the blur filters that ffcv-imagenet stores, and whether there were any."""
+    blurred = {name.removesuffix("blur_filter") for name in tensors if name.endswith(".blur_filter")}
+    if not blurred:
+        return dict(tensors), False
+    renamed = {f"{layer}conv.{part}": f"{layer}{part}" for layer in blurred for part in ("weight", "bias")}
+    kept = {renamed.get(name, name): tensor for name, tensor in tensors.items() if not name.endswith(".blur_filter")}
+    return kept, True
+
+
+def _fit(group: TensorGroup, tensors: Mapping[str, torch.Tensor], prefix: str, model: nn.Module, head: Head) -> Fit:
+    """Give the tensors below a prefix the names of the model, and find what does not fit."""
+    own, start = model.state_dict(), f"{prefix}." if prefix else ""
+    state = _known_parts({name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}, own)
+    counter = _counter(prefix)
+    label = ".".join(part for part in (group.place, prefix) if part)
+    averaged = bool(AVERAGED_WORDS & set(re.split(r"[^a-z]+", label.lower()))) or (
+        counter is not None and counter in tensors
+    )
+    fit = Fit(label, averaged, state, group.metadata if not prefix else _metadata_below(group.metadata, start))
+    fit.left_out = sorted(name for name in tensors if not name.startswith(start))
+    fit.num_matched = len(state.keys() & own.keys())
     unexpected = sorted(state.keys() - own.keys())
     misshapen = sorted(name for name in state.keys() & own.keys() if state[name].shape != own[name].shape)
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+    others = sorted(
+        name
+        for name in state.keys() & own.keys()
+        if state[name].is_floating_point() != own[name].is_floating_point() or state[name].is_meta
+    )
+    missing = sorted(own.keys() - state.keys() - _batch_counts(model))
+    if misshapen or missing:
+        misshapen, missing = _leave_new_head(fit, misshapen, missing, own, head)
+    fit.problems = [
+        f"{what} ({_listed(names)})"
+        for names, what in (
+            (missing, "missing"),
+            (unexpected, "unexpected"),
+            (misshapen, "of another shape"),
+            (others, "of another type"),
+        )
         if names
     ]
-    if problems:
-        raise UserError(f"the weights of {source} do not fit this architecture: tensors {'; '.join(problems)}")
-    model.load_state_dict(state, strict=False)
+    return fit
 
 
-def _plain_name(name: str, own: dict[str, torch.Tensor]) -> str:
-    """Return a name without the parts that DDP, torch.compile and ffcv-imagenet's BlurPool (``.conv``) add."""
-    for prefix in ("module.", "_orig_mod."):
-        name = name.removeprefix(prefix)
-    unwrapped = name.removesuffix(".conv.weight") + ".weight"
-    return unwrapped if name not in own and unwrapped in own else name
+def _leave_new_head(
+    fit: Fit, misshapen: list[str], missing: list[str], own: Mapping[str, torch.Tensor], head: Head
+) -> tuple[list[str], list[str]]:
+    """Leave out a head of another size, or note that there is none; return the names that still do not fit."""
+    sizes = {head.classes_of(name, tuple(fit.state[name].shape)) for name in misshapen if name in head}
+    if len(sizes) == 1 and None not in sizes:
+        (fit.head_classes,) = sizes
+        fit.new_head = [name for name in own if name in misshapen and name in head]
+    elif missing and not misshapen and set(missing) == set(head.class_dims):
+        fit.new_head = [name for name in own if name in head]
+    fit.state = {name: value for name, value in fit.state.items() if name not in fit.new_head}
+    return [name for name in misshapen if name not in fit.new_head], [n for n in missing if n not in fit.new_head]
+
+
+def _known_parts(state: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Drop the parts of names that the model does not have, as wrappers of its layers add, if all names then fit."""
+    if state.keys() <= own.keys():
+        return state
+    known = {part for name in own for part in name.split(".")}
+    renamed = {".".join(part for part in name.split(".") if part in known): value for name, value in state.items()}
+    return renamed if len(renamed) == len(state) and renamed.keys() <= own.keys() else state
+
+
+def _metadata_below(metadata: Mapping[str, Any] | None, start: str) -> dict[str, Any] | None:
+    """Return the versions of the modules below a prefix, by their names there."""
+    if metadata is None:
+        return None
+    below = {
+        f"{name}."[len(start) :].rstrip("."): value for name, value in metadata.items() if f"{name}.".startswith(start)
+    }
+    return below or None
+
+
+def _batch_counts(model: nn.Module) -> set[str]:
+    """Return the names of the counts of batches. They change nothing in a model, and old files do not have them."""
+    norms = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    return {f"{name}.num_batches_tracked" if name else "num_batches_tracked" for name in norms}
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Return the number of names and the first few of them."""
+    names = list(names)
+    return f"{len(names)}: {', '.join(names[:NUM_SHOWN])}{', ...' if len(names) > NUM_SHOWN else ''}"

@@ -13,10 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from plans import make_plan
+from safetensors.torch import load_file
 
 from ffcv_ops import UserError
 from imagenet_training import checkpoint
 from imagenet_training.background import BackgroundTask
+from imagenet_training.card import ModelCard
 from imagenet_training.checkpoint import (
     CheckpointFolder,
     checkpoint_content,
@@ -25,6 +27,7 @@ from imagenet_training.checkpoint import (
     save_atomically,
 )
 from imagenet_training.distributed import World
+from imagenet_training.export import export_weights
 from imagenet_training.loss import soft_target_cross_entropy
 from imagenet_training.model import build_model
 from imagenet_training.optim import build_ema, build_optimizer
@@ -49,7 +52,8 @@ class Run:
         optimizer="sgd",
         decay=(1e-4, 0.0),
     ):
-        model = build_model("test_resnet", num_classes=num_classes)
+        self.card = ModelCard({"arch": "test_resnet", "library": "timm", "num_classes": num_classes})
+        model = build_model(**self.card.model)
         self.trainer = Trainer(
             model=model,
             ema=build_ema(model, 0.9),
@@ -69,7 +73,7 @@ class Run:
         self.last = self.checkpoints.last
 
     def content(self, state):
-        return checkpoint_content(state, self.trainer, self.provenance)
+        return checkpoint_content(state, self.trainer, self.provenance, self.card)
 
     def save(self, state, **options):
         self.checkpoints.save(self.content(state), **options)
@@ -145,30 +149,33 @@ def test_names_and_only_the_best_is_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "last.ckpt",
         "resnet18-epoch=01-val_acc1=0.7654.ckpt",
-        "resnet18-weights.pt",
+        "resnet18-weights.safetensors",
     ]
-    exported = torch.load(run.checkpoints.weights, weights_only=True)
-    assert exported.keys() == run.parts["model"].state_dict().keys()
+    assert load_file(run.checkpoints.weights).keys() == run.parts["model"].state_dict().keys()
 
 
 @pytest.mark.parametrize("num_written", [0, 1, 2])
 def test_killed_between_two_files_a_run_finds_all_that_its_newest_checkpoint_names(tmp_path, monkeypatch, num_written):
     run, written = Run(tmp_path), []
 
-    def save_some(content, path):
-        if len(written) == num_written:
-            raise KeyboardInterrupt
-        written.append(path)
-        save_atomically(content, path)
+    def some(save):
+        def save_some(*arguments):
+            if len(written) == num_written:
+                raise KeyboardInterrupt
+            written.append(arguments)
+            save(*arguments)
+
+        return save_some
 
     run.save(TrainState(epoch=1, step=7, best_acc1=0.5, best_epoch=0), is_best=True)
     run.take_a_step()
-    monkeypatch.setattr(checkpoint, "save_atomically", save_some)
+    monkeypatch.setattr(checkpoint, "save_atomically", some(save_atomically))
+    monkeypatch.setattr(checkpoint, "export_weights", some(export_weights))
     with pytest.raises(KeyboardInterrupt):
         run.save(TrainState(epoch=2, step=8, best_acc1=0.6, best_epoch=1), is_best=True)
     content = read_checkpoint(run.checkpoints.newest()[0])
     assert run.checkpoints.best(TrainState(**content["state"])).exists()
-    weights = torch.load(run.checkpoints.weights, weights_only=True)
+    weights = load_file(run.checkpoints.weights)
     same = all(torch.equal(weights[name], value) for name, value in content["ema"].items())
     assert same or content["state"]["step"] == 7, "exported weights are the best, or will be once it is redone"
 

@@ -29,6 +29,9 @@ from torch.distributed.run import get_args_parser
 import write_beton
 from ffcv_ops.settings.collect import read_settings
 from ffcv_ops.settings.declare import parameters_of
+from imagenet_training import ModelCard
+from imagenet_training.export import export_weights
+from imagenet_training.model import build_model
 from imagenet_training.recipe import FLAGS, Recipe, read_recipe
 
 pytestmark = pytest.mark.slow
@@ -187,6 +190,14 @@ class World:
                     "script", "write_beton.py", ["--source", f"{self.data}/{split}"], self.folder, {}
                 )
                 assert status == 0, output
+
+    def write_model(self) -> None:
+        """Write a picture, and exported weights of a small model, where documents name them."""
+        card = ModelCard({"arch": "test_resnet", "num_classes": 4}, classes=["cat", "dog", "fish", "bird"])
+        cv2.imwrite(str(self.data / "dog.jpg"), photographs(1)[0])
+        (self.data / "checkpoints").mkdir(exist_ok=True)
+        weights = self.data / "checkpoints" / "resnet50-weights.safetensors"
+        export_weights(weights, build_model(**card.model).state_dict(), card)
 
     def close(self) -> None:
         self.server.communicate()
@@ -347,6 +358,8 @@ def test_the_code_runs(world: World, block: Block) -> None:
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
     world.write_data()
+    if "load_model" in code:
+        world.write_model()
     code = world.substitute(code, PYTHON_SUBSTITUTIONS)
     status, output = world.run("code", code, [], world.data, {})
     assert status == 0, f"{block.where}: this code ended with exit status {status}:\n{code}\n\n{output[-3000:]}"

@@ -135,7 +135,7 @@ def test_unusable_weights_say_why(tmp_path):
     with pytest.raises(ValueError, match="not a file of weights"):
         build_model("resnet18", weights=tmp_path / "text.pt")
     torch.save(build_model("resnet34").state_dict(), tmp_path / "resnet34.pt")
-    with pytest.raises(ValueError, match=r"do not fit.*unexpected \(layer1.2.bn1.bias"):
+    with pytest.raises(ValueError, match=r"does not fit.*unexpected \(96: layer1.2.bn1.bias"):
         build_model("resnet18", weights=tmp_path / "resnet34.pt")
 
 

@@ -23,6 +23,7 @@ import torch
 import torchvision
 from betons import write_digits
 from browsers import PageReader, needs_chromium, screenshot
+from safetensors.torch import load_file
 from terminals import run_on_terminal, screen
 from wandb.proto import wandb_internal_pb2
 
@@ -131,7 +132,7 @@ def test_a_run_leaves_its_log_record_curve_and_checkpoints(whole_run):
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     assert names == {
         "last.ckpt",
-        "resnet18-weights.pt",
+        "resnet18-weights.safetensors",
         f"resnet18-epoch={best['epoch']:02d}-val_acc1={best['val/acc1']:.4f}.ckpt",
     }
     assert "0.4 x 16 / 256 = 0.025" in output
@@ -179,7 +180,7 @@ def test_a_checkpoint_tells_what_made_it(whole_run, data):
 
 
 def test_exported_weights_are_the_architecture_s_own(whole_run):
-    state = torch.load(whole_run[0] / "checkpoints" / "resnet18-weights.pt", weights_only=True)
+    state = load_file(whole_run[0] / "checkpoints" / "resnet18-weights.safetensors")
     torchvision.models.resnet18(num_classes=10).load_state_dict(state)
 
 
@@ -425,7 +426,7 @@ def test_compiled_runs_resume_to_the_bit(recipe, tmp_path, monkeypatch, num_proc
     whole, cut = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in folders)
     for part in ("model", "ema"):
         assert all(torch.equal(cut[part][name], value) for name, value in whole[part].items())
-    weights = torch.load(folders[0] / "checkpoints" / "resnet18-weights.pt", weights_only=True)
+    weights = load_file(folders[0] / "checkpoints" / "resnet18-weights.safetensors")
     torchvision.models.resnet18(num_classes=10).load_state_dict(weights)
 
 

@@ -1,0 +1,284 @@
+"""Files of weights of many origins: found by structure, loaded whole or refused, exported with all facts."""
+
+import argparse
+import copy
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel
+
+from ffcv_ops import UserError
+from imagenet_training import ModelCard, load_model
+from imagenet_training.export import export_weights, use_of_weights
+from imagenet_training.model import build_model, head_of
+
+ARCH = {"arch": "test_resnet", "library": "timm", "num_classes": 4}
+IMAGES = torch.linspace(-2, 2, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
+
+
+class Config(dict):
+    """A mapping of a class that only its author has."""
+
+
+def trained(seed=0, **changed):
+    """A model whose weights and statistics are unlike the initial ones."""
+    torch.manual_seed(seed)
+    model = build_model(**{**ARCH, **changed})
+    model(torch.randn(4, 3, 32, 32))
+    return model.eval()
+
+
+def prefixed(state, prefix):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def same(ours, theirs):
+    return all(torch.equal(ours.state_dict()[name], value) for name, value in theirs.state_dict().items())
+
+
+def averaged_state(model):
+    return AveragedModel(model).state_dict()
+
+
+CONTAINERS = {
+    "timm": lambda s: {"arch": "x", "args": argparse.Namespace(lr=0.1, out=Path("x")), "state_dict": s, "metric": 1.0},
+    "torchvision": lambda s: {"model": s, "args": argparse.Namespace(device="cuda", sizes=[1, 2])},
+    "Lightning": lambda s: {"state_dict": prefixed(s, "model."), "hyper_parameters": Config(lr=0.1), "epoch": 3},
+    "Lightning with a loss": lambda s: {"state_dict": {**prefixed(s, "net."), "criterion.weight": torch.ones(4)}},
+    "compiled and distributed": lambda s: prefixed(s, "_orig_mod.module."),
+    "model_state_dict": lambda s: {"model_state_dict": s, "optimizer_state_dict": {"state": {0: {"m": torch.ones(1)}}}},
+    "net": lambda s: {"net": prefixed(s, "module."), "acc": 93.2},
+    "deep": lambda s: {"trainer": {"student": {"backbone": prefixed(s, "encoder.0.")}}},
+    "wrapped layers": lambda s: {
+        name.replace("layer1.", "layer1._fsdp_wrapped_module."): value for name, value in s.items()
+    },
+    "defaultdict": lambda s: {"weights": s, "log": defaultdict(list, loss=[1.0])},
+    "old": lambda s: {name: value for name, value in s.items() if not name.endswith("num_batches_tracked")},
+    "half precision": lambda s: {
+        name: value.half() if value.is_floating_point() else value for name, value in s.items()
+    },
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_weights_are_found_by_their_structure(tmp_path, kind):
+    source = trained()
+    if kind == "half precision":
+        source = source.half().float()
+    torch.save(CONTAINERS[kind](dict(source.state_dict())), tmp_path / "file")
+    notices = []
+    model = build_model(**ARCH, weights=tmp_path / "file", whole=True, notices=notices)
+    assert torch.equal(model.eval()(IMAGES), source(IMAGES))
+    assert ["criterion.weight left out" in notice for notice in notices] == ([True] if "loss" in kind else [])
+
+
+AVERAGES = {
+    "torchvision": lambda raw, average: {"model": raw.state_dict(), "model_ema": averaged_state(average)},
+    "timm": lambda raw, average: {"state_dict": raw.state_dict(), "state_dict_ema": average.state_dict()},
+    "one module": lambda raw, average: {
+        "state_dict": {
+            **prefixed(raw.state_dict(), "model."),
+            **prefixed(averaged_state(average), "shadow."),
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_averaged_weights_are_taken_with_a_word_unless_the_raw_ones_are_wanted(tmp_path, kind):
+    raw, average = trained(0), trained(1)
+    torch.save(AVERAGES[kind](raw, average), tmp_path / "both.pt")
+    for ema, source in (("auto", average), (True, average), (False, raw)):
+        notices = []
+        model = build_model(**ARCH, weights=tmp_path / "both.pt", ema=ema, notices=notices)
+        assert same(model, source), ema
+        assert len(notices) == (ema == "auto") and all("--model.ema=0 takes" in notice for notice in notices)
+
+
+def test_averaged_weights_that_are_required_must_be_there(tmp_path):
+    torch.save(trained().state_dict(), tmp_path / "raw.pt")
+    torch.save(averaged_state(trained()), tmp_path / "averaged.pt")
+    with pytest.raises(UserError, match=r"raw.pt has no averaged weights: pass --model.ema=0"):
+        build_model(**ARCH, weights=tmp_path / "raw.pt", ema=True)
+    with pytest.raises(UserError, match=r"averaged.pt has only averaged weights"):
+        build_model(**ARCH, weights=tmp_path / "averaged.pt", ema=False)
+
+
+def test_several_weights_that_fit_are_refused_with_their_places(tmp_path):
+    one, other = trained(0).state_dict(), trained(1).state_dict()
+    torch.save({"state_dict": {**prefixed(one, "student."), **prefixed(other, "teacher.")}}, tmp_path / "two.pt")
+    with pytest.raises(UserError, match=r"several weights that fit: state_dict.student and state_dict.teacher\. Save"):
+        build_model(**ARCH, weights=tmp_path / "two.pt")
+    torch.save({"state_dict": one, "best": copy.deepcopy(one)}, tmp_path / "twins.pt")
+    assert same(build_model(**ARCH, weights=tmp_path / "twins.pt"), trained(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("fc.bias", "nan"), ("conv1.0.weight", "inf"), ("bn1.running_var", "-inf")]
+)
+def test_values_that_are_not_finite_are_refused(tmp_path, name, value):
+    state = trained().state_dict()
+    state[name].flatten()[0] = float(value)
+    torch.save(state, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match=f"bad.pt has values that are not finite in 1: {name}"):
+        build_model(**ARCH, weights=tmp_path / "bad.pt")
+
+
+def test_tensors_of_another_type_are_refused(tmp_path):
+    state = trained().state_dict()
+    torch.save({**state, "fc.weight": (100 * state["fc.weight"]).to(torch.int8)}, tmp_path / "quantized.pt")
+    with pytest.raises(UserError, match=r"of another type \(1: fc.weight\)"):
+        build_model(**ARCH, weights=tmp_path / "quantized.pt")
+
+
+def test_a_file_that_would_run_code_runs_none(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"args": argparse.Namespace(x=Bomb()), "model": trained().state_dict()}, tmp_path / "hostile.pt")
+    with pytest.raises(UserError, match="is not a file of weights"):
+        build_model(**ARCH, weights=tmp_path / "hostile.pt")
+    assert not (tmp_path / "ran").exists()
+    torch.save(trained(), tmp_path / "module.pt")
+    with pytest.raises(UserError, match=r"it holds an object of timm\S+ResNet; save its state_dict\(\) instead"):
+        build_model(**ARCH, weights=tmp_path / "module.pt")
+
+
+HEADS = {
+    "resnet18": "fc",
+    "squeezenet1_0": "classifier.1",
+    "googlenet": "fc aux1.fc2 aux2.fc2",
+    "inception_v3": "fc AuxLogits.fc",
+    "deit_tiny_distilled_patch16_224": "head head_dist",
+    "volo_d1_224": "head aux_head",
+    "repvit_m0_9": "head.head.l head.head_dist.l",
+    "levit_128s": "head.linear head_dist.linear",
+    "efficientformer_l1": "head head_dist",
+}
+
+
+@pytest.mark.parametrize("arch", HEADS)
+def test_the_head_is_what_depends_on_the_number_of_classes(arch):
+    with torch.device("meta"):
+        model = build_model(arch, num_classes=10)
+    layers = {name.rpartition(".")[0] for name in head_of(model, arch=arch, num_classes=10).class_dims}
+    assert all(any(layer.startswith(part) for part in HEADS[arch].split()) for layer in layers), layers
+    assert all(any(layer.startswith(part) for layer in layers) for part in HEADS[arch].split()), layers
+
+
+@pytest.mark.parametrize("arch", ["test_resnet", "deit_tiny_distilled_patch16_224", "squeezenet1_0"])
+def test_a_head_of_another_size_starts_random_with_a_word(tmp_path, arch):
+    source = build_model(arch, num_classes=12)
+    torch.save(source.state_dict(), tmp_path / "twelve.pt")
+    notices = []
+    model = build_model(arch, num_classes=10, weights=tmp_path / "twelve.pt", notices=notices)
+    head = head_of(model, arch=arch, num_classes=10)
+    for name, value in source.state_dict().items():
+        assert (name in head) or torch.equal(model.state_dict()[name], value), name
+    (notice,) = notices
+    assert "has a head of 12 classes, and the model has 10 classes" in notice and "start from random values" in notice
+    with pytest.raises(UserError, match=r"would be random\. Evaluate with data of the same classes"):
+        build_model(arch, num_classes=10, weights=tmp_path / "twelve.pt", whole=True)
+
+
+def test_weights_without_a_head_are_a_start_and_cannot_be_evaluated(tmp_path):
+    save_file({n: v for n, v in trained().state_dict().items() if not n.startswith("fc.")}, tmp_path / "body")
+    notices = []
+    build_model(**ARCH, weights=tmp_path / "body", notices=notices)
+    assert "has no head, and the model has 4 classes: fc.weight, fc.bias start" in notices[0]
+    with pytest.raises(UserError, match="would be random"):
+        build_model(**ARCH, weights=tmp_path / "body", whole=True)
+
+
+def test_a_head_of_other_features_is_another_network(tmp_path):
+    state = trained().state_dict()
+    torch.save({**state, "fc.weight": state["fc.weight"][:, :7]}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"of another shape \(1: fc.weight\)"):
+        build_model(**ARCH, weights=tmp_path / "other.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exports
+
+
+def card_of(**changed):
+    return ModelCard(
+        {**ARCH, "drop_path": 0.0, "use_blurpool": False, **changed}, channels_last=True, classes=list("abcd")
+    )
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"use_blurpool": True},
+        {"arch": "mnasnet0_5", "library": "torchvision"},
+        {"arch": "test_vit"},
+        {"arch": "resnet18", "library": "torchvision", "use_blurpool": True, "num_classes": 3},
+    ],
+)
+def test_an_export_builds_its_model(tmp_path, changed):
+    card = card_of(**changed)
+    model = build_model(**card.model).to(memory_format=torch.channels_last)
+    side = 160 if "vit" in str(changed) else 64
+    model(torch.randn(4, 3, side, side))
+    export_weights(tmp_path / "x.safetensors", model.eval().state_dict(), card)
+    images = torch.randn(2, 3, side, side)
+    loaded = load_model(tmp_path / "x.safetensors")
+    assert loaded.card == ModelCard(**{**vars(card), "averaged": False}) and not loaded.model.training
+    assert torch.equal(loaded.model(images), model(images))
+
+
+def test_tied_tensors_are_exported(tmp_path):
+    model = trained()
+    state = model.state_dict()
+    state["bn1.bias"] = state["bn1.running_mean"]
+    export_weights(tmp_path / "x.safetensors", state, card_of())
+    loaded = load_model(tmp_path / "x.safetensors").model
+    assert torch.equal(loaded.bn1.bias, loaded.bn1.running_mean) and same(loaded.layer1, model.layer1)
+
+
+def test_an_export_tells_what_its_network_computes(tmp_path):
+    blurred = trained(use_blurpool=True)
+    export_weights(tmp_path / "x.safetensors", blurred.state_dict(), card_of(use_blurpool=True))
+    with pytest.raises(UserError, match=r"computes something else .* --training.use_blurpool=1\. Pass that"):
+        build_model(**ARCH, weights=tmp_path / "x.safetensors", whole=True)
+    notices = []
+    build_model(**ARCH, weights=tmp_path / "x.safetensors", notices=notices)
+    assert "its own has --training.use_blurpool=1" in notices[0]
+    model = build_model(**ARCH, use_blurpool=True, weights=tmp_path / "x.safetensors", whole=True)
+    assert torch.equal(model.eval()(IMAGES), blurred(IMAGES))
+
+
+def test_another_architecture_with_the_same_tensors_is_told(tmp_path):
+    card = card_of(arch="efficientnet_lite0")
+    export_weights(tmp_path / "x.safetensors", build_model(**card.model).state_dict(), card)
+    with pytest.raises(UserError, match=r"something else .* --model.arch=efficientnet_lite0"):
+        build_model("tf_efficientnet_lite0", num_classes=4, weights=tmp_path / "x.safetensors", whole=True)
+
+
+def test_files_without_facts_are_refused_with_the_remedy(tmp_path):
+    torch.save(trained().state_dict(), tmp_path / "old.pt")
+    with pytest.raises(
+        UserError, match=r"does not say how to build its model.* Load other weights with --model.weights"
+    ):
+        load_model(tmp_path / "old.pt")
+
+
+def test_the_library_s_own_line_is_given_only_where_it_builds_the_same(tmp_path):
+    path = tmp_path / "x.safetensors"
+    assert len(use_of_weights(path, card_of(use_blurpool=True))) == 1
+    assert len(use_of_weights(path, card_of(arch="mnasnet0_5", library="torchvision"))) == 1
+    assert len(use_of_weights(path, ModelCard(**{**vars(card_of()), "mean": (0.5, 0.5, 0.5)}))) == 1
+    for changed in ({}, {"arch": "resnet18", "library": "torchvision"}):
+        card = card_of(**changed)
+        source = build_model(**card.model).eval()
+        export_weights(path, source.state_dict(), card)
+        for line in use_of_weights(path, card):
+            names = {}
+            exec(line, names)
+            assert torch.equal(names["model"].to(memory_format=torch.contiguous_format)(IMAGES), source(IMAGES)), line
