@@ -177,6 +177,9 @@ def test_an_unchanged_run_reads_whole_steps():
 
 
 def test_no_two_batches_of_a_run_are_seeded_alike(tmp_path):
+    fewer = [(["--batch_size=5", "--training.accumulation=4"], 1, {"until_epoch": 2}), ([], 1, {"until_epoch": 4})]
+    places = [place for part in resumed_run(tmp_path, fewer) for place in part.places]
+    assert len(places) == len(set(places)) == 2 * 20 + 2 * 10, "numbers of batches would repeat"
     places = [place for part in resumed_run(tmp_path, parts_with()) for place in part.places]
     assert len(places) == len(set(places)) == 16 + 7 + 35 + 8 * 4
     whole = Part(plan_of(recipe_of()), TrainState(), tmp_path).train(until_epoch=2)
