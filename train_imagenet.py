@@ -34,6 +34,7 @@ from imagenet_training.recipe import Recipe, read_recipe
 if TYPE_CHECKING:
     from torch.nn import Module
 
+    from ffcv_ops.lock import OwnerLock
     from imagenet_training.data import Loaders, TrainingData
     from imagenet_training.distributed import World
     from imagenet_training.plan import RunPlan
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """A run that can begin: everything is checked and built, and nothing is created on disk yet."""
+    """A run that can begin: everything is checked and built. Nothing is created on disk yet but the folder's lock."""
 
     world: "World"
     data: "TrainingData"
@@ -55,19 +56,24 @@ class Run:
     model_on_paper: "Module"
 
 
-def build(recipe: Recipe) -> Run:
+def meet(recipe: Recipe) -> "tuple[World, Module]":
+    """Become one rank of the run. Return its place and, for its size, the model on the meta device."""
+    from imagenet_training.distributed import join
+    from imagenet_training.model import model_on_paper
+
+    paper = model_on_paper(recipe)  # an architecture that does not exist is an error before ranks meet
+    return join(recipe), paper
+
+
+def build(recipe: Recipe, world: "World", paper: "Module") -> Run:
     """Open the data, choose the checkpoint, plan the run, and build the trainer at the position of the checkpoint."""
     from imagenet_training.changes import check_rest_of_epoch
     from imagenet_training.data import open_training_data
-    from imagenet_training.distributed import join
-    from imagenet_training.model import model_on_paper
     from imagenet_training.plan import plan_run
     from imagenet_training.resume import choose_checkpoint, restore
     from imagenet_training.trainer import build_trainer, unwrapped
     from imagenet_training.trial import try_model
 
-    paper = model_on_paper(recipe)  # an architecture that does not exist is an error before ranks meet
-    world = join(recipe)
     data = open_training_data(recipe)
     point = choose_checkpoint(recipe, world)
     plan = plan_run(
@@ -90,14 +96,16 @@ def build(recipe: Recipe) -> Run:
 def train(recipe: Recipe) -> None:
     """Train a model from a recipe."""
     from imagenet_training.data import build_loaders
-    from imagenet_training.run_folder import check_folder
+    from imagenet_training.run_folder import check_folder, locked_folder
 
-    run = build(recipe)
-    check_folder(recipe, run.trainer, run.state)
-    train_epochs(recipe, run, build_loaders(recipe, run.plan, run.data, run.world))
+    world, paper = meet(recipe)
+    with locked_folder(recipe, world) as lock:  # before the checkpoint is chosen, which another run may still write
+        run = build(recipe, world, paper)
+        check_folder(recipe, run.trainer, run.state)
+        train_epochs(recipe, run, build_loaders(recipe, run.plan, run.data, world), lock)
 
 
-def train_epochs(recipe: Recipe, run: Run, loaders: "Loaders") -> None:
+def train_epochs(recipe: Recipe, run: Run, loaders: "Loaders", lock: "OwnerLock") -> None:
     """Train, evaluate, log and save, epoch after epoch."""
     from imagenet_training.epoch import NOT_EVALUATED, evaluate, train_epoch
     from imagenet_training.failures import ending_with_status
@@ -105,10 +113,10 @@ def train_epochs(recipe: Recipe, run: Run, loaders: "Loaders") -> None:
     from imagenet_training.run_folder import RunFolder
 
     plan, trainer, state = run.plan, run.trainer, run.state
-    folder = RunFolder(recipe, plan, run.data, trainer, state, run.point, run.model_on_paper)
+    folder = RunFolder(recipe, plan, run.data, trainer, state, run.point, run.model_on_paper, lock)
     log = folder.log
     stopping = StopRequest(run.world, log.failure, log.keep)
-    with ending_with_status(plan, run.world, log, folder.finish), stopping as stop, folder:
+    with ending_with_status(plan, run.world, log, folder.finish_failed), stopping as stop, folder:
         for epoch in range(state.epoch, plan.epochs):
             loaders.set_resolution(plan.resolution(epoch))
             trainer.compile_for(plan.batch_size, plan.resolution(epoch), log)

@@ -31,6 +31,7 @@ import train_imagenet  # noqa: E402
 from ffcv_ops import OrderOption, read_beton  # noqa: E402
 from imagenet_training.data import IMAGENET_MEAN, IMAGENET_STD, Loaders, build_loaders  # noqa: E402
 from imagenet_training.recipe import Recipe, read_recipe  # noqa: E402
+from imagenet_training.run_folder import locked_folder  # noqa: E402
 
 # isort: split
 # behind ffcv_ops, which makes ffcv importable
@@ -132,7 +133,7 @@ def train(name: str, data: Path, folder: Path, seed: int, options: argparse.Name
     }.items():
         argv.append(f"--{key}={value}")
     recipe = read_recipe(argv)
-    run = train_imagenet.build(recipe)
+    run = train_imagenet.build(recipe, train_imagenet.meet(recipe))
     loaders = build_loaders(recipe, run.plan, run.data, run.world)
     if "stock" in name:
         stock: dict[str, Any] = {split: StockBatches(recipe, train=split == "train") for split in ("train", "val")}

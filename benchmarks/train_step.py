@@ -116,7 +116,7 @@ def build_run(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         "wandb.enable": 0,
     }
     recipe = read_recipe([f"--{key}={value}" for key, value in settings.items()])
-    run = train_imagenet.build(recipe)
+    run = train_imagenet.build(recipe, *train_imagenet.meet(recipe))
     log = RunLog(Path(options.folder), is_main=True, eta=EtaEstimator([options.size], options.batches), log_every=50)
     run.trainer.compile_for(options.batch_size, options.size, log)
     return run, build_loaders(recipe, run.plan, run.data, run.world).train, log

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +23,8 @@ def replacing(path: Path) -> Iterator[Path]:
     SaveError
         If the file cannot be written. An earlier file of that name is left as it was.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Two processes may write the same file. The last one wins, and no mixture of both appears.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         sync(temporary)

@@ -9,6 +9,7 @@ key, its place in ``--help`` and the check of its value follow from the field. `
 several settings. ``PYTHONPATH=. python tests/test_recipe.py`` updates the table in ``docs/RECIPES.md``.
 """
 
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -23,6 +24,8 @@ from ffcv_ops.settings.fields import Auto, Checker, Choice, Course, Integer, Num
 
 # --resume auto
 AUTO = "auto"
+# The lock of a run in its folder.
+LOCK_NAME = "run.lock"
 # Recipes are beside the packages, both in a checkout and in an installation.
 RECIPES = ShippedFiles(Path(__file__).resolve().parents[1], "*_configs/*.yaml")
 
@@ -400,6 +403,8 @@ def _check_files(recipe: Recipe) -> None:
             path = Path(name)
             if not path.absolute().parent.is_dir():
                 raise UserError(f"{shown(key)}: there is no folder {path.parent}")
+            if is_file_of_run(path):
+                raise UserError(f"{shown(key)}: a training run writes this file; choose another name")
             try:
                 check_writable(path.parent, path.name)
             except UserError as error:
@@ -412,6 +417,15 @@ def _check_files(recipe: Recipe) -> None:
         raise UserError("--eval_only has no weights to evaluate: set --resume, --model.weights or --model.pretrained=1")
     if training.resume not in (None, AUTO) and not Path(training.resume).is_file():
         raise UserError(f"{shown('training.resume')}: no such file")
+
+
+def is_file_of_run(path: Path) -> bool:
+    """Return True if a training run writes this file: its report, or a file among its logs and checkpoints."""
+    path = Path(os.path.abspath(path))
+    names = ("logs", "checkpoints")
+    folder = path.parent.parent if path.parent.name in names else path.parent
+    is_run = (folder / LOCK_NAME).exists() or any((folder / "logs").glob("train_*.jsonl"))
+    return is_run and (path.name in ("report.html", LOCK_NAME) or path.parent.name in names)
 
 
 def _find_notices(recipe: Recipe) -> Iterable[str]:

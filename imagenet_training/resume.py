@@ -19,6 +19,8 @@ from imagenet_training.trainer import Trainer, unwrapped
 
 # The note in the ranks' store with the names that the run had before torchrun restarted it.
 RUN_NOTE = "run"
+# In that note, the token of the run's lock.
+LOCK_NOTE = "lock"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import shlex
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from ffcv_ops import UserError
 from ffcv_ops.files import check_writable, nearest_folder
+from ffcv_ops.lock import OwnerLock
 from ffcv_ops.settings.command_line import replace_settings
 from ffcv_ops.units import show_bytes
 from imagenet_training.background import BackgroundTask
@@ -31,9 +33,9 @@ from imagenet_training.plan import RunPlan
 from imagenet_training.predictions import Predictions
 from imagenet_training.preemption import Stopped
 from imagenet_training.provenance import describe_run, differences
-from imagenet_training.recipe import FLAGS, Recipe, expected_accuracy
+from imagenet_training.recipe import FLAGS, LOCK_NAME, Recipe, expected_accuracy
 from imagenet_training.report import NUM_MISTAKES_SHOWN, write_report
-from imagenet_training.resume import RUN_NOTE, ResumePoint
+from imagenet_training.resume import LOCK_NOTE, RUN_NOTE, ResumePoint
 from imagenet_training.state import TrainState
 from imagenet_training.summary import resolved_recipe, summary
 from imagenet_training.trainer import Trainer
@@ -56,6 +58,8 @@ class RunFolder:
     point : ResumePoint
     model_on_paper : torch.nn.Module
         The model on the meta device, for its size in the summary.
+    lock : OwnerLock
+        The lock of the folder; see `locked_folder`.
     """
 
     def __init__(
@@ -67,9 +71,10 @@ class RunFolder:
         state: TrainState,
         point: ResumePoint,
         model_on_paper: nn.Module,
+        lock: OwnerLock,
     ):
         self.recipe, self.plan, self.data, self.trainer, self.state = recipe, plan, data, trainer, state
-        self.point, self.world, self.model_on_paper = point, trainer.world, model_on_paper
+        self.point, self.world, self.model_on_paper, self.lock = point, trainer.world, model_on_paper, lock
         self.folder = Path(recipe.logging.folder)
         self.report = self.folder / "report.html"
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", recipe.model.arch)
@@ -89,6 +94,7 @@ class RunFolder:
 
     def __enter__(self) -> "RunFolder":
         log, state = self.log, self.state
+        self.lock.check()
         size = model_size(self.model_on_paper, self.recipe.validation.resolution)
         log.print(summary(self.recipe, self.plan, size))
         log.keep(resolved_recipe(self.recipe))
@@ -101,13 +107,15 @@ class RunFolder:
             log.print(f"resuming at {state}")
         log.open(state, self.provenance)
         if self.world.is_main:
-            names = {"run_name": state.run_name, "wandb_id": state.wandb_id}
+            names = {"run_name": state.run_name, "wandb_id": state.wandb_id, LOCK_NOTE: self.lock.token}
             self.world.store.write(RUN_NOTE, json.dumps(names))
         return self
 
     def _make_room(self) -> None:
         """Remove unfinished files of a killed run, and move the files of another run to ``earlier-N``."""
         self.checkpoints.remove_unfinished()
+        for path in (*self.folder.glob(".report.html.*.tmp"), *self.log.folder.glob(".*.tmp")):
+            path.unlink()
         resumed = self.plan.resumed_from
         if not resumed or Path(resumed).resolve().parent != self.checkpoints.folder.resolve():
             for path in self.checkpoints.keep_earlier_run(self.report):
@@ -129,6 +137,23 @@ class RunFolder:
         """Wait for the last save and report. Raise the error of either."""
         self._background.finish()
 
+    def finish_failed(self) -> None:
+        """Wait for the last save, and free the folder: on several ranks, the process then ends at once."""
+        try:
+            self.finish()
+        finally:
+            self.lock.release()
+
+    def _start(self, work: Callable[[], None]) -> None:
+        """Start a task that writes files, if the folder is still this run's."""
+
+        def checked() -> None:
+            self.lock.check()
+            work()
+
+        self.lock.check()
+        self._background.start(checked)
+
     def _content(self, state: TrainState) -> dict[str, Any]:
         """Return a copy of what a checkpoint holds, which further steps do not change."""
         return copy_to_cpu(checkpoint_content(state, self.trainer, self.provenance, self.card))
@@ -138,7 +163,7 @@ class RunFolder:
         if self.world.is_main and state != self._saved:
             self._saved = dataclasses.replace(state)
             content = self._content(state)
-            self._background.start(lambda: self.checkpoints.save(content))
+            self._start(lambda: self.checkpoints.save(content))
 
     def save_epoch(self, state: TrainState, predictions: Predictions | None) -> None:
         """Save the run after an epoch and write its report, while training goes on.
@@ -160,7 +185,7 @@ class RunFolder:
                 self.checkpoints.save(content, is_best=is_best)
                 self._report(position, best)
 
-            self._background.start(work)
+            self._start(work)
         self.log.eta.end_pause()
 
     def _report(self, state: TrainState, best: Predictions | None) -> None:
@@ -248,6 +273,37 @@ def check_folder(recipe: Recipe, trainer: Trainer, state: TrainState) -> None:
             )
 
     decided_by_main(check)
+
+
+@contextmanager
+def locked_folder(recipe: Recipe, world: World) -> Iterator[OwnerLock]:
+    """Lock ``logging.folder`` for this run, so that no other run writes there. Rank 0 has the lock.
+
+    Raises
+    ------
+    UserError
+        On every rank, if another run has the folder.
+    """
+    folder = Path(recipe.logging.folder)
+    conflict = f"logging.folder={folder}: another run writes into this folder"
+    lock = OwnerLock(
+        folder / LOCK_NAME, conflict, "pass another --logging.folder", lambda line: print(line, flush=True)
+    )
+    # If torchrun has restarted this run, it has ended the process that had the lock.
+    predecessor = json.loads(world.store.read(RUN_NOTE) or "{}").get(LOCK_NOTE, "")
+
+    def take() -> None:
+        try:
+            check_writable(folder)
+        except UserError as error:
+            raise UserError(f"{recipe.shown('logging.folder')}: {error}") from error
+        lock.acquire(predecessor)
+
+    decided_by_main(take)
+    try:
+        yield lock
+    finally:
+        lock.release()
 
 
 def run_notices(

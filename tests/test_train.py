@@ -614,3 +614,20 @@ def test_a_loss_that_explodes_ends_the_run_with_its_remedies(call, recipe, monke
     assert len(papers) == 1, "built on paper once"
     assert "the loss or a weight is not finite" in out and "--training.grad_clip=1" in out
     assert any(path.suffix == ".log" and "not finite" in path.read_text() for path in created)
+
+
+def test_a_second_run_is_refused_before_anything_is_created(call, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "GRACE_S", 0.0)
+    with lock.OwnerLock(tmp_path / "run.lock", "", ""):
+        status, _, err, created = call("--config-file", recipe, "--resume", "auto")
+        assert (status, created) == (2, set())
+        assert re.search(
+            r"^error: logging.folder=\.: another run writes into this folder: process \d+ on \S+ since [\d :-]+\. "
+            r"Wait for that process, end it, or pass another --logging.folder$",
+            err,
+            re.MULTILINE,
+        )
+        (tmp_path / "logs").mkdir()
+        for options in (("--eval_only", "--report", "report.html"), ("--preview", "logs/train.png")):
+            status, _, err, created = call("--config-file", recipe, *options)
+            assert (status, created) == (2, set()) and "a training run writes this file; choose another name" in err

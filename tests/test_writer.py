@@ -24,6 +24,7 @@ from sklearn.datasets import load_sample_images
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 
+from ffcv_ops import lock
 from ffcv_ops.beton.layout import manifest_path
 from ffcv_ops.beton.reading import read_beton
 from ffcv_ops.beton.verify import verify
@@ -566,32 +567,18 @@ def test_a_run_killed_before_its_manifest_writes_that_alone(folder, tmp_path, mo
         quiet(folder, target)
 
 
-def test_two_runs_do_not_write_one_file(folder, tmp_path):
+def test_two_runs_do_not_write_one_file(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "GRACE_S", 0.0)
     target = tmp_path / "file.beton"
-    first = partial_file.PartialFile(target, {}, 0, PAGE_SIZE)
-    try:
-        with pytest.raises(UserError, match="another process is writing"):
+    path = tmp_path / "file.beton.partial.lock"
+    with lock.OwnerLock(path, "", ""):
+        with pytest.raises(
+            UserError, match=r"file.beton.partial: another process is writing this file: process \d+ on"
+        ):
             quiet(folder, target)
-    finally:
-        first.close()
+        assert leftovers(target) == ["file.beton.partial.lock"]
     assert quiet(folder, target)["num_samples"] == 30
-
-
-def test_a_file_that_was_renamed_under_a_runs_hands_is_left_alone(tmp_path, monkeypatch):
-    """Another process opens the file as the first one ends, and gets its lock."""
-    target, flock = tmp_path / "file.beton", partial_file.fcntl.flock
-    partial, _ = partial_file.partial_paths(target)
-    partial.write_bytes(b"whole")
-
-    def rename_and_lock(*args):
-        partial.rename(target)
-        partial.touch()
-        flock(*args)
-
-    monkeypatch.setattr(partial_file.fcntl, "flock", rename_and_lock)
-    with pytest.raises(UserError, match="another process is writing"):
-        partial_file.PartialFile(target, {}, 0, PAGE_SIZE)
-    assert target.read_bytes() == b"whole"
+    assert leftovers(target) == ["file.beton", "file.beton.json"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Hold an unfinished file: its pages on disk, and a journal of the pages from which a killed run resumes."""
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -12,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ffcv_ops.errors import UserError
 from ffcv_ops.files import publish, sync, write_all
 
 _COMMIT_EVERY_S = 2.0
@@ -24,7 +22,7 @@ class PartialFile:
     Others write the pages into the file. This class notes the pages and forces them to disk. The first line of the
     journal identifies the job. Each further line describes one page: its number, its SHA-256 and the caller's record. A
     line counts only if its CRC is right, and is written only after its page is safely on disk. A run can therefore
-    trust every line after ``kill -9`` or a power cut.
+    trust every line after ``kill -9`` or a power cut. The caller ensures that no other process writes the same files.
 
     Parameters
     ----------
@@ -46,8 +44,6 @@ class PartialFile:
 
     Raises
     ------
-    UserError
-        If another process writes the same file.
     OSError
         If the files cannot be made.
     """
@@ -63,7 +59,6 @@ class PartialFile:
         self._uncommitted: list[bytes] = []
         self._committed_s = -_COMMIT_EVERY_S
         try:
-            _lock(self._file, self.path)
             self.resumed, self.changed = self._resume(identity)
             self.page_hashes: list[str] = [page["sha256"] for page in self.resumed]
         except BaseException:
@@ -87,7 +82,6 @@ class PartialFile:
         remove_partial(self.target)
         old, self._file = self._file, os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         os.close(old)
-        _lock(self._file, self.path)
         self._journal = os.open(self.journal_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         write_all(self._journal, _line(identity))
         os.fsync(self._journal)
@@ -185,17 +179,3 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
 def _line(entry: dict[str, Any]) -> bytes:
     content = json.dumps(entry, separators=(",", ":")).encode()
     return b"%08x %s\n" % (zlib.crc32(content), content)
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    """Lock an open file. Raise UserError if another process has it, or if it no longer is the file at `path`."""
-    taken = False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        taken = True
-    except OSError:
-        pass  # some file systems have no locks, such as Lustre with its defaults
-    # Between opening and locking, another process may have renamed the file, or made a new one under its name.
-    if taken or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
-        raise UserError(f"{path}: another process is writing this file; wait for it, or end it")

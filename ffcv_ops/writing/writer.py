@@ -16,6 +16,7 @@ import numpy as np
 
 from ffcv_ops.beton import layout as beton
 from ffcv_ops.errors import UserError
+from ffcv_ops.lock import OwnerLock
 from ffcv_ops.sources.folder import ImageFolder, Stage, class_difference, scan
 from ffcv_ops.units import show_bytes
 from ffcv_ops.workers.processes import WorkerKilled, Workers, choose_num_workers, map_in_order
@@ -113,7 +114,10 @@ def write(
         return manifest
     if target.exists() and not overwrite:
         raise UserError(f"{target}: exists already; use --overwrite to replace it")
-    return _write(plan, target, num_workers, leader, on_error, notice, progress, stage)
+    partial_path = partial_paths(target)[0]
+    conflict = f"{partial_path}: another process is writing this file"
+    with OwnerLock(Path(f"{partial_path}.lock"), conflict, "choose another --target", notice):
+        return _write(plan, target, num_workers, leader, on_error, notice, progress, stage)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
