@@ -133,12 +133,14 @@ def train(name: str, data: Path, folder: Path, seed: int, options: argparse.Name
     }.items():
         argv.append(f"--{key}={value}")
     recipe = read_recipe(argv)
-    run = train_imagenet.build(recipe, train_imagenet.meet(recipe))
-    loaders = build_loaders(recipe, run.plan, run.data, run.world)
-    if "stock" in name:
-        stock: dict[str, Any] = {split: StockBatches(recipe, train=split == "train") for split in ("train", "val")}
-        loaders = Loaders(**stock, train_crop=loaders.train_crop)
-    train_imagenet.train_epochs(recipe, run, loaders)
+    world = train_imagenet.meet(recipe)
+    with locked_folder(recipe, world) as lock:
+        run = train_imagenet.build(recipe, world)
+        loaders = build_loaders(recipe, run.plan, run.data, world)
+        if "stock" in name:
+            stock: dict[str, Any] = {split: StockBatches(recipe, train=split == "train") for split in ("train", "val")}
+            loaders = Loaders(**stock, train_crop=loaders.train_crop)
+        train_imagenet.train_epochs(recipe, run, loaders, lock)
     (records,) = (folder / "logs").glob("*.jsonl")
     return 100 * json.loads(records.read_text().splitlines()[-1])["val/acc1"]
 

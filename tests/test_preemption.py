@@ -217,7 +217,7 @@ def test_a_run_whose_reader_is_gone_is_saved_and_its_log_goes_on(ranks, undistur
     text = log.read_text()
     assert "the reader of the output is gone: saving at the end of this step" in text
     state = last(tmp_path / "run")["state"]
-    assert f"stopped since the reader of its output is gone: epoch 0, batch {state['batch']}" in text
+    assert f"stopped since the reader of its output is gone: {TrainState(**state)}, saved as" in text
     assert job.output() == ""
     job = ranks.start(tmp_path / "run", 2, *arguments, output="no reader, nohup")
     assert job.statuses() == [0, 0], "whoever starts a run with nohup wants it to go on"

@@ -28,7 +28,7 @@ from terminals import run_on_terminal, screen
 from wandb.proto import wandb_internal_pb2
 
 import train_imagenet
-from ffcv_ops import read_beton
+from ffcv_ops import lock, read_beton
 from ffcv_ops.writing.writer import write
 from imagenet_training import model
 from imagenet_training.data import IMAGENET_MEAN, IMAGENET_STD, open_train_file, random_crop, train_loader
