@@ -133,9 +133,9 @@ def train(name: str, data: Path, folder: Path, seed: int, options: argparse.Name
     }.items():
         argv.append(f"--{key}={value}")
     recipe = read_recipe(argv)
-    world = train_imagenet.meet(recipe)
+    world, paper = train_imagenet.meet(recipe)
     with locked_folder(recipe, world) as lock:
-        run = train_imagenet.build(recipe, world)
+        run = train_imagenet.build(recipe, world, paper)
         loaders = build_loaders(recipe, run.plan, run.data, world)
         if "stock" in name:
             stock: dict[str, Any] = {split: StockBatches(recipe, train=split == "train") for split in ("train", "val")}
