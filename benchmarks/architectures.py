@@ -91,10 +91,11 @@ def recipe_of(name: str, size_px: int, num_classes: int = NUM_CLASSES, *argument
     )  # fmt: skip
 
 
-def smallest_size(recipe: Recipe, model: torch.nn.Module, model_on_paper: torch.nn.Module) -> int | None:
+def smallest_size(recipe: Recipe, paper: torch.nn.Module) -> int | None:
     """Return the smallest candidate, px, at which a model trains and evaluates; None if there is none."""
-    for module in (model_on_paper, model):  # some architectures compute with values
-        trial = Trial(module, recipe_loss(recipe), NUM_CLASSES, "32")
+    for on_paper in (True, False):
+        model = paper if on_paper else build_model(**recipe_model(recipe))  # some architectures compute with values
+        trial = Trial(model, recipe_loss(recipe), NUM_CLASSES, "32")
         for size in CANDIDATES_PX:
             if trial.train(size, BATCH_SIZE, backward=False) is None and trial.evaluate(size, BATCH_SIZE) is None:
                 return size
@@ -118,17 +119,17 @@ def attempt(name: str, max_parameters: float, sender: Connection) -> None:
         done("plan")
         if parameters > max_parameters:
             return
+        action = "step"
+        size = smallest_size(recipe, paper)
+        done("size_px", size)
+        recipe = recipe_of(name, size or 224)
         action = "build"
-        model = build_model(**recipe_model(recipe))
+        trainer = build_trainer(recipe, plan_of(recipe), WORLD)
         done("build")
         action = "step"
-        size = smallest_size(recipe, model, paper)
-        done("size_px", size)
         if size is None:
-            try_model(recipe, plan_of(recipe), model, recipe_loss(recipe))
+            try_model(recipe, plan_of(recipe), trainer.model, trainer.loss)
             raise AssertionError("no size was found, and the trial finds no fault")
-        recipe = recipe_of(name, size)
-        trainer = build_trainer(recipe, plan_of(recipe), WORLD)
         torch.manual_seed(0)
         images = torch.randn(BATCH_SIZE, 3, size, size)
         targets = torch.full((BATCH_SIZE, NUM_CLASSES), 1 / NUM_CLASSES)
@@ -171,14 +172,15 @@ def plan_of(recipe: Recipe) -> Any:
 def drop_path_of(recipe: Recipe) -> str:
     """Return ``yes``, ``refused``, or ``ignored``: what an architecture makes of a drop path."""
     try:
+        check_drop_path(recipe, plan_of(recipe))
+        return "yes"
+    except UserError:
+        pass
+    try:
         model_on_paper(recipe)
+        return "ignored, therefore refused"
     except UserError:
         return "refused"
-    try:
-        check_drop_path(recipe, plan_of(recipe))
-    except UserError:
-        return "ignored, therefore refused"
-    return "yes"
 
 
 def try_in_process(name: str, limit_s: float, max_parameters: float) -> dict[str, Any]:
