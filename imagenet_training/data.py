@@ -1,6 +1,6 @@
 """The data of a recipe: its two files, and the loaders that turn them into batches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,15 +101,18 @@ def match_splits(train: Beton, val: Beton) -> ClassMatch:
     return match_classes(val, train.classes, train.num_classes, model=str(train.path))
 
 
-def open_evaluation_data(recipe: Recipe, checkpoint: Mapping[str, Any] | None) -> TrainingData:
+def open_evaluation_data(recipe: Recipe, names: Sequence[str] | None, val_digest: str | None = None) -> TrainingData:
     """Open the validation file alone, and match its classes with those of the model by name.
 
     Parameters
     ----------
     recipe : Recipe
         Of the model that is evaluated.
-    checkpoint : mapping or None
-        The content of the checkpoint that is evaluated, with the provenance of its run.
+    names : sequence of str or None
+        Names of the model's classes, by number. None if they are not known.
+    val_digest : str or None
+        Digest of the file on which the run of the model was validated. If the names are not known, those of this file
+        are the model's.
 
     Raises
     ------
@@ -117,17 +120,13 @@ def open_evaluation_data(recipe: Recipe, checkpoint: Mapping[str, Any] | None) -
         If the file is missing or damaged, or the model does not have its classes.
     """
     val, num_classes, notices = read_beton(recipe.data.val_dataset), recipe.model.num_classes, list[str]()
-    names, model = None, "the model"
-    if checkpoint is not None:
-        names = checkpoint.get("classes")
-        stored = checkpoint["data"].get("val", {}).get("digest")
-        if names is None and stored is not None and stored == val.digest:
-            names = val.classes  # the run was validated on this very file
+    if names is None and val_digest is not None and val_digest == val.digest:
+        names = val.classes
     if names is None:
         names = imagenet_names(val, num_classes)
         if names is not None:
-            notices.append(f"{model} has no class names: its {num_classes:,} classes are assumed to be ImageNet's")
-    match = match_classes(val, names, num_classes, model=model)
+            notices.append(f"the model has no class names: its {num_classes:,} classes are assumed to be ImageNet's")
+    match = match_classes(val, names, num_classes, model="the model")
     return TrainingData(val, replace(match, notices=(*notices, *match.notices)))
 
 

@@ -12,6 +12,7 @@ from ffcv_ops import UserError
 from ffcv_ops.settings.collect import DEFAULT
 from ffcv_ops.settings.command_line import COMMAND_LINE
 from ffcv_ops.settings.fields import show
+from imagenet_training.card import ModelCard
 from imagenet_training.data import TrainingData, open_evaluation_data, val_loader
 from imagenet_training.distributed import World, join
 from imagenet_training.epoch import evaluate
@@ -27,6 +28,7 @@ from imagenet_training.state import TrainState
 from imagenet_training.summary import evaluation_summary, resolved_recipe
 from imagenet_training.trainer import DTYPES, Trainer, build_trainer, unwrapped
 from imagenet_training.trial import try_model
+from imagenet_training.weight_file import read_weight_file
 
 # The settings outside section `validation` that change the result of an evaluation, if a recipe has them.
 _SETTINGS = (
@@ -47,6 +49,8 @@ class Candidate:
         The checkpoint; None for other weights.
     content : dict or None
         The content of the checkpoint.
+    card : ModelCard or None
+        The facts beside the weights of ``model.weights``, if this project wrote the file.
     notices : tuple of str
         Settings that were chosen or that differ from those of the run.
     as_in_run : bool
@@ -57,7 +61,20 @@ class Candidate:
     path: str | None
     content: Mapping[str, Any] | None
     notices: tuple[str, ...]
+    card: ModelCard | None = None
     as_in_run: bool = False
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the model's classes, by number. None if they are not known."""
+        if self.content is not None:
+            return self.content.get("classes")
+        return self.card.classes if self.card is not None else None
+
+    @property
+    def val_digest(self) -> str | None:
+        """Digest of the run's validation file. None if it is not known."""
+        return None if self.content is None else self.content["data"].get("val", {}).get("digest")
 
     @property
     def averaged(self) -> bool:
@@ -84,8 +101,8 @@ class Candidate:
         """Return the top-1 that the run logged of these weights on a file; None if it is not known."""
         if self.content is None or not self.as_in_run or self.averaged != (self.content["ema"] is not None):
             return None
-        state, stored = self.content["state"], self.content["data"].get("val", {}).get("digest")
-        if val_digest is None or val_digest != stored or self.epoch < 0 or state["best_epoch"] != self.epoch:
+        state = self.content["state"]
+        if val_digest is None or val_digest != self.val_digest or self.epoch < 0 or state["best_epoch"] != self.epoch:
             return None
         return float(state["best_acc1"])
 
@@ -93,7 +110,8 @@ class Candidate:
         """Return what is evaluated in words: the weights, their file, and their position in the run."""
         model = self.recipe.model
         if self.content is None:
-            return f"the weights of {model.weights}" if model.weights else f"the pretrained weights of {model.arch}"
+            found = f"the weights of {model.weights}" if model.weights else f"the pretrained weights of {model.arch}"
+            return found if self.card is None else f"{found}, {_epoch_of(self.card)}"
         kind = "the averaged weights" if self.averaged else "the raw weights"
         if self.averaged and not self.content["ema_updates"]:
             kind = "the averaged weights, which no step has updated yet,"
@@ -110,6 +128,13 @@ def _position(state: TrainState, recipe: Mapping[str, Any]) -> str:
     return f"after epoch {state.epoch - 1}, {state.epoch} of {recipe['training']['epochs']} ({step})"
 
 
+def _epoch_of(card: ModelCard) -> str:
+    """Return the epoch and the kind of the weights that a card describes, in words."""
+    kinds = {True: "averaged", False: "raw", None: "averaged and raw"}
+    epoch = f"after epoch {card.epoch}" if card.epoch >= 0 else "from within the first epoch"
+    return f"{kinds[card.averaged]}, {epoch} of {card.run_name}"
+
+
 def choose_candidate(recipe: Recipe, world: World) -> Candidate:
     """Choose the weights to evaluate, the same on every rank, and the settings that belong to them.
 
@@ -120,15 +145,41 @@ def choose_candidate(recipe: Recipe, world: World) -> Candidate:
     """
     _check_one_source(recipe)
     point = choose_checkpoint(recipe, world)
-    if point.content is None or point.path is None:
-        return Candidate(recipe, None, None, point.notices)
-    settled, lost, kept = with_settings_of(recipe, point.content["recipe"])
-    notices = list(point.notices)
+    content, weights, card = point.content, recipe.model.weights, None
+    if content is not None:
+        saved = content["recipe"]
+        if "card" in content:  # a run on a CPU may have had another precision than its recipe
+            saved = {**saved, "training": {**saved["training"], "precision": content["card"]["precision"]}}
+    else:
+        card = read_weight_file(weights, f"model.weights={weights}").card if weights else None
+        saved = settings_of(card) if card is not None else {}
+    settled, lost, kept = with_settings_of(recipe, saved)
+    source, notices = point.path or weights, list(point.notices)
     if lost:
-        notices.append(f"settings of the run that saved {point.path} replace those of files: {', '.join(lost)}")
+        notices.append(f"settings of the run that saved {source} replace those of files: {', '.join(lost)}")
     if kept:
-        notices.append(f"the result may differ from that of the run that saved {point.path}: {', '.join(kept)}")
-    return Candidate(settled, point.path, point.content, tuple(notices), as_in_run=not kept)
+        notices.append(f"the result may differ from that of the run that saved {source}: {', '.join(kept)}")
+    return Candidate(settled, point.path, content, tuple(notices), card, as_in_run=not kept)
+
+
+def settings_of(card: ModelCard) -> dict[str, dict[str, Any]]:
+    """Return the settings of a recipe that a card has, by section."""
+    return {
+        "model": {key: card.model[key] for key in ("arch", "library", "num_classes")},
+        "data": {"mean": list(card.mean), "std": list(card.std)},
+        "training": {
+            "use_blurpool": card.model["use_blurpool"],
+            "precision": card.precision,
+            "channels_last": card.channels_last,
+        },
+        "validation": {
+            "resolution": card.resolution,
+            "crop_ratio": card.crop_ratio,
+            "resize": card.resize,
+            "interpolation": card.interpolation,
+            "lr_tta": card.flip,
+        },
+    }
 
 
 def _check_one_source(recipe: Recipe) -> None:
@@ -170,7 +221,7 @@ def with_settings_of(recipe: Recipe, saved: Mapping[str, Mapping[str, Any]]) -> 
         taken[key] = saved[section][name]
         if source != DEFAULT:
             lost.append(f"{key}={theirs} (not {ours}, {source})")
-    if recipe.source("data.val_dataset") == DEFAULT:
+    if recipe.source("data.val_dataset") == DEFAULT and "val_dataset" in saved.get("data", {}):
         taken["data.val_dataset"] = saved["data"]["val_dataset"]
     return recipe.with_values(taken, "the run that is evaluated"), lost, kept
 
@@ -204,7 +255,7 @@ def evaluate_only(recipe: Recipe) -> None:
     world = join(recipe)
     candidate = choose_candidate(recipe, world)
     recipe = candidate.recipe
-    data = open_evaluation_data(recipe, candidate.content)
+    data = open_evaluation_data(recipe, candidate.classes, candidate.val_digest)
     plan = plan_run(
         recipe,
         world_size=world.world_size,
@@ -251,7 +302,7 @@ def show_evaluation(recipe: Recipe) -> None:
     print(f"{evaluation_summary(recipe, candidate.describe(), size)}\n\n{resolved_recipe(recipe)}")
     notices = [*recipe.notices, *candidate.notices]
     if Path(recipe.data.val_dataset).exists():
-        notices += open_evaluation_data(recipe, candidate.content).classes.notices
+        notices += open_evaluation_data(recipe, candidate.classes, candidate.val_digest).classes.notices
     else:
         notices.append(f"{recipe.data.val_dataset} does not exist")
     for line in notices:

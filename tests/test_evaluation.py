@@ -234,6 +234,37 @@ def test_weights_of_a_file_s_recipe_give_way_to_the_checkpoint(trained, evaluate
     assert status == 0 and results(record) in output and "is not evaluated, since training.resume names" in output
 
 
+def test_exported_weights_bring_the_settings_and_the_classes_of_their_run(trained, evaluate, splits, data):
+    best, record, _ = trained
+    (weights,) = best.parent.glob("*-weights.*")
+    status, output = evaluate(f"--model.weights={weights}", f"--data.val_dataset={data / 'val.beton'}")
+    assert status == 0 and f"71 images, {results(record)}" in output
+    assert f"the weights of {weights}, averaged, after epoch {record['epoch']} of train_" in output
+    status, output = evaluate(f"--model.weights={weights}", f"--data.val_dataset={splits['other order']}")
+    assert status == 0 and f"71 images, {results(record)}" in output and "labels are matched by name" in output
+    status, output = evaluate(f"--model.weights={weights}", f"--data.val_dataset={splits['foreign']}")
+    assert status == 2 and "deux, quatre" in output
+
+
+def test_a_checkpoint_is_evaluated_alike_as_weights(trained, evaluate, data):
+    best, record, _ = trained
+    dataset = f"--data.val_dataset={data / 'val.beton'}"
+    status, output = evaluate(f"--model.weights={best}", dataset)
+    assert status == 0 and f"71 images, {results(record)}" in output
+    status, output = evaluate(f"--model.weights={best}", dataset, "--model.ema=0")
+    assert status == 0 and results(record) not in output
+
+
+def test_a_head_of_another_size_is_not_evaluated(trained, evaluate, tmp_path, data):
+    state = torch.load(trained[0], weights_only=True)["ema"]
+    torch.save(state, tmp_path / "plain.pt")
+    options = ["--model.weights=plain.pt", "--model.arch=test_resnet", f"--data.val_dataset={data / 'val.beton'}"]
+    status, output = evaluate(*options)
+    assert status == 2 and "has 10 classes, the model has 1,000, and the model has no names" in output
+    status, output = evaluate(*options, "--model.num_classes=10")
+    assert status == 0 and "are assumed to be those of the model in the same order: only the file has names" in output
+
+
 def test_auto_evaluates_the_newest_checkpoint_and_never_untrained_weights(trained, evaluate, data):
     status, output = evaluate("--resume", "auto", f"--data.val_dataset={data / 'val.beton'}")
     assert status == 2 and "no checkpoint in checkpoints, so there is nothing to evaluate" in output
