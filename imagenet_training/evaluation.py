@@ -6,19 +6,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torchvision
 
 from ffcv_ops import UserError
 from ffcv_ops.settings.collect import DEFAULT
 from ffcv_ops.settings.command_line import COMMAND_LINE
 from ffcv_ops.settings.fields import show
 from imagenet_training.card import ModelCard
-from imagenet_training.data import TrainingData, open_evaluation_data, val_loader
+from imagenet_training.data import IMAGENET_MEAN, IMAGENET_STD, TrainingData, open_evaluation_data, val_loader
 from imagenet_training.distributed import World, join
 from imagenet_training.epoch import evaluate
 from imagenet_training.failures import ending_with_status
 from imagenet_training.logs import RunLog
-from imagenet_training.model import model_on_paper, model_size
+from imagenet_training.model import find_library, model_on_paper, model_size
 from imagenet_training.plan import RunPlan, plan_run
 from imagenet_training.provenance import describe_run, differences
 from imagenet_training.recipe import Recipe
@@ -183,12 +185,10 @@ def settings_of(card: ModelCard) -> dict[str, dict[str, Any]]:
 
 
 def _check_one_source(recipe: Recipe) -> None:
-    """Check that the command line does not name two sources of weights."""
-    keys = ("training.resume", "model.weights", "model.pretrained")
-    named = [key for key in keys if recipe.flat()[key] and recipe.source(key) == COMMAND_LINE]
-    if len(named) > 1:
-        shown = " and ".join(f"{key}={show(recipe.flat()[key])}" for key in named)
-        raise UserError(f"{shown} are both given: only one can be evaluated")
+    """Check that the command line does not name weights that would not be evaluated."""
+    named = [key for key in ("training.resume", "model.weights", "model.pretrained") if recipe.flat()[key]]
+    if any(recipe.source(key) == COMMAND_LINE for key in named[1:]):
+        raise UserError(f"{' and '.join(map(recipe.shown, named))} are both given: only one can be evaluated")
 
 
 def with_settings_of(recipe: Recipe, saved: Mapping[str, Mapping[str, Any]]) -> tuple[Recipe, list[str], list[str]]:
@@ -315,8 +315,55 @@ def evaluation_notices(
     """Yield everything about an evaluation that the user should know though nothing is wrong."""
     recipe = candidate.recipe
     yield from run_notices(recipe, plan, data, world, ResumePoint(None, None, {}, candidate.notices), provenance)
+    if unused := [key for key in recipe.flat() if recipe.source(key) == COMMAND_LINE and not _has_effect(key)]:
+        raw = "; --model.ema=0 evaluates the raw weights" if "training.ema_decay" in unused else ""
+        yield f"an evaluation does not use {', '.join(unused)} of the command line{raw}"
     if candidate.content is not None:
         yield from differences(candidate.content, provenance, evaluates=True)
         for key in ("model.weights", "model.pretrained"):
             if recipe.flat()[key]:
                 yield f"{recipe.shown(key)} is not evaluated, since training.resume names a checkpoint"
+    elif recipe.model.pretrained and (differing := differences_from_published(recipe)):
+        yield f"the published accuracy of these weights is that of other settings: {', '.join(differing)}"
+
+
+def _has_effect(key: str) -> bool:
+    """Return True if a setting has an effect on an evaluation."""
+    section, name = key.split(".")
+    own = {
+        "val_dataset",
+        "num_workers",
+        "in_memory",
+        "folder",
+        "distributed",
+        "eval_only",
+        "report",
+        "dry_run",
+        "resume",
+    }
+    return key in _SETTINGS or section in ("model", "validation", "dist") or name in own or key == "wandb.enable"
+
+
+def differences_from_published(recipe: Recipe) -> list[str]:
+    """Return the settings with which a library publishes the accuracy of pretrained weights, where they differ."""
+    arch, validation = recipe.model.arch, recipe.validation
+    if find_library(arch, recipe.model.library) == "timm":
+        import timm
+
+        config: Any = timm.get_pretrained_cfg(arch)
+        size, ratio = (config.test_input_size or config.input_size)[-1], config.test_crop_pct or config.crop_pct
+        interpolation, statistics = config.interpolation, (config.mean, config.std)
+    else:
+        transforms = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"].transforms()
+        size, ratio = transforms.crop_size[0], transforms.crop_size[0] / transforms.resize_size[0]
+        interpolation, statistics = transforms.interpolation.value, (transforms.mean, transforms.std)
+    own_ratio = validation.resolution / validation.resize if validation.resize else validation.crop_ratio
+    own_statistics = [np.divide(values, 255) for values in (IMAGENET_MEAN, IMAGENET_STD)]
+    differing = [
+        (size != validation.resolution, f"--validation.resolution={size}"),
+        (abs(ratio - own_ratio) > 0.005, f"--validation.crop_ratio={ratio:.3g}"),
+        (interpolation != validation.interpolation, f"interpolation {interpolation}"),
+        (not np.allclose(statistics, own_statistics, atol=1e-3), f"mean {statistics[0]} and std {statistics[1]}"),
+        (validation.lr_tta, "--validation.lr_tta=0"),
+    ]
+    return [text for differs, text in differing if differs]

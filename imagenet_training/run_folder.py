@@ -238,9 +238,9 @@ class RunFolder:
         log.print(f"  logs              {log.folder / state.run_name}.log .jsonl .png .recipe.json .predictions.npz")
         log.print(f"  report            {self.report}")
         log.print("next")
-        evaluate = {"training.eval_only": "1", "training.resume": str(best if best.exists() else checkpoints.last)}
         train_on = {"training.resume": str(checkpoints.last), "training.epochs": str(2 * self.plan.epochs)}
-        log.print(f"  evaluate     {_command(evaluate)}")
+        evaluated = best if best.exists() else checkpoints.last  # it brings the settings of the run
+        log.print(f"  evaluate     {shlex.join(['python', sys.argv[0], '--eval_only', '--resume', str(evaluated)])}")
         log.print(f"  train on     {_command(train_on)}")
         if checkpoints.weights.exists():
             for line in use_of_weights(checkpoints.weights, self.card):

@@ -19,6 +19,7 @@ from ffcv_ops import UserError
 from ffcv_ops.writing.plan import WriteSettings
 from ffcv_ops.writing.writer import write
 from imagenet_training.checkpoint import save_atomically
+from imagenet_training.evaluation import differences_from_published
 from imagenet_training.predictions import Predictions
 from imagenet_training.recipe import read_recipe
 
@@ -140,14 +141,17 @@ def test_the_run_wins_over_files_and_says_so(trained, evaluate, tmp_path, data):
     [
         (["--validation.resolution=24"], "the result may differ from that of .*: validation.resolution=24 .not 32."),
         (["--validation.lr_tta=1", "--validation.crop_ratio=1"], "crop_ratio=1 .not 0.9., |lr_tta=1 .not 0."),
-        (["--model.ema=0"], "evaluating the raw weights in "),
+        (
+            ["--model.ema=0", "--epochs=9"],
+            "does not use training.epochs of the command line$(.|\n)*evaluating the raw ",
+        ),
         (["--training.use_blurpool=0"], "training.use_blurpool=0 .not 1."),
     ],
 )
 def test_the_command_line_wins_over_the_run_and_this_is_told(trained, evaluate, data, options, told):
     best, record, _ = trained
     status, output = evaluate("--config-file", data / "recipe.yaml", "--resume", best, *options)
-    assert status == 0 and re.search(told, output) and "the run logged" not in output
+    assert status == 0 and re.search(told, output, re.MULTILINE) and "the run logged" not in output
     assert results(record) not in output
 
 
@@ -217,13 +221,19 @@ def test_bad_raw_weights_do_not_matter_if_the_average_is_whole(trained, evaluate
     [
         (["--model.num_classes=12"], r"another model than the recipe's: 2 tensors \(fc.weight, fc.bias\)"),
         (["--model.arch=resnet18"], "is of another model than the recipe's"),
-        (["--model.pretrained=1"], "training.resume=.* and model.pretrained=1 are both given"),
+        (["--model.pretrained=1"], "training.resume=.* and model.pretrained=1 .command line. are both given"),
         (["--model.weights={best}"], "training.resume=.* and model.weights=.* are both given"),
+        (
+            ["-C", "resume.yaml", "--model.weights={best}"],
+            "training.resume=auto .* and model.weights=.* are both given",
+        ),
     ],
 )
-def test_what_does_not_fit_the_checkpoint_is_refused(trained, evaluate, options, told):
+def test_what_does_not_fit_the_checkpoint_is_refused(trained, evaluate, tmp_path, options, told):
     best, _, _ = trained
-    status, output = evaluate("--resume", best, *(option.format(best=best) for option in options))
+    (tmp_path / "resume.yaml").write_text("training: {resume: auto}\n")
+    resume = [] if "-C" in options else ["--resume", best]
+    status, output = evaluate(*resume, *(option.format(best=best) for option in options))
     assert status == 2 and re.search(told, output) and len(output.strip().splitlines()) == 1
 
 
@@ -331,6 +341,30 @@ def test_an_old_checkpoint_without_names_knows_those_of_its_own_validation_file(
     assert status == 0 and f"{results(record)}, as the run logged" in output and "assumed" not in output
     status, output = evaluate("--resume", path, f"--data.val_dataset={splits['some']}")
     assert status == 2 and "has 5 classes, " in output and "has no names to match them by" in output
+
+
+def test_an_option_of_training_is_not_ignored_silently(trained, evaluate):
+    best, record, _ = trained
+    status, output = evaluate("--resume", best, "--training.ema_decay=0", "--batch_size=8")
+    assert status == 0 and results(record) in output
+    assert "does not use training.batch_size, training.ema_decay of the command line; --model.ema=0 evaluates" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--model.arch=resnet50", "--validation.lr_tta=0"], []),
+        (["--model.arch=resnet50", "--validation.resize=256"], ["--validation.lr_tta=0"]),
+        (["--model.arch=inception_v3", "--validation.lr_tta=0"], ["--validation.resolution=299"]),
+        (
+            ["--model.arch=vit_base_patch16_224", "--validation.lr_tta=0"],
+            ["--validation.crop_ratio=0.9", "interpolation bicubic", "mean (0.5, 0.5, 0.5) and std (0.5, 0.5, 0.5)"],
+        ),
+    ],
+)
+def test_pretrained_weights_come_with_the_settings_of_their_accuracy(options, expected):
+    recipe = read_recipe(["--eval_only", "--model.pretrained=1", *options])
+    assert differences_from_published(recipe) == expected
 
 
 def test_settings_with_values_are_checked_and_keep_their_history():
