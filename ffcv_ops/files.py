@@ -110,3 +110,22 @@ def write_all(descriptor: int, content: bytes | memoryview, offset: int | None =
         written = os.write(descriptor, rest) if offset is None else os.pwrite(descriptor, rest, offset)
         rest = rest[written:]
         offset = None if offset is None else offset + written
+
+
+def read_exactly(file: int, path: str, view: memoryview, offset: int) -> None:
+    """Fill a view with the bytes of an open file from an offset on.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read, or ends too early. The message has the path and the place.
+    """
+    place = f"in the {len(view)} bytes from {offset} on"
+    while len(view):
+        try:
+            num_read = os.preadv(file, [view], offset)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}, {place}", path) from None
+        if not num_read:
+            raise OSError(f"{path}: ends at byte {offset}, {place}: it was cut or replaced while in use")
+        view, offset = view[num_read:], offset + num_read

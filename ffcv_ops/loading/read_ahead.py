@@ -22,6 +22,7 @@ import numpy as np
 
 from ffcv_ops._kernels import kernel
 from ffcv_ops.cgroups import available_bytes
+from ffcv_ops.files import read_exactly
 
 # The values of this many bytes are read ahead, at most this share of the memory that is available.
 _WINDOW_BYTES = 128 << 20
@@ -52,7 +53,7 @@ _clock_gettime = _external("clock_gettime", nb.int32, nb.int32, nb.int64)
 
 @kernel
 def _read_values(
-    file: int, offsets: np.ndarray, sizes: np.ndarray, scratch: np.ndarray, clock: np.ndarray
+    file: int, offsets: np.ndarray, sizes: np.ndarray, scratch: np.ndarray, clock: np.ndarray, cached_ns: int
 ) -> tuple[int, int]:
     """Read values and forget them. Return how many were not in the page cache, and the first that failed, or -1."""
     num_slow = 0
@@ -67,7 +68,7 @@ def _read_values(
             done += count
         _clock_gettime(_CLOCK_MONOTONIC, clock.ctypes.data)
         elapsed_ns = clock[0] * 1_000_000_000 + clock[1] - start_ns
-        num_slow += elapsed_ns > _CACHED_NS + sizes[i]
+        num_slow += elapsed_ns > cached_ns + sizes[i]
     return num_slow, -1
 
 
@@ -187,25 +188,15 @@ class ReadAhead:
             while (task := self._wanted.get()) is not None and self._error is None:
                 reads, positions = task
                 offsets, sizes = reads.offsets[positions], reads.sizes[positions]
-                num_slow, failed = _read_values(file, offsets, sizes, scratch, clock)
+                num_slow, failed = _read_values(file, offsets, sizes, scratch, clock, _CACHED_NS)
                 if failed >= 0:
-                    self._read_again(file, int(offsets[failed]), int(sizes[failed]))
+                    # Read it again, for the error.
+                    read_exactly(file, self.path, memoryview(bytearray(sizes[failed])), int(offsets[failed]))
                 self._finish(reads, len(positions), num_slow)
         except BaseException as error:  # the thread of the epoch raises it
             self._fail(error)
         finally:
             os.close(file)
-
-    def _read_again(self, file: int, offset: int, size: int) -> None:
-        """Read a value that failed, for the error."""
-        try:
-            found = len(os.pread(file, size, offset))
-        except OSError as error:
-            raise OSError(
-                error.errno, f"{os.strerror(error.errno or 0)}, in the {size} bytes from {offset} on", self.path
-            ) from None
-        if found < size:
-            raise OSError(f"{self.path}: ends before byte {offset + size}: it was cut or replaced while in use")
 
     def _finish(self, reads: _Reads, num_read: int, num_slow: int) -> None:
         """Count a chunk that was read. If the file turns out not to be in the page cache, ask for the rest."""

@@ -19,6 +19,7 @@ import numpy as np
 from ffcv_ops import _sigbus
 from ffcv_ops._ffcv import read_mapped
 from ffcv_ops.beton.allocations import AllocationTable
+from ffcv_ops.files import read_exactly
 from ffcv_ops.loading.read_ahead import ReadAhead
 
 # The numbers of the stock loader: twelve threads read pages up to three batches ahead of their use.
@@ -238,18 +239,11 @@ class PagedFile:
         try:
             with open(self.path, "rb", buffering=0) as file:
                 while (page := self._wanted.get()) is not None and not self._stopping:
-                    self._fill(file.fileno(), self.slots[self.schedule.slots[page]], page * self.page_size)
+                    slot = memoryview(self.slots[self.schedule.slots[page]])
+                    read_exactly(file.fileno(), self.path, slot, page * self.page_size)
                     self._read.put((page, None))
         except BaseException as error:  # the thread of the epoch raises it
             self._read.put((None, error))
-
-    def _fill(self, file: int, destination: np.ndarray, offset: int) -> None:
-        view = memoryview(destination)  # type: ignore[arg-type]
-        while len(view):
-            num_read = os.preadv(file, [view], offset)
-            if num_read == 0:
-                raise OSError(f"{self.path}: ends at byte {offset}, within a page: it was cut or replaced while in use")
-            view, offset = view[num_read:], offset + num_read
 
     def check(self) -> None:
         """Do nothing: a read of too few bytes has raised an error."""
@@ -266,7 +260,7 @@ class PagedFile:
         for i in np.flatnonzero(~present):
             sample = np.empty(int(sizes[i]), dtype=np.uint8)
             with open(self.path, "rb", buffering=0) as file:
-                self._fill(file.fileno(), sample, int(data_ptrs[i]))
+                read_exactly(file.fileno(), self.path, memoryview(sample), int(data_ptrs[i]))  # type: ignore[arg-type]
             self._unscheduled.append(sample)
             addresses[i] = sample.ctypes.data
         return addresses, sizes
