@@ -54,6 +54,7 @@ class Run:
     trainer: "Trainer"
     state: "TrainState"
     model_on_paper: "Module"
+    recipe: Recipe
 
 
 def meet(recipe: Recipe) -> "tuple[World, Module]":
@@ -69,6 +70,7 @@ def build(recipe: Recipe, world: "World", paper: "Module") -> Run:
     """Open the data, choose the checkpoint, plan the run, and build the trainer at the position of the checkpoint."""
     from imagenet_training.changes import check_rest_of_epoch
     from imagenet_training.data import open_training_data
+    from imagenet_training.normalization import settle_normalization
     from imagenet_training.plan import plan_run
     from imagenet_training.resume import choose_checkpoint, restore
     from imagenet_training.trainer import build_trainer, unwrapped
@@ -76,6 +78,7 @@ def build(recipe: Recipe, world: "World", paper: "Module") -> Run:
 
     data = open_training_data(recipe)
     point = choose_checkpoint(recipe, world)
+    recipe = settle_normalization(recipe, point.content)
     plan = plan_run(
         recipe,
         world_size=world.world_size,
@@ -90,7 +93,7 @@ def build(recipe: Recipe, world: "World", paper: "Module") -> Run:
     trainer = build_trainer(recipe, plan, world, from_checkpoint=point.content is not None)
     if not point.has_model_of(recipe):
         try_model(recipe, plan, unwrapped(trainer.model), trainer.loss)
-    return Run(world, data, point, plan, trainer, restore(trainer, point, recipe, plan), paper)
+    return Run(world, data, point, plan, trainer, restore(trainer, point, recipe, plan), paper, recipe)
 
 
 def train(recipe: Recipe) -> None:
@@ -101,6 +104,7 @@ def train(recipe: Recipe) -> None:
     world, paper = meet(recipe)
     with locked_folder(recipe, world) as lock:  # before the checkpoint is chosen, which another run may still write
         run = build(recipe, world, paper)
+        recipe = run.recipe
         check_folder(recipe, run.trainer, run.state)
         train_epochs(recipe, run, build_loaders(recipe, run.plan, run.data, world), lock)
 

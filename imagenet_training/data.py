@@ -29,10 +29,12 @@ from ffcv_ops.machine import cpus_per_rank
 from imagenet_training.classes import ClassMatch, imagenet_names, match_classes
 from imagenet_training.contact_sheet import denormalized
 from imagenet_training.distributed import World
+from imagenet_training.normalization import pixel_statistics
 from imagenet_training.plan import IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL, RunPlan
 from imagenet_training.recipe import Recipe
 from imagenet_training.trainer import DTYPES
 
+# In units of 0 to 255.
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
@@ -220,7 +222,7 @@ def train_loader(
         smoothing=recipe.training.label_smoothing,
         per=augmentation.mix_per,
     )
-    normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, dtype)
+    normalize = Normalize(*pixel_statistics(recipe), dtype)
     to_device = _to_device(world)
     return Loader(
         file,
@@ -270,7 +272,7 @@ def val_loader(
         indices=indices,
         drop_last=False,
         pipelines={
-            "image": [crop, ToTensor(), *to_device, Normalize(IMAGENET_MEAN, IMAGENET_STD, dtype)],
+            "image": [crop, ToTensor(), *to_device, Normalize(*pixel_statistics(recipe), dtype)],
             "label": [Label(), *to_device],
         },
     )
@@ -294,7 +296,7 @@ def validation_images(recipe: Recipe, file: Beton, world: World, ids: np.ndarray
     """
     only_rank = replace(world, rank=0, world_size=1)
     with val_loader(recipe, file, only_rank, torch.float32, indices=np.sort(ids).tolist(), num_workers=1) as loader:
-        batches = [denormalized(images, IMAGENET_MEAN, IMAGENET_STD) for images, _ in loader]
+        batches = [denormalized(images, *pixel_statistics(recipe)) for images, _ in loader]
     return np.concatenate(batches)[np.argsort(np.argsort(ids))] if batches else np.zeros((0, 1, 1, 3), np.uint8)
 
 

@@ -21,6 +21,7 @@ from imagenet_training.epoch import evaluate
 from imagenet_training.failures import ending_with_status
 from imagenet_training.logs import RunLog
 from imagenet_training.model import find_library, model_on_paper, model_size
+from imagenet_training.normalization import settle_normalization
 from imagenet_training.plan import RunPlan, plan_run
 from imagenet_training.provenance import describe_run, differences
 from imagenet_training.recipe import Recipe
@@ -156,6 +157,7 @@ def choose_candidate(recipe: Recipe, world: World) -> Candidate:
         card = read_weight_file(weights, f"model.weights={weights}").card if weights else None
         saved = settings_of(card) if card is not None else {}
     settled, lost, kept = with_settings_of(recipe, saved)
+    settled = settle_normalization(settled, content)
     source, notices = point.path or weights, list(point.notices)
     if lost:
         notices.append(f"settings of the run that saved {source} replace those of files: {', '.join(lost)}")

@@ -215,8 +215,8 @@ def pretrained_state(arch: str, library: str) -> tuple[dict[str, torch.Tensor], 
         return _timm_state(arch) if library == "timm" else _torchvision_state(arch)
     except OSError as error:
         raise UserError(
-            f"{library}'s weights of {arch} could not be downloaded ({reason_of(error)}): download them on another machine, and "
-            "pass --model.weights=FILE in place of --model.pretrained=1"
+            f"{library}'s weights of {arch} could not be downloaded ({reason_of(error)}): download them on another "
+            "machine, and pass --model.weights=FILE in place of --model.pretrained=1"
         ) from error
 
 

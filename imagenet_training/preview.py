@@ -4,7 +4,8 @@ from pathlib import Path
 
 from imagenet_training import distributed
 from imagenet_training.contact_sheet import caption, class_names, denormalized, draw_contact_sheet, take_images
-from imagenet_training.data import IMAGENET_MEAN, IMAGENET_STD, open_train_file, random_crop, train_loader
+from imagenet_training.data import open_train_file, random_crop, train_loader
+from imagenet_training.normalization import pixel_statistics
 from imagenet_training.recipe import Recipe
 from imagenet_training.schedule import resolution_of
 from imagenet_training.trainer import DTYPES
@@ -26,7 +27,7 @@ def draw_preview(recipe: Recipe) -> None:
     with train_loader(recipe, data, world, dtype, crop, batch_size=batch_size) as loader:
         images, targets = take_images(loader.epoch(0), len(loader))
     if world.is_main:
-        shown = denormalized(images, IMAGENET_MEAN, IMAGENET_STD)
+        shown = denormalized(images, *pixel_statistics(recipe))
         names = class_names(data.classes, data.num_classes)
         captions = [caption(target, names) for target in targets.numpy()]
         draw_contact_sheet(shown, captions, path, title=preview_title(recipe, crop.size))

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from ffcv_ops.errors import UserError, exit_with_user_error
 from ffcv_ops.files import check_writable
 from ffcv_ops.settings import Flags, Settings, ShippedFiles, read_settings, setting
-from ffcv_ops.settings.fields import Auto, Checker, Choice, Course, Integer, Number, Range, Switch, Text
+from ffcv_ops.settings.fields import Auto, Channels, Checker, Choice, Course, Integer, Number, Range, Switch, Text
 
 # --resume auto
 AUTO = "auto"
@@ -90,6 +90,10 @@ class Data:
     """The file fits in memory: the operating system caches it. 0: read it page by page in each epoch."""
     order: Literal["random", "quasi_random"] = setting(Choice("random", "quasi_random"), default="random")
     """Order of the training samples. quasi_random reads one page at a time, for files larger than memory."""
+    mean: tuple[float, float, float] | Literal["auto"] = setting(Channels(), default="auto")
+    """Mean that normalises each channel, of pixels from 0 to 1. auto: that of the weights, or else ImageNet's."""
+    std: tuple[float, float, float] | Literal["auto"] = setting(Channels(positive=True), default="auto")
+    """Standard deviation that normalises each channel, of pixels from 0 to 1. auto: as data.mean."""
     gpu: int | None = setting(Integer())
     """Has no effect. It is accepted because ffcv-imagenet's recipes for ResNet-18 set it."""
 

@@ -81,6 +81,20 @@ def read_weight_file(path: str | Path, name: str) -> WeightFile:
     return found
 
 
+def read_card(path: str | Path) -> ModelCard | None:
+    """Read only the facts of a file of weights. Return None if it has none, or cannot be read."""
+    with suppress(OSError, SafetensorError, _Unreadable):
+        with open(path, "rb") as file:
+            start = file.read(9)
+        if start[8:] != b"{":
+            content = _read_content(path, mmap=start[:2] == b"PK")
+            return ModelCard.of_checkpoint(content, str(path)) if isinstance(content, Mapping) else None
+        with safe_open(path, "pt") as file:
+            facts = (file.metadata() or {}).get(CARD_KEY)
+        return ModelCard.from_dict(json.loads(facts)["card"], str(path)) if facts is not None else None
+    return None
+
+
 class _Unreadable(Exception):
     """A file is no archive of tensors."""
 
@@ -97,14 +111,18 @@ def _read_safetensors(path: str | Path, name: str) -> WeightFile:
 
 
 def _read_pickle(path: str | Path, name: str) -> WeightFile:
-    try:
-        content = _load(path)
-    except Exception as error:  # the unpicklers and archives raise many kinds
-        raise _Unreadable(str(error).partition("\n")[0] or type(error).__name__) from error
+    content = _read_content(path)
     if isinstance(content, _StandIn):
         raise _Unreadable(f"it holds an object of {type(content).__qualname__}; save its state_dict() instead")
     card = ModelCard.of_checkpoint(content, name) if isinstance(content, Mapping) else None
     return WeightFile(name, list(_groups(content)), card)
+
+
+def _read_content(path: str | Path, *, mmap: bool = False) -> Any:
+    try:
+        return _load(path, mmap=mmap)
+    except Exception as error:  # the unpicklers and archives raise many kinds
+        raise _Unreadable(str(error).partition("\n")[0] or type(error).__name__) from error
 
 
 class _StandIn:
@@ -127,9 +145,9 @@ class _DictStandIn:
         return OrderedDict()
 
 
-def _load(path: str | Path) -> Any:
+def _load(path: str | Path, **further: Any) -> Any:
     """Load a file of ``torch.save``. An object of an unknown class, such as a script's options, becomes a stand-in."""
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True, **further}
     try:
         return torch.load(path, **options)
     except Exception as error:

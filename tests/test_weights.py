@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 
 from ffcv_ops import UserError
+from ffcv_ops.settings.fields import Channels
 from imagenet_training import ModelCard, load_model
+from imagenet_training.card import IMAGENET_MEAN, IMAGENET_STD
 from imagenet_training.export import export_weights, use_of_weights
 from imagenet_training.model import build_model, head_of
+from imagenet_training.normalization import settle_normalization
+from imagenet_training.recipe import read_recipe
 
 ARCH = {"arch": "test_resnet", "library": "timm", "num_classes": 4}
 IMAGES = torch.linspace(-2, 2, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
@@ -282,3 +287,55 @@ def test_the_library_s_own_line_is_given_only_where_it_builds_the_same(tmp_path)
             names = {}
             exec(line, names)
             assert torch.equal(names["model"].to(memory_format=torch.contiguous_format)(IMAGES), source(IMAGES)), line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Normalisation
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def settled(*arguments, resumed=None):
+    recipe = settle_normalization(read_recipe(["--model.num_classes=4", *arguments]), resumed)
+    return recipe.data.mean, recipe.data.std, recipe.notices
+
+
+def test_the_normalisation_is_that_of_the_weights(tmp_path):
+    path = tmp_path / "x.safetensors"
+    export_weights(path, trained().state_dict(), ModelCard(**{**vars(card_of()), "mean": HALF, "std": HALF}))
+    assert settled() == (IMAGENET_MEAN, IMAGENET_STD, ())
+    assert settled(f"--model.weights={path}") == (HALF, HALF, ())
+    timm_s = ["--model.arch=vit_tiny_patch16_224", "--model.library=timm"]
+    assert settled(*timm_s, "--model.pretrained=1") == (HALF, HALF, ())
+    assert settled("--model.arch=resnet18", "--model.pretrained=1") == (IMAGENET_MEAN, IMAGENET_STD, ())
+    old, kept = {"recipe": {"data": {}}}, {"recipe": {"data": {"mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}}}
+    assert settled(*timm_s, "--model.pretrained=1", resumed=old) == (IMAGENET_MEAN, IMAGENET_STD, ())
+    assert settled(resumed=kept) == ((0.1, 0.2, 0.3), (1, 1, 1), ())
+
+
+def test_another_normalisation_than_that_of_the_weights_is_noted(tmp_path):
+    path = tmp_path / "x.safetensors"
+    export_weights(path, trained().state_dict(), card_of())
+    mean, std, notices = settled(f"--model.weights={path}", "--data.mean=0.5,0.5,0.5")
+    assert (mean, std) == (HALF, IMAGENET_STD)
+    assert len(notices) == 1 and "data.mean=0.5,0.5,0.5 (command line) is not 0.485,0.456,0.406" in notices[0]
+    torch.save({"model": {}}, tmp_path / "foreign.pt")
+    mean, std, notices = settled(f"--model.weights={tmp_path / 'foreign.pt'}", "--model.arch=vit_tiny_patch16_224")
+    assert mean == IMAGENET_MEAN and "does not say its normalisation: ImageNet's is assumed" in notices[0]
+    assert "--data.mean=0.5,0.5,0.5 --data.std=0.5,0.5,0.5" in notices[0]
+
+
+@pytest.mark.parametrize("value", ["124,116,104", "0.5,0.5", "-0.1,0.5,0.5", "half", "nan,0.5,0.5"])
+def test_a_mean_outside_its_range_is_refused(value):
+    with pytest.raises(ValueError):
+        Channels().check(value)
+    assert Channels(positive=True).check("[0.5, 0.5, 0.5]") == HALF
+    with pytest.raises(ValueError):
+        Channels(positive=True).check("0,0.5,0.5")
+
+
+def test_an_image_is_prepared_in_three_lines():
+    card = ModelCard(dict(ARCH), mean=HALF, std=HALF, resolution=32, crop_ratio=1.0)
+    image = card.transform(Image.new("L", (50, 40), 255))
+    assert image.shape == (3, 32, 32) and image.dtype == torch.float32 and torch.equal(image, torch.ones(3, 32, 32))
+    assert trained()(image[None]).shape == (1, 4)

@@ -158,6 +158,27 @@ class Range(Checker[tuple[float, float]]):
         return "two numbers LOW,HIGH with 0 < LOW <= HIGH" + ("" if self.max is None else f" <= {self.max:g}")
 
 
+@dataclass(frozen=True)
+class Channels(Checker[tuple[float, float, float] | Literal["auto"]]):
+    """The word ``auto``, or a number from 0 to 1 for each of three channels: a list, or ``0.5,0.5,0.5``."""
+
+    positive: bool = False
+
+    def check(self, value: Any) -> tuple[float, float, float] | Literal["auto"]:
+        if str(value).strip().lower() == "auto":
+            return "auto"
+        parts = value.strip("[]() ").split(",") if isinstance(value, str) else value
+        if not isinstance(parts, (list, tuple)):
+            raise ValueError
+        red, green, blue = (Number(min=0, max=1).check(part) for part in parts)
+        if self.positive and not min(red, green, blue):
+            raise ValueError
+        return red, green, blue
+
+    def help(self) -> str:
+        return f"auto, or three numbers R,G,B {'> 0' if self.positive else '>= 0'} and <= 1"
+
+
 class Course(Checker[dict[int, float]]):
     """Percentages at epochs, in the order of the epochs: a YAML mapping, or ``10:30,25:50`` on the command line."""
 
