@@ -144,7 +144,7 @@ class RunLog:
         if self._wandb is not None:
             position = meters.plan.step_at(state.epoch, state.samples) / steps_per_epoch
             values = {"step/loss": now["train/loss"], "lr": now["lr"], "images_per_s": now["images_per_s"]}
-            self._wandb.log({**values, "position": position}, step=state.step)
+            self._wandb.log_step({**values, "position": position}, state.step)
 
     def _progress(self, line: str, brief: str) -> None:
         """Add a line to the log file, and print it unless a bar shows `brief` on a terminal."""
@@ -183,7 +183,7 @@ class RunLog:
         if provenance["recipe"]["wandb"]["enable"]:
             from imagenet_training.wandb import start_wandb
 
-            self._wandb = start_wandb(state, provenance, self.folder, self.print)
+            self._wandb = start_wandb(state, provenance, self.folder, self.print, self._records)
 
     @property
     def _records_path(self) -> Path:
@@ -235,7 +235,7 @@ class RunLog:
         self._records.append({**self.last, "step": state.step, "time": time.time()})
         self._write_records()
         if self._wandb is not None:
-            self._wandb.log({**self.last, "position": state.epoch}, step=state.step)
+            self._wandb.log_epoch({**self.last, "position": state.epoch}, state.step)
 
     def draw(self) -> None:
         """Draw the curve of the epochs so far."""
@@ -246,7 +246,7 @@ class RunLog:
         if self._bar is not None:
             self._bar.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
+            self._wandb.finish(exit_code)
             self._wandb = None
         if self._file is not None:
             self._file.close()
