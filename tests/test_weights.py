@@ -16,11 +16,14 @@ from ffcv_ops import UserError
 from ffcv_ops.settings.fields import Channels
 from imagenet_training import ModelCard, load_model
 from imagenet_training.card import IMAGENET_MEAN, IMAGENET_STD
+from imagenet_training.distributed import World
+from imagenet_training.epoch import measure
 from imagenet_training.export import export_weights, use_of_weights
-from imagenet_training.model import build_model, head_of
+from imagenet_training.model import build_model, head_of, recipe_model
 from imagenet_training.normalization import settle_normalization
 from imagenet_training.recipe import read_recipe
 
+ROOT = Path(__file__).parent.parent
 ARCH = {"arch": "test_resnet", "library": "timm", "num_classes": 4}
 IMAGES = torch.linspace(-2, 2, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
 
@@ -339,3 +342,42 @@ def test_an_image_is_prepared_in_three_lines():
     image = card.transform(Image.new("L", (50, 40), 255))
     assert image.shape == (3, 32, 32) and image.dtype == torch.float32 and torch.equal(image, torch.ones(3, 32, 32))
     assert trained()(image[None]).shape == (1, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run prints
+
+RECIPES = sorted([*ROOT.glob("rn50_configs/*.yaml"), *ROOT.glob("rn18_configs/*.yaml")])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_printed_lines_build_the_model_that_the_recipe_evaluates(tmp_path, path):
+    recipe = settle_normalization(read_recipe(["--config-file", str(path), "--model.num_classes=10"]))
+    card = ModelCard.of_recipe(recipe.to_dict(), recipe_model(recipe), None)
+    images, labels = torch.randn(6, 3, 32, 32), torch.arange(6)
+
+    def measured(model):
+        settings = {"num_samples": 6, "precision": "32", "flip": card.flip, "channels_last": card.channels_last}
+        return measure(model, [(images, labels)], World(0, 0, 1, 1, torch.device("cpu")), **settings)
+
+    model = build_model(**recipe_model(recipe)).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        model.train()(images)  # statistics that are not the initial ones
+    expected = measured(model)
+    export_weights(tmp_path / "x.safetensors", model.state_dict(), card)
+    lines = use_of_weights(tmp_path / "x.safetensors", card)
+    assert len(lines) == 1 + (not recipe.training.use_blurpool)
+    for line in lines:
+        names = {}
+        exec(line, names)
+        assert measured(names["model"].to(memory_format=torch.channels_last)) == expected, line
+
+
+def test_weights_that_cannot_be_downloaded_are_one_line(tmp_path, monkeypatch):
+    for name in ("TORCH_HOME", "HF_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network: nothing listens there
+    with pytest.raises(
+        UserError, match=r"torchvision's weights of resnet18 could not be downloaded .*--model.weights=F"
+    ):
+        build_model("resnet18", pretrained=True)
