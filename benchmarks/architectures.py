@@ -34,8 +34,9 @@ import torchvision  # noqa: E402
 
 from ffcv_ops.errors import UserError  # noqa: E402
 from ffcv_ops.files import replace_text  # noqa: E402
-from imagenet_training.checkpoint import save_atomically  # noqa: E402
+from imagenet_training.card import ModelCard  # noqa: E402
 from imagenet_training.distributed import World  # noqa: E402
+from imagenet_training.export import export_weights, load_model  # noqa: E402
 from imagenet_training.loss import recipe_loss  # noqa: E402
 from imagenet_training.model import build_model, model_on_paper, recipe_model  # noqa: E402
 from imagenet_training.plan import plan_run  # noqa: E402
@@ -141,14 +142,14 @@ def attempt(name: str, max_parameters: float, sender: Connection) -> None:
         done("step")
         with tempfile.TemporaryDirectory() as folder:
             action = "export"
-            path = Path(folder) / "weights.pt"
-            save_atomically(trainer.evaluated_model.state_dict(), path)
+            path = Path(folder) / "weights.safetensors"
+            card = ModelCard.of_recipe(recipe.to_dict(), recipe_model(recipe), None)
+            export_weights(path, trainer.evaluated_model.state_dict(), card)
             done("export")
             action = "load"
+            images = trainer.to_memory_format(images)
             with torch.no_grad():
-                wanted = trainer.evaluated_model.eval()(trainer.to_memory_format(images))
-                loaded = build_model(**recipe_model(recipe), weights=path).to(memory_format=torch.channels_last)
-                got = loaded.eval()(trainer.to_memory_format(images))
+                wanted, got = trainer.evaluated_model.eval()(images), load_model(path).model(images)
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
             done("load")
             action = "head"

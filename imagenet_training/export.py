@@ -110,7 +110,8 @@ def use_of_weights(path: Path, card: ModelCard) -> list[str]:
     if library == "timm":
         build = f'timm.create_model("{arch}", num_classes={num_classes}, checkpoint_path={file})'
         return [*lines, f"import timm; model = {build}.eval()"]
-    build = f"torchvision.models.{arch}(num_classes={num_classes})"
+    options = "".join(f", {key}={value}" for key, value in TORCHVISION_OPTIONS.get(arch, {}).items())
+    build = f"torchvision.models.{arch}(num_classes={num_classes}{options})"
     load = f"model.load_state_dict(safetensors.torch.load_file({file}))"
     return [*lines, f"import safetensors.torch, torchvision; model = {build}.eval(); {load}"]
 

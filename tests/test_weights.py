@@ -282,7 +282,7 @@ def test_the_library_s_own_line_is_given_only_where_it_builds_the_same(tmp_path)
     assert len(use_of_weights(path, card_of(use_blurpool=True))) == 1
     assert len(use_of_weights(path, card_of(arch="mnasnet0_5", library="torchvision"))) == 1
     assert len(use_of_weights(path, ModelCard(**{**vars(card_of()), "mean": (0.5, 0.5, 0.5)}))) == 1
-    for changed in ({}, {"arch": "resnet18", "library": "torchvision"}):
+    for changed in ({}, *({"arch": arch, "library": "torchvision"} for arch in ("resnet18", "googlenet"))):
         card = card_of(**changed)
         source = build_model(**card.model).eval()
         export_weights(path, source.state_dict(), card)
