@@ -111,7 +111,7 @@ class WandbRun:
 
     def __init__(self, run: Any, earlier: Sequence[Part], log: Callable[[str], None]):
         self._run, self._print = run, log
-        self._id, self._folder, self._is_offline = run.id, Path(run.settings.sync_dir).parent, run.offline
+        self._id, self._folder, self._is_offline = run.id, Path(run.settings.sync_dir), run.offline
         self._last_step = max((part.last_step for part in earlier), default=-1)
         self._last_epoch = max((part.last_epoch for part in earlier), default=-1)
 
@@ -151,9 +151,13 @@ class WandbRun:
             self._print(f"W&B: recorded offline; this command uploads the run: {command}")
 
 
-def sync_command(folder: Path, wandb_id: str) -> str:
-    """Return the command that uploads all offline parts of a run; "" if no part can be uploaded."""
-    paths = [str(part.path) for part in read_parts(folder, wandb_id) if part.is_offline and part.has_run]
+def sync_command(last: Path, wandb_id: str) -> str:
+    """Return the command that uploads all offline parts of a run; "" if no part can be uploaded.
+
+    W&B may still write the last part, so it counts although it looks empty.
+    """
+    parts = [part for part in read_parts(last.parent, wandb_id) if part.is_offline]
+    paths = [str(part.path) for part in parts if part.has_run or part.path.name == last.name]
     return shlex.join(["wandb", "sync", *paths]) if paths else ""
 
 

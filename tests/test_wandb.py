@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ def rows(folder, wandb_id):
     return found
 
 
+def wait_for(folder, wandb_id, last):
+    """Wait until W&B has written a row to its file, which it does after the end of a run."""
+    end_s = time.monotonic() + 30
+    while not (found := rows(folder, wandb_id)) or found[-1] != last:
+        assert time.monotonic() < end_s, found
+        time.sleep(0.05)
+    time.sleep(1.1)  # W&B names a part by the second of its start
+
+
 @pytest.mark.slow
 def test_the_parts_of_a_run_hold_each_step_and_epoch_once_and_are_uploaded_by_one_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -46,6 +56,7 @@ def test_the_parts_of_a_run_hold_each_step_and_epoch_once_and_are_uploaded_by_on
     for step in range(6, 9):
         first.log_step({"step/loss": 1.0}, step)
     first.finish(1)
+    wait_for(folder / "wandb", state.wandb_id, (8, None))
     # A checkpoint at step 6: the steps up to 8 are there. Epoch 1 was not evaluated at step 8.
     records = [{"epoch": 0, "step": 5, "time": 0.0}]
     second = start(folder, state, lines, records)
@@ -54,6 +65,7 @@ def test_the_parts_of_a_run_hold_each_step_and_epoch_once_and_are_uploaded_by_on
     second.log_epoch({"epoch": 1, "val/acc1": 0.2}, 8)
     second.log_step({"step/loss": 1.0}, 10)
     second.finish(0)
+    wait_for(folder / "wandb", state.wandb_id, (10, None))
     # A part that was killed before W&B wrote anything, and lost epoch 2; an end that is torn.
     parts = read_parts(folder / "wandb", state.wandb_id)
     empty = folder / "wandb" / f"offline-run-20990101_000000-{state.wandb_id}"
@@ -64,6 +76,7 @@ def test_the_parts_of_a_run_hold_each_step_and_epoch_once_and_are_uploaded_by_on
     third = start(folder, state, lines, [*records, {"epoch": 1, "step": 8}, {"epoch": 2, "step": 12}])
     third.log_step({"step/loss": 1.0}, 14)
     third.finish(0)
+    wait_for(folder / "wandb", state.wandb_id, (14, None))
     expected = [(step, None) for step in range(1, 5)] + [(5, 0), (6, None), (7, None), (8, None)]
     assert rows(folder / "wandb", state.wandb_id) == [*expected, (9, 1), (10, None), (12, 2), (14, None)]
 

@@ -407,3 +407,16 @@ def test_output_on_a_full_disk_ends_no_run(data, tmp_path):
         process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=120)
     assert process.returncode == 0 and process.stderr == b"", process.stderr
     assert read_beton(tmp_path / "file.beton").num_samples == 12
+
+
+def test_a_script_without_its_guard_gets_the_right_message(data, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom ffcv_ops.writing.writer import write\nwrite(sys.argv[1], sys.argv[2], num_workers=1)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    command = [sys.executable, script, data / "val", tmp_path / "file.beton"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert 'needs the guard `if __name__ == "__main__":` before the call' in done.stderr.splitlines()[-1], done.stderr
+    assert "memory" not in done.stderr and list(tmp_path.iterdir()) == [script]

@@ -32,6 +32,10 @@ _RESULTS_A_WORKER = 8
 _END = object()
 
 
+# Exit status of a worker that found its script without a guard.
+_NO_GUARD = 78
+
+
 class WorkerKilled(RuntimeError):
     """The end of a worker process that was still needed."""
 
@@ -48,6 +52,12 @@ def choose_num_workers(num_workers: int) -> int:
     if num_workers != -1 and num_workers < 1:
         raise UserError(f"num_workers must be -1 (all CPUs) or at least 1, not {num_workers}")
     return cpus_per_rank() if num_workers == -1 else num_workers
+
+
+def end_if_imported() -> None:
+    """End this process if it is a worker that imports the user's script: the script starts workers without a guard."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(_NO_GUARD)
 
 
 class Workers:
@@ -76,6 +86,7 @@ class Workers:
         leader: "ranks.Leader | None" = None,
         preload: Sequence[str] = (),
     ):
+        end_if_imported()
         context = fork_server(build, preload)
         self._leader = leader
         self._connections: list[multiprocessing.connection.Connection] = []
@@ -142,10 +153,15 @@ class Workers:
             raise error from WorkerTraceback(text)
         return worker, answer
 
-    def _killed(self, worker: int) -> WorkerKilled:
+    def _killed(self, worker: int) -> WorkerKilled | UserError:
         if self.is_lent(worker):
             return WorkerKilled(f"a worker process of {self._lenders[worker - len(self._processes)]} ended")
         self._processes[worker].join(1)
+        if self._processes[worker].exitcode == _NO_GUARD:
+            return UserError(
+                'the script that starts worker processes needs the guard `if __name__ == "__main__":` before the call, '
+                "because each worker imports the script"
+            )
         return WorkerKilled(f"a worker process ended with exit code {self._processes[worker].exitcode}")
 
     def close(self) -> None:

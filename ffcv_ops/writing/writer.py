@@ -19,7 +19,7 @@ from ffcv_ops.errors import UserError
 from ffcv_ops.lock import OwnerLock
 from ffcv_ops.sources.folder import ImageFolder, Stage, class_difference, scan
 from ffcv_ops.units import show_bytes
-from ffcv_ops.workers.processes import WorkerKilled, Workers, choose_num_workers, map_in_order
+from ffcv_ops.workers.processes import WorkerKilled, Workers, choose_num_workers, end_if_imported, map_in_order
 from ffcv_ops.workers.ranks import Leader
 from ffcv_ops.writing.encode import Encoded, Encoder, Placed, encode_request
 from ffcv_ops.writing.manifest import build_manifest, build_tables, change_remarks, complete_manifest, write_manifest
@@ -96,6 +96,7 @@ def write(
     WriteError
         If the run was stopped under way, by the disk or by a killed worker.
     """
+    end_if_imported()
     settings, target = settings or WriteSettings(), Path(target)
     settings.check()
     if on_error not in ("stop", "skip"):
