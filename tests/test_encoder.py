@@ -12,7 +12,7 @@ import pytest
 from reference import decoded_coefficients, jpeg_coefficients
 from sklearn.datasets import load_sample_images
 
-from ffcv_ops.codec import encoder, jpeg
+from ffcv_ops.codec import encoder, jpeg, shared_tables
 
 PHOTOGRAPHS = load_sample_images().images
 SIZES = [(1, 1), (1, 40), (40, 1), (7, 9), (8, 8), (15, 17), (16, 16), (24, 40), (33, 31), (97, 130), (203, 331)]
@@ -88,7 +88,8 @@ def test_the_codes_are_the_best_there_are(skewed):
         ac_counts[:, 1], ac_counts[:, 2] = 1, 1
         for symbol in range(3, 40):
             ac_counts[:, symbol] = ac_counts[:, symbol - 1] + ac_counts[:, symbol - 2]
-    tables, codes, _ = encoder.build_codes(np.zeros(6, np.int16), 1, ac_counts)
+    tables = encoder.build_tables(encoder.count_symbols(np.zeros(6, np.int16), 1, ac_counts))
+    codes = encoder.build_codes(tables)
     for counts, table, words in zip(ac_counts, tables[2:], codes[2:], strict=True):
         lengths = np.repeat(np.arange(1, 17), table[:16])
         symbols = table[16 : 16 + lengths.size]
@@ -101,8 +102,10 @@ def test_the_codes_are_the_best_there_are(skewed):
 
 def test_interpreted_it_makes_the_same_bytes(tmp_path):
     """The kernels without Numba, every overflow an error."""
+    tables = shared_tables.choose_tables([shared_tables.count_symbols(image, 90) for image in images((48, 64))], 90)
     for number, image in enumerate(images((17, 23))):
-        np.savez(tmp_path / f"{number}.npz", image=image, data=jpeg.encode(image, 90))
+        data, shared = jpeg.encode(image, 90), jpeg.encode(image, 90, tables)
+        np.savez(tmp_path / f"{number}.npz", image=image, data=data, shared=shared, tables=tables)
     code = """
 import pathlib, sys
 import numpy as np
@@ -112,6 +115,7 @@ assert len(paths) == 3
 for path in paths:
     case = np.load(path)
     assert np.array_equal(jpeg.encode(case["image"], 90), case["data"]), path.name
+    assert np.array_equal(jpeg.encode(case["image"], 90, case["tables"]), case["shared"]), path.name
 """
     command = [sys.executable, "-W", "error::RuntimeWarning", "-c", code, str(tmp_path)]
     environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}

@@ -520,6 +520,35 @@ def test_another_encoder_starts_over(many, tmp_path, monkeypatch):
     assert manifest["versions"]["encoder"] == str(jpeg.ENCODER)
 
 
+def huffman_sets(path):
+    """Return the DHT segments of every JPEG in a file."""
+    found, data = read_beton(path), path.read_bytes()
+    for row in found.metadata["f0"][found.metadata["f0"]["mode"] == 0]:
+        position, segments = int(row["data_ptr"]) + 2, b""
+        while data[position + 1] != 0xDA:
+            length = 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+            segments += data[position : position + length] * (data[position + 1] == 0xC4)
+            position += length
+        yield segments
+
+
+@pytest.mark.parametrize("version", [jpeg.ENCODER, jpeg.ENCODER_OF_OWN_TABLES])
+def test_a_half_written_file_is_finished_with_its_encoder(many, tmp_path, monkeypatch, version):
+    """JPEGs share a few sets of tables, or each has its own in a file that an earlier version began."""
+    settings, target = WriteSettings("proportion", raw_share=0.8, page_size=PAGE_SIZE), tmp_path / "file.beton"
+    with monkeypatch.context() as patch:
+        patch.setattr(jpeg, "ENCODER", version)
+        whole = quiet(many, tmp_path / "whole.beton", settings)
+        with pytest.raises(KeyboardInterrupt):
+            quiet(many, target, settings, progress=stop_after(40))
+    notices = []
+    manifest = write(many, target, settings, num_workers=1, notice=notices.append)
+    assert any(line.startswith("resuming: ") for line in notices)
+    assert manifest["digest"] == whole["digest"] and manifest["versions"]["encoder"] == str(version)
+    sets = list(huffman_sets(target))
+    assert (len(set(sets)) <= 4 < len(sets)) == (version == jpeg.ENCODER)
+
+
 def test_changed_images_start_over(many, tmp_path):
     shutil.copytree(many, tmp_path / "data")
     target, notices = tmp_path / "file.beton", []

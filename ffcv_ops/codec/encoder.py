@@ -1,8 +1,9 @@
 """Kernels of the JPEG encoder: from pixels to quantised coefficients, and from coefficients to an entropy-coded scan.
 
-The result is that of libjpeg for baseline 4:2:0 with ``JDCT_ISLOW`` and ``optimize_coding``, bit for bit, in less than
-half of the time. Colour conversion and transform process the blocks of a row of MCUs side by side, in loops that become
-vector code. AC symbols are found and counted once. The restart interval is chosen afterwards.
+The result is that of libjpeg for baseline 4:2:0 with ``JDCT_ISLOW``, bit for bit, in less than half of the time. With
+tables that are built for the image, it is that of ``optimize_coding``. Colour conversion and transform process the
+blocks of a row of MCUs side by side, in loops that become vector code. AC symbols are found and counted once. The
+restart interval is chosen afterwards, and so are the tables where several are offered.
 
 A *strip* is a row of MCUs, uint8 (8, 8 x lanes). Its *lanes* are blocks of 8 x 8 px side by side: blocks of the upper
 luma rows, of the lower luma rows, of Cb and of Cr. A *token* is an AC symbol with its extra bits,
@@ -469,8 +470,8 @@ def _build_table_into(counts, table):
 
 
 @nb.njit((_array(nb.int16, 1), nb.int64, _array(nb.int64, 2)), **_KERNEL)
-def build_codes(dc, interval, ac_counts):
-    """Build the best Huffman tables for an image, as jchuff.c of libjpeg does.
+def count_symbols(dc, interval, ac_counts):
+    """Count the symbols of an image.
 
     Parameters
     ----------
@@ -481,32 +482,80 @@ def build_codes(dc, interval, ac_counts):
 
     Returns
     -------
-    tables : ndarray of uint8, shape (4, 272)
-        The tables for DC of luma, DC of chroma, AC of luma and AC of chroma. Each has the number of codes of the
-        lengths 1 to 16, and the symbols.
-    codes : ndarray of uint32, shape (4, 256)
-        The codes by table and symbol, for `write_scan`.
-    num_bits : int
-        Size of the scan in bits, without padding and markers.
+    ndarray of int64, shape (4, 256)
+        The number of occurrences of each symbol of DC of luma, DC of chroma, AC of luma and AC of chroma.
     """
-    dc_counts = np.empty((2, 256), np.int64)
-    _count_dc_into(dc, interval, dc_counts)
-    tables, codes = np.zeros((4, _LONGEST_CODE + 256), np.uint8), np.zeros((4, 256), np.uint32)
-    num_bits = 0
+    counts = np.empty((4, 256), np.int64)
+    _count_dc_into(dc, interval, counts[:2])
+    counts[2:] = ac_counts
+    return counts
+
+
+@nb.njit((_array(nb.int64, 2),), **_KERNEL)
+def build_tables(counts):
+    """Build the best Huffman tables for symbols that were counted, as jchuff.c of libjpeg does.
+
+    Parameters
+    ----------
+    counts : ndarray of int64, shape (4, 256)
+        Result of `count_symbols`. A symbol that does not occur gets no code.
+
+    Returns
+    -------
+    ndarray of uint8, shape (4, 272)
+        The tables, in the order of the counts. Each has the number of codes of the lengths 1 to 16, and the symbols.
+    """
+    tables = np.zeros((4, _LONGEST_CODE + 256), np.uint8)
     for number in range(4):
-        counts = dc_counts[number] if number < 2 else ac_counts[number - 2]
-        _build_table_into(counts, tables[number])
+        _build_table_into(counts[number], tables[number])
+    return tables
+
+
+@nb.njit((_array(nb.uint8, 2),), **_KERNEL)
+def build_codes(tables):
+    """Return the codes of tables by table and symbol, for `write_scan`: uint32 (4, 256). 0 stands for no code."""
+    codes = np.zeros((4, 256), np.uint32)
+    for number in range(4):
         code, at = 0, _LONGEST_CODE
         for length in range(1, _LONGEST_CODE + 1):
             for _ in range(tables[number, length - 1]):
                 symbol = np.int64(tables[number, at])
                 extra = symbol & 15
                 codes[number, symbol] = code << extra + _LENGTH_BITS | length + extra
-                num_bits += (length + extra) * counts[symbol]
                 code += 1
                 at += 1
             code <<= 1
-    return tables, codes, num_bits
+    return codes
+
+
+@nb.njit((_array(nb.int64, 2), _array(nb.uint32, 3)), **_KERNEL)
+def choose_codes(counts, codes):
+    """Choose the codes with which an image has the fewest bits.
+
+    Parameters
+    ----------
+    counts : ndarray
+        Result of `count_symbols`.
+    codes : ndarray of uint32, shape (num_sets, 4, 256)
+        Results of `build_codes`.
+
+    Returns
+    -------
+    number : int
+        The number of the set, the first of equals; -1 if every set lacks a code that the image needs.
+    num_bits : int
+        Size of the scan in bits, without padding and markers.
+    """
+    best, least_bits = -1, 0
+    for number in range(codes.shape[0]):
+        num_bits, is_complete = 0, True
+        for table in range(4):
+            for symbol in range(256):
+                is_complete &= counts[table, symbol] == 0 or codes[number, table, symbol] != 0
+                num_bits += counts[table, symbol] * (codes[number, table, symbol] & ((1 << _LENGTH_BITS) - 1))
+        if is_complete and (best < 0 or num_bits < least_bits):
+            best, least_bits = number, num_bits
+    return best, least_bits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -584,9 +633,9 @@ def write_scan(dc, ends, tokens, interval, codes, num_bits):
     interval : int
         MCUs between restart markers. It divides the number of MCUs.
     codes : ndarray
-        Result of `build_codes` for this interval.
+        Result of `build_codes`.
     num_bits : int
-        Result of `build_codes` for this interval.
+        Result of `choose_codes` for this interval.
 
     Returns
     -------

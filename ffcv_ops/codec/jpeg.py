@@ -21,11 +21,13 @@ from ffcv_ops.errors import UserError
 
 INDEX_MARKER = 0xEA
 INDEX_NAME = b"ffcvrow\0"
-# Add 1 with every change of the bytes that `encode` makes of an image.
-ENCODER = 2
+# Add 1 with every change of the bytes that a file has of an image.
+ENCODER = 3
+# With this encoder, every image had Huffman tables of its own. A file that was begun with it is finished with it.
+ENCODER_OF_OWN_TABLES = 2
 MCU_PX = 16
 MAX_SIDE_PX = 65500
-_SEGMENT_MCUS = 2
+SEGMENT_MCUS = 2
 _SEGMENT_BYTES = 160
 _TJPF_RGB, _TJPF_CMYK = 0, 11
 _TJCS_CMYK = 3, 4  # CMYK, YCCK
@@ -52,7 +54,7 @@ class TurboJPEGNotFound(ImportError):
         )
 
 
-def encode(image: np.ndarray, quality: int = 90) -> np.ndarray:
+def encode(image: np.ndarray, quality: int = 90, tables: np.ndarray | None = None) -> np.ndarray:
     """Encode an image as a baseline 4:2:0 JPEG with restart segments and their index.
 
     Parameters
@@ -61,11 +63,14 @@ def encode(image: np.ndarray, quality: int = 90) -> np.ndarray:
         RGB, with sides from 1 to `MAX_SIDE_PX` px.
     quality : int
         1 to 100, on the scale of libjpeg.
+    tables : ndarray of uint8, shape (num_sets, 4, 272), optional
+        Sets of Huffman tables, from `ffcv_ops.codec.shared_tables`. The image gets the set with which it is smallest.
+        Without sets, the image gets tables of its own.
 
     Returns
     -------
     ndarray of uint8, shape (size_bytes,)
-        The JPEG: a function of the image, the quality and `ENCODER` only.
+        The JPEG: a function of the image, the quality, the tables and `ENCODER` only.
 
     Raises
     ------
@@ -81,25 +86,48 @@ def encode(image: np.ndarray, quality: int = 90) -> np.ndarray:
         raise UserError(f"a JPEG has at most {MAX_SIDE_PX} px a side, got {height} x {width}")
     if not 1 <= quality <= 100:
         raise UserError(f"quality must be 1 to 100, not {quality}")
-    tables, divisors = encoder.build_quantisation(int(quality))
-    dc, ends, tokens, counts = encoder.tokenise(np.ascontiguousarray(image), divisors)
+    quantisation, divisors = encoder.build_quantisation(int(quality))
+    dc, ends, tokens, ac_counts = encoder.tokenise(np.ascontiguousarray(image), divisors)
     mcus_per_row = -(-width // MCU_PX)
-    interval = restart_interval(mcus_per_row, _SEGMENT_MCUS)
-    huffman, codes, num_bits = encoder.build_codes(dc, interval, counts)
+    interval = restart_interval(mcus_per_row, SEGMENT_MCUS)
+    counts = encoder.count_symbols(dc, interval, ac_counts)
+    huffman, codes, num_bits = _choose_tables(counts, tables)
     # A segment costs about three bytes more than its data. If there is little data, as in an image of the sky, longer
     # segments keep the file as small as a file without segments.
     num_segments = mcus_per_row // interval * -(-height // MCU_PX)
     coarser = restart_interval(mcus_per_row, interval * _SEGMENT_BYTES * num_segments / (num_bits / 8))
     if coarser > interval:
         interval = coarser
-        huffman, codes, num_bits = encoder.build_codes(dc, interval, counts)
+        counts = encoder.count_symbols(dc, interval, ac_counts)
+        huffman, codes, num_bits = _choose_tables(counts, tables)
     scan, starts = encoder.write_scan(dc, ends, tokens, interval, codes, num_bits)
-    header = _header(height, width, tables.tobytes(), huffman.tobytes(), interval)
+    header = _header(height, width, quantisation.tobytes(), huffman.tobytes(), interval)
     rows = starts[:: mcus_per_row // interval]
     index_start = 2 + 4 + len(INDEX_NAME)
     offsets = rows + (index_start + 4 * rows.size + len(header))
     index = _segment(INDEX_MARKER, INDEX_NAME + offsets.astype(">u4").tobytes())
     return np.concatenate((np.frombuffer(b"\xff\xd8" + index + header, np.uint8), scan))
+
+
+def _choose_tables(counts: np.ndarray, tables: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return the Huffman tables of an image, their codes, and the size of the scan in bits."""
+    from ffcv_ops.codec import encoder
+
+    if tables is None:
+        tables = encoder.build_tables(counts)[None]
+    codes = _build_codes(tables.tobytes())
+    number, num_bits = encoder.choose_codes(counts, codes)
+    if number < 0:
+        raise ValueError("the Huffman tables lack a symbol that the image needs")
+    return tables[number], codes[number], num_bits
+
+
+@lru_cache(maxsize=8)
+def _build_codes(tables: bytes) -> np.ndarray:
+    from ffcv_ops.codec import encoder
+
+    sets = np.frombuffer(tables, np.uint8).reshape(-1, 4, 272)
+    return np.stack([encoder.build_codes(one) for one in sets])
 
 
 def _header(height: int, width: int, tables: bytes, huffman: bytes, interval: int) -> bytes:

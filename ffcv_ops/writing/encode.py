@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ffcv_ops.beton import layout as beton
-from ffcv_ops.codec import jpeg
+from ffcv_ops.codec import jpeg, shared_tables
 from ffcv_ops.errors import UserError
 from ffcv_ops.files import write_all
 from ffcv_ops.sources.folder import stat_image
@@ -31,20 +31,28 @@ Entry = tuple[int, int, int, int, bytes, int]
 
 @dataclass(frozen=True)
 class EncodeRequest:
-    """A run of images to encode. The worker keeps them, or only measures them if `chunk` is None."""
+    """A run of images to encode, with the Huffman tables of the file. If `chunk` is None, they are a sample.
+
+    A worker keeps the images of a run. Of a sample, it counts the symbols instead.
+    """
 
     chunk: int | None
     paths: list[str]
     stats: list[list[int]]
     raw: list[bool]
+    tables: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The answer to `EncodeRequest`: an `Entry` for each image, or the reason why the image is bad."""
+    """The answer to `EncodeRequest`: an `Entry` for each image, or the reason why the image is bad.
+
+    `counts` has the symbols of each JPEG of a sample, as `shared_tables.count_symbols` counts them.
+    """
 
     chunk: int | None
     entries: list[Entry | str]
+    counts: list[np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -65,10 +73,13 @@ class Placed:
     contents: list[Any]
 
 
-def encode_request(plan: WritePlan, chunk: int | None, positions: np.ndarray) -> EncodeRequest:
+def encode_request(
+    plan: WritePlan, chunk: int | None, positions: np.ndarray, tables: np.ndarray | None = None
+) -> EncodeRequest:
     """Return the request for the images at these positions of the storage order."""
     paths = [plan.path(position) for position in positions]
-    return EncodeRequest(chunk, paths, plan.folder.stats[plan.order[positions]].tolist(), plan.raw[positions].tolist())
+    stats, raw = plan.folder.stats[plan.order[positions]].tolist(), plan.raw[positions].tolist()
+    return EncodeRequest(chunk, paths, stats, raw, tables)
 
 
 class Encoder:
@@ -111,7 +122,7 @@ class Encoder:
 
     def _encode(self, message: EncodeRequest) -> Encoded:
         entries: list[Entry | str] = []
-        contents = []
+        contents, counts = [], []
         if not self._coming:
             self.expect(message)
         contents_read = self._coming.popleft()
@@ -122,15 +133,18 @@ class Encoder:
                 continue
             image, changes = loaded
             try:
-                mode, width, height, content = encode_image(image, self.settings, keep_raw)
+                mode, width, height, content = encode_image(image, self.settings, keep_raw, message.tables)
             except UserError as error:
                 entries.append(str(error))
                 continue
             entries.append((mode, width, height, len(content), sha256(content).digest(), int(changes)))
-            contents.append(content)
+            if message.chunk is not None:
+                contents.append(content)
+            elif mode == beton.MODE_JPG:
+                counts.append(shared_tables.count_symbols(shrink(image, self.settings.max_side), self.settings.quality))
         if message.chunk is not None:
             self._kept[message.chunk] = contents
-        return Encoded(message.chunk, entries)
+        return Encoded(message.chunk, entries, counts)
 
     def _load(self, path: str, content: Future[bytes]) -> tuple[np.ndarray, Change] | str:
         """Return the pixels of an image and their changes, or the reason why it cannot be decoded."""
@@ -173,8 +187,12 @@ def _read_listed(path: str, stat: list[int]) -> bytes:
     return content
 
 
-def encode_image(image: np.ndarray, settings: WriteSettings, keep_raw: bool) -> tuple[int, int, int, memoryview]:
+def encode_image(
+    image: np.ndarray, settings: WriteSettings, keep_raw: bool, tables: np.ndarray | None = None
+) -> tuple[int, int, int, memoryview]:
     """Return mode, width, height and bytes of an image (H, W, 3), shrunk and encoded as the settings tell.
+
+    `tables` are the Huffman tables for `jpeg.encode`.
 
     Raises
     ------
@@ -190,7 +208,7 @@ def encode_image(image: np.ndarray, settings: WriteSettings, keep_raw: bool) -> 
         keep_raw = image.nbytes <= settings.smart_threshold
     if keep_raw:
         return beton.MODE_RAW, width, height, np.ascontiguousarray(image).reshape(-1).data
-    return beton.MODE_JPG, width, height, jpeg.encode(image, settings.quality).data
+    return beton.MODE_JPG, width, height, jpeg.encode(image, settings.quality, tables).data
 
 
 def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
@@ -210,7 +228,9 @@ def encoder_versions() -> dict[str, str]:
     """Return what all machines that encode for one file must share: library versions, and the result for one image."""
     wave = np.arange(240, dtype=np.int64) ** 2 // 97
     image = ((wave[:, None, None] + wave[None, :, None] * np.arange(1, 4)) % 256).astype(np.uint8)
-    _, _, _, content = encode_image(image, WriteSettings(max_side=199), keep_raw=False)
+    settings = WriteSettings(max_side=199)
+    tables = shared_tables.choose_tables([shared_tables.count_symbols(image, settings.quality)], settings.quality)
+    _, _, _, content = encode_image(image, settings, keep_raw=False, tables=tables)
     result = sha256(content)
     result.update(jpeg.decode(np.frombuffer(content, np.uint8)).tobytes())
     return {**library_versions(), "what becomes of an image": result.hexdigest()[:16]}

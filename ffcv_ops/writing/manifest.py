@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from ffcv_ops.beton import layout as beton
-from ffcv_ops.codec import jpeg
 from ffcv_ops.files import replace_text
 from ffcv_ops.sources.image import Change, change_remark
 from ffcv_ops.sources.remarks import Remark
@@ -66,7 +65,7 @@ def build_manifest(
         "source": {"folder": str(plan.folder.root.absolute()), "num_images": len(plan.folder.paths)},
         "remarks": [remark.entry() for remark in [*plan.folder.remarks, *change_remarks(plan, stored)]],
         "skipped": [{"image": path, "reason": reason} for path, reason in skipped],
-        "versions": {"python": platform.python_version(), "encoder": str(jpeg.ENCODER), **library_versions()},
+        "versions": {"python": platform.python_version(), "encoder": str(plan.encoder), **library_versions()},
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "classes": plan.folder.classes,
         "class_counts": np.bincount(labels, minlength=len(plan.folder.classes)).tolist(),

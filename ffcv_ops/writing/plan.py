@@ -1,6 +1,6 @@
 """Decide what a file is to hold: its settings, its images, their order, and the images that stay raw."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from typing import Any
 
@@ -105,12 +105,15 @@ class WritePlan:
         The place of each image in the folder's listing.
     raw : ndarray of bool, shape (num_images,)
         The images that stay raw whatever their size.
+    encoder : int
+        ``jpeg.ENCODER``, or the earlier ``jpeg.ENCODER_OF_OWN_TABLES`` of a file that was begun with it.
     """
 
     folder: ImageFolder
     settings: WriteSettings
     order: np.ndarray
     raw: np.ndarray
+    encoder: int
 
     @property
     def num_images(self) -> int:
@@ -146,10 +149,18 @@ class WritePlan:
             "format": beton.MANIFEST_VERSION,
             "images": listing.hexdigest(),
             "libraries": library_versions(),
-            "encoder": jpeg.ENCODER,
+            "encoder": self.encoder,
             # A journal without this key is of the default.
             **{key: value for key, value in asdict(self.settings).items() if (key, value) != ("max_pixels", None)},
         }
+
+    def continuing(self, found: dict[str, Any] | None) -> "WritePlan":
+        """Return the plan with the encoder that began a file with this identity, if nothing else has changed."""
+        if found is not None and found.get("encoder") == jpeg.ENCODER_OF_OWN_TABLES:
+            earlier = replace(self, encoder=jpeg.ENCODER_OF_OWN_TABLES)
+            if earlier.identity() == found:
+                return earlier
+        return self
 
 
 def library_versions() -> dict[str, str]:
@@ -170,7 +181,7 @@ def build_plan(folder: ImageFolder, settings: WriteSettings) -> WritePlan:
     raw = np.full(count, settings.mode == "raw")
     if settings.mode == "proportion":
         raw = (_bits(settings.seed, _RAW_STREAM, total)[order] >> np.uint64(11)) * 2.0**-53 < settings.raw_share
-    return WritePlan(folder, settings, order, raw)
+    return WritePlan(folder, settings, order, raw, jpeg.ENCODER)
 
 
 def _bits(seed: int, stream: int, count: int) -> np.ndarray:

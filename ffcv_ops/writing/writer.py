@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from ffcv_ops.beton import layout as beton
+from ffcv_ops.codec import jpeg
+from ffcv_ops.codec.shared_tables import choose_tables
 from ffcv_ops.errors import UserError
 from ffcv_ops.lock import OwnerLock
 from ffcv_ops.sources.folder import ImageFolder, Stage, class_difference, scan
@@ -24,12 +26,12 @@ from ffcv_ops.workers.ranks import Leader
 from ffcv_ops.writing.encode import Encoded, Encoder, Placed, encode_request
 from ffcv_ops.writing.manifest import build_manifest, build_tables, change_remarks, complete_manifest, write_manifest
 from ffcv_ops.writing.pages import PageLayout
-from ffcv_ops.writing.partial_file import PartialFile, partial_paths, remove_partial
+from ffcv_ops.writing.partial_file import PartialFile, partial_paths, read_journal, remove_partial
 from ffcv_ops.writing.plan import BadImage, WritePlan, WriteSettings, build_plan
 
 _CHUNK = 16
 _CHUNKS_A_WORKER = 4
-_ESTIMATE_IMAGES = 16, 128
+_SAMPLE_IMAGES = 64, 256
 
 Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -108,7 +110,8 @@ def write(
         notice(remark.line())
     if classes is not None:
         folder = _numbered_as(folder, classes, notice)
-    plan = build_plan(folder, settings)
+    identity, pages, _ = read_journal(partial_paths(target)[1])
+    plan = build_plan(folder, settings).continuing(identity if pages else None)
     manifest = complete_manifest(plan, target)
     if manifest is not None:
         notice(f"{target} was whole already, its manifest is now too")
@@ -174,8 +177,12 @@ def _write(
             done = layout.stored.position
             if done:
                 notice(f"resuming: {done} of {plan.num_images} images are on disk already")
-            _check_space(plan, done, target, workers, notice)
-            _encode_rest(plan, layout, workers, on_error, progress)
+            sizes, counts = _measure_sample(plan, workers)
+            _check_space(plan, done, target, sizes, notice)
+            tables = (
+                choose_tables(counts, plan.settings.quality) if plan.encoder != jpeg.ENCODER_OF_OWN_TABLES else None
+            )
+            _encode_rest(plan, layout, workers, tables, on_error, progress)
             manifest = _finish(plan, layout, target)
             for remark in change_remarks(plan, layout.stored):
                 notice(remark.line())
@@ -214,13 +221,25 @@ def _start_workers(num_workers: int, plan: WritePlan, partial_path: Path, leader
     return Workers(num_workers, Encoder, plan.settings, source, partial_path, leader=leader, preload=preload)
 
 
-def _check_space(plan: WritePlan, done: int, target: Path, workers: Workers, notice: Notice) -> None:
-    """Encode a few images to estimate the size of the file, and compare the size with the space on the disk."""
-    count = min(plan.num_images, max(_ESTIMATE_IMAGES[0], min(plan.num_images // 50, _ESTIMATE_IMAGES[1])))
+def _measure_sample(plan: WritePlan, workers: Workers) -> tuple[list[int], list[np.ndarray]]:
+    """Return the sizes in bytes of a few images, and the symbols of the JPEGs among them.
+
+    The images are evenly spaced in the storage order. They decide the Huffman tables, and so the bytes of the file.
+    Therefore they depend on the plan only.
+    """
+    count = min(plan.num_images, max(_SAMPLE_IMAGES[0], min(plan.num_images // 50, _SAMPLE_IMAGES[1])))
     positions = np.arange(count) * plan.num_images // count
     messages = (encode_request(plan, None, chunk) for chunk in np.array_split(positions, -(-count // 4)))
-    entries = [entry for encoded in map_in_order(workers, messages) for entry in encoded.entries]
-    sizes = [entry[3] for entry in entries if not isinstance(entry, str)]
+    sizes: list[int] = []
+    counts: list[np.ndarray] = []
+    for encoded in map_in_order(workers, messages):
+        sizes += [entry[3] for entry in encoded.entries if not isinstance(entry, str)]
+        counts += encoded.counts
+    return sizes, counts
+
+
+def _check_space(plan: WritePlan, done: int, target: Path, sizes: list[int], notice: Notice) -> None:
+    """Estimate the size of the file from the sizes of a few images, and compare it with the space on the disk."""
     if not sizes:
         return
     image_bytes = float(np.mean(sizes))
@@ -236,7 +255,14 @@ def _check_space(plan: WritePlan, done: int, target: Path, workers: Workers, not
         )
 
 
-def _encode_rest(plan: WritePlan, layout: PageLayout, workers: Workers, on_error: str, progress: Progress) -> None:
+def _encode_rest(
+    plan: WritePlan,
+    layout: PageLayout,
+    workers: Workers,
+    tables: np.ndarray | None,
+    on_error: str,
+    progress: Progress,
+) -> None:
     """Encode the images that are not in the file yet.
 
     Any worker encodes a run of images. This process gives the runs their places in their order. The worker that encoded
@@ -253,7 +279,7 @@ def _encode_rest(plan: WritePlan, layout: PageLayout, workers: Workers, on_error
         worker = workers.idle()
         if worker is not None and num_sent < min(len(starts), num_placed + _CHUNKS_A_WORKER * workers.num_workers):
             stop = min(starts[num_sent] + _CHUNK, plan.num_images)
-            workers.send(worker, encode_request(plan, num_sent, np.arange(starts[num_sent], stop)))
+            workers.send(worker, encode_request(plan, num_sent, np.arange(starts[num_sent], stop), tables))
             num_sent += 1
             continue
         worker, answer = workers.receive()
