@@ -52,7 +52,7 @@ SLACK_BYTES = 1024
 _CHUNK_MCUS = 96
 _MAX_ROW_MCUS = 256
 _MAX_DECODED_MCUS = 1024
-_NUM_LUMA_GROUPS, _NUM_CHROMA_GROUPS = _MAX_ROW_MCUS // _LUMA_MCUS, _MAX_ROW_MCUS // _CHROMA_MCUS
+_NUM_LUMA_GROUPS, _NUM_CHROMA_GROUPS = _MAX_DECODED_MCUS // _LUMA_MCUS, _MAX_DECODED_MCUS // _CHROMA_MCUS
 
 _Parts = namedtuple("_Parts", "luma chroma dump blocks segments places work quantisation state pyramid sets end")
 
@@ -68,7 +68,7 @@ _AT = _lay_out(
     _GROUP_BYTES,
     8 * _BLOCKS_PER_MCU * _MAX_DECODED_MCUS,
     32 * _MAX_DECODED_MCUS,
-    16 * (_MAX_ROW_MCUS + _CHROMA_MCUS),
+    8 * _MAX_DECODED_MCUS,
     64 * ROW_BYTES,
     2 * 64,
     256,
@@ -329,36 +329,38 @@ def _matches(data, position, expected):
 
 
 @kernel
-def _read_header(data, start, scan):
-    """Find the tables of a header in which only sizes and tables differ from what our writer writes.
+def _read_header(data, start, limit, has_interval):
+    """Find the parts of a header in which only sizes and tables differ from what our writer and libjpeg write.
 
-    Return the offset of the first quantisation table, 0 if the header is another one, and the offset and size of the
-    Huffman tables.
+    Nothing is read at or behind the offset `limit`. Return the offset of the first quantisation table, 0 if the header
+    is another one, the offset and size of the Huffman tables, and the offset of the scan.
     """
     tables = start + len(_BEFORE_TABLES)
     frame = tables + 2 * (len(_TABLE) + 65)
-    if frame + len(_FRAME) + 10 + 8 > scan or not _matches(data, start, _BEFORE_TABLES):
-        return 0, 0, 0
+    if frame + len(_FRAME) + 4 + len(_COMPONENTS) > limit or not _matches(data, start, _BEFORE_TABLES):
+        return 0, 0, 0, 0
     for number in range(2):
         at = tables + number * (len(_TABLE) + 65)
         if not _matches(data, at, _TABLE) or load_u1(data + at + len(_TABLE)) != number:
-            return 0, 0, 0
+            return 0, 0, 0, 0
     if not _matches(data, frame, _FRAME) or not _matches(data, frame + len(_FRAME) + 4, _COMPONENTS):
-        return 0, 0, 0
+        return 0, 0, 0, 0
     huffman_start = at = frame + len(_FRAME) + 4 + len(_COMPONENTS)
     for number in range(4):
-        if at + 5 > scan or _read_u2(data, at) != 0xFFC4 or load_u1(data + at + 4) != _CODES_NAMES[number]:
-            return 0, 0, 0
+        if at + 5 > limit or _read_u2(data, at) != 0xFFC4 or load_u1(data + at + 4) != _CODES_NAMES[number]:
+            return 0, 0, 0, 0
         size_bytes = _read_u2(data, at + 2)
         if not 19 < size_bytes <= 19 + 256:
-            return 0, 0, 0
+            return 0, 0, 0, 0
         at += 2 + size_bytes
     num_bytes = at - huffman_start
-    if at + 6 + len(_SCAN) != scan or _read_u2(data, at) != 0xFFDD or _read_u2(data, at + 2) != 4:
-        return 0, 0, 0
-    if not _matches(data, at + 6, _SCAN):
-        return 0, 0, 0
-    return tables + len(_TABLE) + 1, huffman_start, num_bytes
+    if has_interval:
+        if at + 6 > limit or _read_u2(data, at) != 0xFFDD or _read_u2(data, at + 2) != 4:
+            return 0, 0, 0, 0
+        at += 6
+    if at + len(_SCAN) > limit or not _matches(data, at, _SCAN):
+        return 0, 0, 0, 0
+    return tables + len(_TABLE) + 1, huffman_start, num_bytes, at + len(_SCAN)
 
 
 @kernel
@@ -376,6 +378,33 @@ def _find_set(scratch, segments, num_bytes):
             return sets + other * huffman.SET_BYTES
     built = sets + number * huffman.SET_BYTES
     return built if huffman.build_set(segments, built, scratch + _AT.pyramid) else 0
+
+
+@kernel
+def _queue_segment(scratch, number, first_mcu, num_mcus, start, end):
+    """Describe a segment: its MCUs, and its first and last + 1 bit in the unstuffed data."""
+    segment = scratch + _AT.segments + 32 * number
+    first_block = scratch + _AT.blocks + 8 * _BLOCKS_PER_MCU * first_mcu
+    store_i8(segment, first_block)
+    store_i8(segment + 8, first_block + 8 * (_BLOCKS_PER_MCU * num_mcus - 1))
+    store_i8(segment + 16, start)
+    store_i8(segment + 24, end)
+
+
+@kernel
+def _queue_blocks(scratch, mcu, lane):
+    """Describe the blocks of an MCU: where its coefficients go, or -1 as `lane` if nothing needs them."""
+    luma = chroma = scratch + _AT.dump
+    if lane >= 0:
+        luma = scratch + _AT.luma + lane // _LUMA_MCUS * _GROUP_BYTES + lane % _LUMA_MCUS * 4
+        chroma = scratch + _AT.chroma + lane // _CHROMA_MCUS * _GROUP_BYTES + lane % _CHROMA_MCUS * 2
+    blocks = scratch + _AT.blocks + 8 * _BLOCKS_PER_MCU * mcu
+    store_i8(blocks, luma)
+    store_i8(blocks + 8, luma + 2)
+    store_i8(blocks + 16, luma + LANES)
+    store_i8(blocks + 24, luma + LANES + 2)
+    store_i8(blocks + 32, chroma | 1 << _COMPONENT_SHIFT)
+    store_i8(blocks + 40, (chroma + LANES) | 2 << _COMPONENT_SHIFT)
 
 
 @kernel
@@ -420,28 +449,16 @@ def _queue_row(data, size_bytes, layout, row, segments, mcus, scratch, target, s
         position = marker + 2 - data
         if number < segments[0]:
             continue
-        segment = scratch + _AT.segments + 32 * num_segments
-        first_block = scratch + _AT.blocks + 8 * _BLOCKS_PER_MCU * num_mcus
-        store_i8(segment, first_block)
-        store_i8(segment + 8, first_block + 8 * (_BLOCKS_PER_MCU * layout.interval - 1))
-        store_i8(segment + 16, 8 * (target - first_byte))
-        store_i8(segment + 24, 8 * (copied - first_byte))
+        _queue_segment(
+            scratch, num_segments, num_mcus, layout.interval, 8 * (target - first_byte), 8 * (copied - first_byte)
+        )
         num_segments += 1
         target = copied
         for mcu in range(number * layout.interval, (number + 1) * layout.interval):
-            luma = chroma = scratch + _AT.dump
-            if mcus[0] <= mcu < mcus[1]:
-                luma = scratch + _AT.luma + num_lanes // _LUMA_MCUS * _GROUP_BYTES + num_lanes % _LUMA_MCUS * 4
-                chroma = scratch + _AT.chroma + num_lanes // _CHROMA_MCUS * _GROUP_BYTES + num_lanes % _CHROMA_MCUS * 2
-                num_lanes += 1
-            blocks = scratch + _AT.blocks + 8 * _BLOCKS_PER_MCU * num_mcus
-            store_i8(blocks, luma)
-            store_i8(blocks + 8, luma + 2)
-            store_i8(blocks + 16, luma + LANES)
-            store_i8(blocks + 24, luma + LANES + 2)
-            store_i8(blocks + 32, chroma | 1 << _COMPONENT_SHIFT)
-            store_i8(blocks + 40, (chroma + LANES) | 2 << _COMPONENT_SHIFT)
+            is_inside = mcus[0] <= mcu < mcus[1]
+            _queue_blocks(scratch, num_mcus, num_lanes if is_inside else -1)
             num_mcus += 1
+            num_lanes += is_inside
     return target, (first_byte, num_segments, num_mcus, num_lanes)
 
 
@@ -484,6 +501,78 @@ def _transform_columns(group, divisors, work):
 
 
 @kernel
+def _prepare_tables(data, found, scratch):
+    """Return the address of the set of Huffman tables, 0 if a table is odd, and the largest DC of luma and chroma."""
+    quantisation, codes, codes_bytes, _ = found
+    if quantisation == 0:
+        return 0, (0, 0)
+    second = quantisation + len(_TABLE) + 65
+    divisors = np.int64(load_u1(data + quantisation)), np.int64(load_u1(data + second))
+    if min(divisors) == 0:
+        return 0, (0, 0)
+    for i in range(64):
+        store_u1(scratch + _AT.quantisation + i, np.int64(load_u1(data + quantisation + i)))
+        store_u1(scratch + _AT.quantisation + 64 + i, np.int64(load_u1(data + second + i)))
+    tables = _find_set(scratch, data + codes, codes_bytes)
+    return tables, (MAX_COEFFICIENT // divisors[0], MAX_COEFFICIENT // divisors[1])
+
+
+@kernel
+def _finish_chunk(tables, limits, scratch, unstuffed, num_segments, num_lanes, mcus_per_row, y, cb, cr):
+    """Decode and transform what is in the queue. Return False if anything is odd."""
+    store_i8(scratch + _AT.state + _NEXT_SEGMENT, 0)
+    store_i8(scratch + _AT.state + _NUM_SEGMENTS, num_segments)
+    is_sound = _decode_segments(unstuffed, scratch, tables, limits)
+    if is_sound and not _transform_chunk(scratch, num_lanes, mcus_per_row, y, cb, cr):
+        return True
+    for i in range(0, _AT.dump, 8):
+        store_i8(scratch + i, 0)
+    return False
+
+
+@kernel
+def decode_plain_region_into(data, size, window, unstuffed, scratch, planes):
+    """Decode the MCUs under a window of a JPEG that libjpeg wrote at its defaults, as FFCV's writer does.
+
+    The whole scan is decoded, so that damage is found, but only the MCUs under the window are transformed. For the
+    parameters and the result, see `decode_region_into`. `size` is height and width in px that the JPEG must have.
+    """
+    data, size_bytes = data
+    if size_bytes < 4 or _read_u2(data, 0) != 0xFFD8:
+        return False
+    found = _read_header(data, 2, size_bytes, False)
+    frame = found[0] + len(_TABLE) + 2 * 65 - 1 + len(_FRAME)
+    if found[0] == 0 or _read_u2(data, frame) != size[0] or _read_u2(data, frame + 2) != size[1]:
+        return False
+    y, x, h, w = window
+    rows = y // _MCU_PX, -(-(y + h) // _MCU_PX)
+    columns = x // _MCU_PX, -(-(x + w) // _MCU_PX)
+    num_rows, num_columns = -(-size[0] // _MCU_PX), -(-size[1] // _MCU_PX)
+    num_px = _MCU_PX * _MCU_PX * (rows[1] - rows[0]) * (columns[1] - columns[0])
+    if num_rows * num_columns > _MAX_DECODED_MCUS or 3 * num_px // 2 > planes[1]:
+        return False
+    if size_bytes + SLACK_BYTES > unstuffed[1]:
+        return False
+    tables, limits = _prepare_tables(data, found, scratch)
+    if tables == 0:
+        return False
+    marker, end = _unstuff(data + found[3], data + size_bytes - 2, data + size_bytes, unstuffed[0])
+    if marker == 0 or load_u1(marker + 1) != 0xD9:
+        return False
+    num_lanes = 0
+    for row in range(num_rows):
+        for column in range(num_columns):
+            is_inside = rows[0] <= row < rows[1] and columns[0] <= column < columns[1]
+            _queue_blocks(scratch, row * num_columns + column, num_lanes if is_inside else -1)
+            num_lanes += is_inside
+    _queue_segment(scratch, 0, 0, num_rows * num_columns, 0, 8 * (end - unstuffed[0]))
+    cb = planes[0] + num_px
+    return _finish_chunk(
+        tables, limits, scratch, unstuffed[0], 1, num_lanes, columns[1] - columns[0], planes[0], cb, cb + num_px // 4
+    )
+
+
+@kernel
 def decode_region_into(data, layout, window, unstuffed, scratch, planes):
     """Decode the MCUs under a window, if the JPEG is sound and made as our writer makes it.
 
@@ -520,18 +609,10 @@ def decode_region_into(data, layout, window, unstuffed, scratch, planes):
     header = 4 + _read_u2(data, 4)
     if not header < layout.scan <= size_bytes:
         return False
-    quantisation, codes, codes_bytes = _read_header(data, header, layout.scan)
-    if quantisation == 0:
+    found = _read_header(data, header, layout.scan, True)
+    tables, limits = _prepare_tables(data, found, scratch)
+    if tables == 0 or found[3] != layout.scan:
         return False
-    tables = _find_set(scratch, data + codes, codes_bytes)
-    second = quantisation + len(_TABLE) + 65
-    divisors = np.int64(load_u1(data + quantisation)), np.int64(load_u1(data + second))
-    if tables == 0 or min(divisors) == 0:
-        return False
-    limits = MAX_COEFFICIENT // divisors[0], MAX_COEFFICIENT // divisors[1]
-    for i in range(64):
-        store_u1(scratch + _AT.quantisation + i, np.int64(load_u1(data + quantisation + i)))
-        store_u1(scratch + _AT.quantisation + 64 + i, np.int64(load_u1(data + second + i)))
     first_byte, stop, at = unstuffed[0], unstuffed[0] + unstuffed[1] - SLACK_BYTES, planes[0]
     rows_per_chunk = max(min(_CHUNK_MCUS // mcus_per_row, _MAX_DECODED_MCUS // decoded_per_row), 1)
     for chunk in range(first_row, last_row, rows_per_chunk):
@@ -541,14 +622,10 @@ def decode_region_into(data, layout, window, unstuffed, scratch, planes):
             target, queue = _queue_row(data, size_bytes, layout, row, segments, mcus, scratch, target, stop, queue)
             if target == 0:
                 return False
-        state = scratch + _AT.state
-        store_i8(state + _NEXT_SEGMENT, 0)
-        store_i8(state + _NUM_SEGMENTS, queue[1])
-        is_sound = _decode_segments(first_byte, scratch, tables, limits)
         done = _MCU_PX * _MCU_PX * (chunk - first_row) * mcus_per_row
         cb = at + num_px + done // 4
-        if not is_sound or _transform_chunk(scratch, queue[3], mcus_per_row, at + done, cb, cb + num_px // 4):
-            for i in range(0, _AT.dump, 8):
-                store_i8(scratch + i, 0)
+        if not _finish_chunk(
+            tables, limits, scratch, first_byte, queue[1], queue[3], mcus_per_row, at + done, cb, cb + num_px // 4
+        ):
             return False
     return True

@@ -274,14 +274,19 @@ def decode_planes_into(handle, data, size, window, eighths, scratch, planes):
     """
     numbers, spliced, decoder = scratch
     layout = read_layout(data)
-    if layout.height == size[0] and layout.width == size[1]:
-        if eighths == 8 and decoder.size > 0:
-            memory = (_address(data), data.size), (_address(spliced), spliced.size), (_address(planes), planes.size)
-            if entropy.decode_region_into(memory[0], layout, window, memory[1], _address(decoder), memory[2]):
-                top, left = window[0] // _MCU_PX * _MCU_PX, window[1] // _MCU_PX * _MCU_PX
-                height = -(-(window[0] + window[2]) // _MCU_PX) * _MCU_PX - top
-                width = -(-(window[1] + window[3]) // _MCU_PX) * _MCU_PX - left
-                return Planes(OK, top, left, height, width, 2, 2)
+    is_indexed = layout.height == size[0] and layout.width == size[1]
+    if eighths == 8 and decoder.size > 0:
+        memory = (_address(data), data.size), (_address(spliced), spliced.size), (_address(planes), planes.size)
+        if is_indexed:
+            is_done = entropy.decode_region_into(memory[0], layout, window, memory[1], _address(decoder), memory[2])
+        else:
+            is_done = entropy.decode_plain_region_into(memory[0], size, window, memory[1], _address(decoder), memory[2])
+        if is_done:
+            top, left = window[0] // _MCU_PX * _MCU_PX, window[1] // _MCU_PX * _MCU_PX
+            height = -(-(window[0] + window[2]) // _MCU_PX) * _MCU_PX - top
+            width = -(-(window[1] + window[3]) // _MCU_PX) * _MCU_PX - left
+            return Planes(OK, top, left, height, width, 2, 2)
+    if is_indexed:
         segment_px = layout.interval * _MCU_PX
         y, x, h, w = window
         rows = y // _MCU_PX, -(-(y + h) // _MCU_PX)
