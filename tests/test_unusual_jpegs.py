@@ -101,7 +101,7 @@ def decoder():
 
 def decode_region(handles, data, size, eighths=8):
     memory = np.empty(3 * 96 * 96, np.uint8)
-    scratch = np.empty(8, np.int64), np.empty(1 << 16, np.uint8), region.allocate_decoders(1)[0]
+    scratch = np.empty(8, np.int64), np.empty(1 << 16, np.uint8), np.empty(0, np.int64)
     found = region.decode_planes_into(handles[0], data, size, (5, 6, 40, 50), eighths, scratch, memory)
     if found.status == region.BAD_JPEG:
         handles[0] = region.renew_decompressor(handles[0])
