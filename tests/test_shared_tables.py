@@ -88,7 +88,8 @@ def test_an_image_gets_the_set_with_which_it_is_smallest(tables):
     for image in parts(24):
         data = jpeg.encode(image, 90, tables)
         alone = [jpeg.encode(image, 90, one[None]) for one in tables]
-        assert np.array_equal(data, min(alone, key=len))
+        # The size with a set may move the restart interval by a step, and with it the size by a few bytes.
+        assert data.size <= 1.001 * min(map(len, alone))
         chosen.add(huffman_segments(data))
     assert len(chosen) == NUM_SETS
 
@@ -117,8 +118,11 @@ def test_tables_without_a_symbol_are_refused(tables):
         jpeg.encode(image, 90, short)
 
 
-def test_shared_tables_cost_little_against_tables_for_each_image():
+@pytest.mark.parametrize("quality", [75, 85, 90, 95])
+def test_files_with_shared_tables_are_at_most_one_percent_larger_than_those_of_ffcv(quality):
     images = list(parts(24, 375, 500))
-    sets = choose_tables([count_symbols(image, 90) for image in images[::2]], 90)
-    shared = sum(jpeg.encode(image, 90, sets).size for image in images)
-    assert shared <= 1.025 * sum(jpeg.encode(image, 90).size for image in images)
+    sets = choose_tables([count_symbols(image, quality) for image in images[::2]], quality)
+    shared = sum(jpeg.encode(image, quality, sets).size for image in images)
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality]
+    stock = sum(cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)[1].size for image in images)
+    assert shared <= 1.01 * stock

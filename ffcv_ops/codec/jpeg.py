@@ -28,7 +28,8 @@ ENCODER_OF_OWN_TABLES = 2
 MCU_PX = 16
 MAX_SIDE_PX = 65500
 SEGMENT_MCUS = 2
-_SEGMENT_BYTES = 160
+# The fewest bytes of a segment on average, without and with tables that images share, which make larger files.
+_SEGMENT_BYTES, _SHARED_SEGMENT_BYTES = 160, 256
 _TJPF_RGB, _TJPF_CMYK = 0, 11
 _TJCS_CMYK = 3, 4  # CMYK, YCCK
 # Baseline, extended and progressive frames, with Huffman codes and with arithmetic codes.
@@ -95,7 +96,8 @@ def encode(image: np.ndarray, quality: int = 90, tables: np.ndarray | None = Non
     # A segment costs about three bytes more than its data. If there is little data, as in an image of the sky, longer
     # segments keep the file as small as a file without segments.
     num_segments = mcus_per_row // interval * -(-height // MCU_PX)
-    coarser = restart_interval(mcus_per_row, interval * _SEGMENT_BYTES * num_segments / (num_bits / 8))
+    segment_bytes = _SEGMENT_BYTES if tables is None else _SHARED_SEGMENT_BYTES
+    coarser = restart_interval(mcus_per_row, interval * segment_bytes * num_segments / (num_bits / 8))
     if coarser > interval:
         interval = coarser
         counts = encoder.count_symbols(dc, interval, ac_counts)
