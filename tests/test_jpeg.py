@@ -43,13 +43,13 @@ def without_index(data):
 class Decoder:
     """`decode_planes_into` with scratch of its own, giving the planes as arrays."""
 
-    def __init__(self):
-        self.handle = jpeg.open_decompressor()
-        self.scratch = np.empty(8, np.int64), np.empty(1 << 20, np.uint8), region.allocate_decoders(1)[0]
+    def __init__(self, chosen="own"):
+        decoder = region.allocate_decoders(1)[0] if chosen == "own" else np.empty(0, np.int64)
+        self.scratch = np.empty(8, np.int64), np.empty(1 << 20, np.uint8), decoder
         self.memory = np.empty(3 << 20, np.uint8)
 
     def __call__(self, data, size, window, eighths=8):
-        found = region.decode_planes_into(self.handle, data, size, window, eighths, self.scratch, self.memory)
+        found = region.decode_planes_into(data, size, window, eighths, self.scratch, self.memory)
         luma = found.height * found.width
         if found.v == region.RGB:
             return found, [self.memory[: 3 * luma].reshape(found.height, found.width, 3).copy()]
@@ -63,9 +63,7 @@ class Decoder:
 
 @pytest.fixture(scope="module")
 def decode_planes():
-    decoder = Decoder()
-    yield decoder
-    jpeg.close_decompressor(decoder.handle)
+    return Decoder()
 
 
 def random_windows(rng, size, count):
@@ -242,6 +240,43 @@ def test_a_row_that_begins_elsewhere_costs_time_alone(decode_planes):
             found, (luma, *_) = decode_planes(damaged, size, window)
             assert found.status == region.OK
             np.testing.assert_array_equal(luma[16 - found.top :][:16, :130], expected[:16, :130])
+
+
+def without_segment(data, marker, number=None):
+    """Return the same JPEG without the segments of a marker, or without the one that defines a table of this number."""
+    content, position = data.tobytes(), 2
+    while content[position + 1] != 0xDA:
+        end = position + 2 + int.from_bytes(content[position + 2 : position + 4], "big")
+        if content[position + 1] == marker and number in (None, content[position + 4]):
+            content = content[:position] + content[end:]
+        else:
+            position = end
+    return np.frombuffer(content, np.uint8)
+
+
+@pytest.mark.parametrize("chosen", region.DECODERS)
+def test_a_jpeg_gets_no_tables_of_the_image_before(chosen):
+    """As TurboJPEG decodes it at first: with the standard's Huffman tables, and with no quantisation table."""
+    size, window = (97, 130), (16, 32, 40, 50)
+    whole = pillow_jpeg(photograph(*size, which=1), quality=75, subsampling="4:2:0")
+    others = [jpeg.encode(photograph(*size), 30), pillow_jpeg(photograph(*size), optimize=True, progressive=True)]
+    misnamed = whole.copy()
+    misnamed[np.flatnonzero((whole[:-1] == 0xFF) & (whole[1:] == 0xC4))[1] + 4] = 0x12
+    lacking = [without_segment(whole, 0xC4), without_segment(whole, 0xC4, 0x11), misnamed]
+    decode = Decoder(chosen)
+    _, expected = decode(whole, size, (0, 0, *size))
+    for other in others:
+        for data in lacking:
+            assert decode(other, size, window)[0].status == region.OK
+            found, planes = decode(data, size, (0, 0, *size))
+            assert found.status == region.OK
+            for plane, step, right in zip(planes, (1, 2, 2), expected, strict=True):
+                extent = -(-size[0] // step), -(-size[1] // step)
+                assert np.array_equal(plane[: extent[0], : extent[1]], right[: extent[0], : extent[1]])
+        for data in (without_segment(whole, 0xDB), without_segment(whole, 0xDB, 1), without_segment(other, 0xDB)):
+            assert decode(other, size, window)[0].status == region.OK
+            assert decode(data, size, (0, 0, *size))[0].status == region.BAD_JPEG
+        assert decode(other, size, window)[0].status == region.OK
 
 
 def test_damage_reaches_the_status_and_nothing_else(decode_planes):

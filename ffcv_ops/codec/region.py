@@ -246,13 +246,11 @@ def _find_marker(data, position, stop):
 
 
 @kernel
-def decode_planes_into(handle, data, size, window, eighths, scratch, planes):
+def decode_planes_into(data, size, window, eighths, scratch, planes):
     """Decode the part of a JPEG under a window.
 
     Parameters
     ----------
-    handle : int
-        TurboJPEG's decompressor for this thread.
     data : ndarray of uint8, shape (size_bytes,)
         A JPEG.
     size : tuple of two int
@@ -286,7 +284,17 @@ def decode_planes_into(handle, data, size, window, eighths, scratch, planes):
             height = -(-(window[0] + window[2]) // _MCU_PX) * _MCU_PX - top
             width = -(-(window[1] + window[3]) // _MCU_PX) * _MCU_PX - left
             return Planes(OK, top, left, height, width, 2, 2)
-    if is_indexed:
+    # A decompressor keeps the tables of its last JPEG, and takes them for a JPEG that lacks tables. Therefore each JPEG
+    # has a decompressor of its own. It costs less than a microsecond.
+    handle = _open_decompressor()
+    found = _decode_with_turbojpeg(handle, data, size, layout, window, eighths, numbers, spliced, planes)
+    _close_decompressor(handle)
+    return found
+
+
+@kernel
+def _decode_with_turbojpeg(handle, data, size, layout, window, eighths, numbers, spliced, planes):
+    if layout.height == size[0] and layout.width == size[1]:
         segment_px = layout.interval * _MCU_PX
         y, x, h, w = window
         rows = y // _MCU_PX, -(-(y + h) // _MCU_PX)
@@ -331,13 +339,6 @@ def _decode(handle, data, region, subsampling, eighths, numbers, planes):
         handle, _address(data), data.size, _address(numbers), width, _address(numbers[3:]), height, 0
     )
     return Planes(OK if status == 0 else BAD_JPEG, top, left, plane_height, plane_width, v, h)
-
-
-@kernel
-def renew_decompressor(handle):
-    """Replace a decompressor that has failed. TurboJPEG may leave it in the middle of the bad image's header."""
-    _close_decompressor(handle)
-    return _open_decompressor()
 
 
 @kernel

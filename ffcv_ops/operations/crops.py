@@ -293,10 +293,10 @@ def draw_crop(draw, height, width, scale, ratio):
 
 
 class _Scratch:
-    """The memory of the workers while they decode a batch: a row of each array and a TurboJPEG handle per worker."""
+    """The memory of the workers while they decode a batch: a row of each array per worker."""
 
     def __init__(self) -> None:
-        self._handles = np.empty(0, np.int64)
+        self._decoders = np.empty((0, 0), np.int64)
         self._extent: tuple[int, ...] = (0, 0, 0, 0)
         self.arrays: tuple[np.ndarray, ...] = ()
 
@@ -318,25 +318,23 @@ class _Scratch:
         """
         wanted = int(heights.max()), int(widths.max()), int(sizes_bytes.max()), size
         extent = tuple(max(pair) for pair in zip(wanted, self._extent, strict=True))
-        if extent == self._extent and num_workers <= len(self._handles):
+        if extent == self._extent and num_workers <= len(self._decoders):
             return
-        opened = [jpeg.open_decompressor() for _ in range(num_workers - len(self._handles))]
-        self._handles = np.concatenate((self._handles, np.array(opened, np.int64)))
+        if num_workers > len(self._decoders):  # those that there are keep the Huffman tables that they have built
+            self._decoders = region.allocate_decoders(num_workers)
+        num_workers = len(self._decoders)
         height, width, file_bytes, side = self._extent = extent
         plane_bytes = 3 * (-(-height // 32) * 32) * (-(-width // 32) * 32)
         workspace_bytes = resample.workspace_bytes(height + 32, width + 32, side)
         spliced, planes, workspaces = (
-            np.empty((len(self._handles), -(-num_bytes // 4096) * 4096), np.uint8)
+            np.empty((num_workers, -(-num_bytes // 4096) * 4096), np.uint8)
             for num_bytes in (file_bytes + region.SLACK_BYTES, plane_bytes, workspace_bytes)
         )
-        numbers = np.empty((len(self._handles), 8), np.int64)
-        decoders = region.allocate_decoders(len(self._handles))
-        self.arrays = self._handles, numbers, spliced, decoders, planes, workspaces
+        numbers = np.empty((num_workers, 8), np.int64)
+        self.arrays = numbers, spliced, self._decoders, planes, workspaces
 
     def close(self) -> None:
-        for handle in self._handles.tolist():
-            jpeg.close_decompressor(handle)
-        self._handles, self._extent, self.arrays = np.empty(0, np.int64), (0, 0, 0, 0), ()
+        self._decoders, self._extent, self.arrays = np.empty((0, 0), np.int64), (0, 0, 0, 0), ()
 
 
 def _reason(status: int, address: int, size_bytes: int, height: int, width: int) -> str:
@@ -363,12 +361,12 @@ def _choose_eighths(h, w, size):
 
 @kernel
 def _crop_jpeg_into(data, image_size, crop, flip, interpolation, scratch, out):
-    handle, decoder, planes, workspace = scratch
+    decoder, planes, workspace = scratch
     y, x, h, w = crop
     top, left = math.floor(y), math.floor(x)
     window = top, left, math.ceil(y + h) - top, math.ceil(x + w) - left
     eighths = _choose_eighths(h, w, out.shape[0])
-    found = region.decode_planes_into(handle, data, image_size, window, eighths, decoder, planes)
+    found = region.decode_planes_into(data, image_size, window, eighths, decoder, planes)
     if found.status != region.OK:
         return found.status
     scale = eighths / 8
@@ -400,7 +398,7 @@ def _crop_sample_into(data, mode, image_size, crop, flip, interpolation, scratch
     if data.size < height * width * 3:
         return _TOO_SHORT
     image = data[: height * width * 3].reshape((height, width, 3))
-    resample.resample_rgb_into(image, crop, flip, interpolation, scratch[3], out)
+    resample.resample_rgb_into(image, crop, flip, interpolation, scratch[2], out)
     return region.OK
 
 
@@ -408,17 +406,15 @@ def _crop_sample_into(data, mode, image_size, crop, flip, interpolation, scratch
 def _crop_samples(worker, counter, samples, interpolation, scratch, out, status):
     """Take samples from the counter until none is left, and decode them."""
     addresses, sizes_bytes, modes, heights, widths, crops, flips = samples
-    handles, numbers, spliced, decoders, planes, workspaces = scratch
+    numbers, spliced, decoders, planes, workspaces = scratch
     while True:
         i = take(counter)
         if i >= len(status):
             break
         decoder = numbers[worker], spliced[worker], decoders[worker]
-        own = handles[worker], decoder, planes[worker], workspaces[worker]
+        own = decoder, planes[worker], workspaces[worker]
         data = region.view_memory(addresses[i], sizes_bytes[i])
         crop = crops[i, 0], crops[i, 1], crops[i, 2], crops[i, 3]
         status[i] = _crop_sample_into(
             data, modes[i], (heights[i], widths[i]), crop, flips[i], interpolation, own, out[i]
         )
-        if status[i] == region.BAD_JPEG:
-            handles[worker] = region.renew_decompressor(handles[worker])
