@@ -290,6 +290,9 @@ def test_scratch_is_allocated_once(crop):
     before = operation._scratch.arrays
     samples.decode(operation, epoch=1)
     assert all(a is b for a, b in zip(before, operation._scratch.arrays, strict=True))
+    Samples([photograph(300, 400)]).decode(operation)
+    assert operation._scratch.arrays[1] is not before[1]
+    assert operation._scratch.arrays[2] is before[2], "the decoders keep their Huffman tables"
 
 
 # --- failures

@@ -14,15 +14,17 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import cv2
 import numba as nb
 import numpy as np
 import pytest
 
-from ffcv_ops.codec import jpeg, region
+from ffcv_ops.codec import entropy, huffman, jpeg, region, shared_tables
 from ffcv_ops.codec.zigzag import ZIGZAG
 from ffcv_ops.errors import UserError
 from tests.reference import decoded_coefficients, inverse_dct
 from tests.test_jpeg import photograph, pillow_jpeg, random_windows
+from tests.test_shared_tables import huffman_segments
 
 if nb.config.DISABLE_JIT:
     pytest.skip("the kernels of the decoder exist compiled alone", allow_module_level=True)
@@ -55,8 +57,6 @@ class Both:
         return ours.status, accepted
 
     def accepts(self, data, size, window, planes):
-        from ffcv_ops.codec import entropy
-
         layout = region.read_layout(data)
         unstuffed = self.allocate(data.size + region.SLACK_BYTES, np.uint8)
         memory = [(array.ctypes.data, array.size) for array in (data, unstuffed, planes)]
@@ -147,6 +147,31 @@ def test_planes_of_files_without_restart_markers_equal_those_of_turbojpeg(both, 
                 assert both.decode(data, size, window) == (region.OK, True)
     large = pillow_jpeg(photograph(520, 500), subsampling="4:2:0")
     assert both.decode(large, (520, 500), (0, 0, 100, 100)) == (region.OK, False)
+
+
+def test_files_with_shared_tables_are_decoded_with_tables_that_are_built_once():
+    size, both = (176, 208), Both()
+    images = [cv2.GaussianBlur(photograph(*size, which=i), (0, 0), 0.3 + i // 2) for i in range(12)]
+    counts = [shared_tables.count_symbols(image, 90) for image in images]
+    sets = shared_tables.choose_tables(counts, 90)
+    encoded = [jpeg.encode(image, 90, sets) for image in images]
+    groups = Counter(huffman_segments(data) for data in encoded)
+    assert len(groups) == len(sets) == shared_tables.NUM_SETS
+
+    def decode(data, window):
+        """Return whether tables were built. Building overwrites this scratch."""
+        scratch = both.own[entropy._AT.pyramid // 8 :][: huffman.PYRAMID_BYTES // 8]
+        scratch[:] = -1
+        assert both.decode(data, size, window) == (region.OK, True)
+        return bool((scratch != -1).any())
+
+    # `both` decodes each image twice. The second time, the tables are there, and so they stay.
+    assert sum(decode(data, (0, 0, *size)) for data in encoded) == len(sets)
+    rng = np.random.default_rng(0)
+    for image, data in zip(images, encoded, strict=True):
+        for window in random_windows(rng, size, 4):
+            assert not decode(data, window)
+        assert decode(jpeg.encode(image, 90), (0, 0, *size)), "an image with tables of its own"
 
 
 def test_other_jpegs_are_left_to_turbojpeg(both):

@@ -23,6 +23,48 @@ SCRIPT = """
 """
 
 
+CROPS = """
+    import hashlib
+    import numpy as np
+    from ffcv_ops import _kernels
+    from ffcv_ops.operations.crops import CenterCrop, RandomResizedCrop, _crop_samples
+    from tests.test_crops import Samples, photograph, stock_jpeg
+    images = [photograph(90 + 23 * i, 260 - 19 * i, i) for i in range(8)]
+    digest = hashlib.sha256()
+    for encode in (None, stock_jpeg, np.asarray):
+        samples = Samples(images) if encode is None else Samples(images, encode)
+        for interpolation in ("bilinear", "bicubic"):
+            for size in (16, 64, 224):
+                for operation in (RandomResizedCrop(size, interpolation=interpolation), CenterCrop(size)):
+                    digest.update(samples.decode(operation))
+    hits = sum(_crop_samples.stats.cache_hits.values())
+    print(_kernels.HAS_AVX2, hits, digest.hexdigest())
+"""
+
+
+def run_script(script, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split(maxsplit=2)
+
+
+@pytest.mark.soak
+def test_crops_are_the_same_without_avx2_and_take_no_code_for_it_from_the_cache(tmp_path):
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    has_avx2, hits, digest = run_script(CROPS, **cache)
+    assert (has_avx2, hits) == (str(kernels.HAS_AVX2), "0")
+    assert run_script(CROPS, **cache) == [has_avx2, "1", digest]
+    generic = {**cache, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    assert run_script(CROPS, **generic) == ["False", "0", digest]
+
+
 @pytest.mark.soak
 def test_a_change_in_a_module_that_a_kernel_calls_is_seen(tmp_path):
     package = tmp_path / "ffcv_ops"
