@@ -5,6 +5,8 @@ import re
 import shutil
 import zipfile
 import zlib
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises
     ------
     UserError
-        If there is no such file, or the file is damaged or no checkpoint of a run.
+        If there is no such file, or the file is damaged, no checkpoint of a run, or of a newer version.
     """
     if not Path(path).is_file():
         raise UserError(f"training.resume={path}: no such file")
@@ -68,6 +70,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         content = load_file(path)
     except UnreadableFile as error:
         raise UserError(f"training.resume={path} cannot be read as a checkpoint: {error}") from error
+    _refuse_newer_format(path, content)
     if not isinstance(content, dict) or content.get("format") not in READABLE_FORMATS or "state" not in content:
         raise UserError(
             f"training.resume={path} is not a checkpoint of a run (one such as checkpoints/last.ckpt); "
@@ -77,6 +80,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if Path(name).name != name:  # the log files of the run get this name
         raise UserError(f"training.resume={path} names its log files {name!r}: it is not to be trusted")
     return content
+
+
+def _refuse_newer_format(path: str | Path, content: Any) -> None:
+    number = content.get("format") if isinstance(content, dict) else None
+    if isinstance(number, int) and number > FORMAT:
+        raise UserError(
+            f"{path} is a checkpoint of format {number}, which a newer version has written; this version reads formats "
+            f"{READABLE_FORMATS[0]} to {FORMAT}: use the newer version, or name another checkpoint with --resume"
+        )
 
 
 def load_file(path: str | Path, **options: Any) -> Any:
@@ -98,9 +110,13 @@ def check_whole(path: str | Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
-        raise UnreadableFile("the file is empty" if not Path(path).stat().st_size else str(error)) from error
+        raise UnreadableFile("the file is empty" if _is_empty(path) else str(error)) from error
     if damaged is not None:
         raise UnreadableFile(f"the checksum of {damaged} in it is wrong")
+
+
+def _is_empty(path: str | Path) -> bool:
+    return Path(path).exists() and not Path(path).stat().st_size
 
 
 def checkpoint_content(
@@ -164,7 +180,8 @@ class CheckpointFolder:
     def newest(self, run_name: str = "") -> tuple[Path | None, list[str]]:
         """Find the checkpoint that is furthest, by epochs and then by samples, and pass over damaged ones.
 
-        Of each file only the description is read, and the whole file only if it may be the answer.
+        Of each file only the description is read, and the whole file only if it may be the answer. A file that a
+        running run has just removed is left out.
 
         Parameters
         ----------
@@ -177,22 +194,31 @@ class CheckpointFolder:
             None if there is no checkpoint.
         notices : list of str
             One for each damaged file, with the damage.
+
+        Raises
+        ------
+        UserError
+            If a newer version has written one of the files: an earlier checkpoint would replace it.
         """
         found, notices = [], []
         for path in self.paths():
             try:
-                state = TrainState.of(load_file(path, mmap=True))
+                content = load_file(path, mmap=True)
+                _refuse_newer_format(path, content)
+                state = TrainState.of(content)
                 found.append((state.epoch, state.samples, path.name == "last.ckpt", path, state.run_name))
             except (UnreadableFile, TypeError, KeyError) as error:
-                reason = "the file is empty" if not path.stat().st_size else error
-                notices.append(f"{path} is damaged and was passed over: {reason}")
+                if path.exists():
+                    reason = "the file is empty" if _is_empty(path) else error
+                    notices.append(f"{path} is damaged and was passed over: {reason}")
         for *_, path, name in sorted(found, reverse=True):
             if run_name not in ("", name):
                 continue
             try:
                 check_whole(path)
             except UnreadableFile as error:
-                notices.append(f"{path} is damaged and was passed over: {error}")
+                if path.exists():
+                    notices.append(f"{path} is damaged and was passed over: {error}")
             else:
                 return path, notices
         return None, notices
@@ -236,7 +262,38 @@ class CheckpointFolder:
         list of Path
             The new paths, in a folder ``earlier-N``.
         """
-        found = [*self.paths(), *(path for path in (self.weights, self.older_weights, *others) if path.exists())]
+        return self._keep([*self.paths(), self.weights, self.older_weights, *others])
+
+    def keep_abandoned(self, resumed: Path, state: TrainState) -> list[Path]:
+        """Move the checkpoints that are further than the resumed one out of the way of the run that goes on from it.
+
+        Otherwise ``--resume auto`` would return to the part of the run that was abandoned.
+
+        Parameters
+        ----------
+        resumed : Path
+            The checkpoint in this folder that is resumed.
+        state : TrainState
+            Its position.
+
+        Returns
+        -------
+        list of Path
+            The new paths, in a folder ``earlier-N``. Exported weights move with their checkpoint.
+        """
+        further = []
+        for path in self.paths():
+            with suppress(UnreadableFile, TypeError, KeyError):
+                other = TrainState.of(load_file(path, mmap=True))
+                if (other.epoch, other.samples) > (state.epoch, state.samples) and not path.samefile(resumed):
+                    further.append(path)
+        if any(path != self.last for path in further):
+            further += [self.weights, self.older_weights]
+        return self._keep(further)
+
+    def _keep(self, paths: Iterable[Path]) -> list[Path]:
+        """Move those of the paths that exist to a new folder ``earlier-N``, and return their new paths."""
+        found = [path for path in paths if path.exists()]
         if not found:
             return []
         number = 1

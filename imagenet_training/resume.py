@@ -60,14 +60,17 @@ def choose_checkpoint(recipe: Recipe, world: World) -> ResumePoint:
     Raises
     ------
     UserError
-        If the checkpoint cannot be read, all checkpoints found are damaged, or a run that torchrun has restarted would
-        fail again.
+        If the checkpoint cannot be read, all checkpoints found are damaged, the checkpoint was replaced while the ranks
+        read it, or a run that torchrun has restarted would fail again.
     """
     if reason := world.store.read("given up"):
         raise UserError(f"the run is not tried again, since it would fail again: {reason}")
     names: dict[str, str] = json.loads(world.store.read(RUN_NOTE) or "{}")
     path, notices = decided_by_main(lambda: _choose_path(recipe, names.get("run_name", "")))
     content = read_checkpoint(path) if path is not None else None
+    position = repr(content and content["state"])
+    if decided_by_main(lambda: position) != position:  # a run in that folder goes on while its weights are evaluated
+        raise UserError(f"training.resume={path} was replaced while the ranks read it: start again")
     return ResumePoint(path, content, names, tuple(notices))
 
 

@@ -112,7 +112,7 @@ class RunFolder:
         return self
 
     def _make_room(self) -> None:
-        """Remove unfinished files of a killed run, and move the files of another run to ``earlier-N``."""
+        """Remove unfinished files of a killed run. Move files of another run, or of an abandoned part, to ``earlier-N``."""
         self.checkpoints.remove_unfinished()
         for path in (*self.folder.glob(".report.html.*.tmp"), *self.log.folder.glob(".*.tmp")):
             path.unlink()
@@ -120,6 +120,9 @@ class RunFolder:
         if not resumed or Path(resumed).resolve().parent != self.checkpoints.folder.resolve():
             for path in self.checkpoints.keep_earlier_run(self.report):
                 self.log.print(f"note: an earlier run's {path.name} was kept as {path}")
+        else:
+            for path in self.checkpoints.keep_abandoned(Path(resumed), self.state):
+                self.log.print(f"note: {path.name} is further than the resumed checkpoint, and was kept as {path}")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is None:
@@ -196,6 +199,8 @@ class RunFolder:
             if best is not None:
                 best.save(stored)
             shown = best or (Predictions.read(stored) if stored.exists() else None)
+            if shown is not None and shown.epoch != state.best_epoch:  # of a part of the run that was abandoned
+                shown = None
             mistakes = None
             if shown is not None and state.epoch == self.plan.epochs:
                 mistakes = validation_images(self.recipe, self.data.val, self.world, shown.mistakes(NUM_MISTAKES_SHOWN))

@@ -286,6 +286,45 @@ def test_the_newest_checkpoint_is_the_furthest_in_epochs_and_samples_not_in_step
     assert run.checkpoints.newest(run_name="train_c") == (None, [])
 
 
+def test_checkpoints_further_than_the_resumed_one_are_kept_elsewhere(tmp_path):
+    run = Run(tmp_path)
+    run.save(TrainState(epoch=2, best_acc1=0.5, best_epoch=1, run_name="train_a"), is_best=True)
+    resumed, state = run.checkpoints.newest()[0], TrainState(epoch=2)
+    assert run.checkpoints.keep_abandoned(resumed, state) == []
+    earlier = tmp_path / "of-epoch-1.ckpt"
+    save_atomically(run.content(TrainState(epoch=1, samples=8)), earlier)
+    run.save(TrainState(epoch=1, samples=16, best_acc1=0.5, best_epoch=1))
+    moved = run.checkpoints.keep_abandoned(run.last, TrainState(epoch=1, samples=16))
+    best, weights = run.checkpoints.best(TrainState(best_acc1=0.5, best_epoch=1)), run.checkpoints.weights
+    assert moved == [tmp_path / "earlier-1" / best.name, tmp_path / "earlier-1" / weights.name]
+    assert run.checkpoints.newest() == (run.last, [])
+    assert run.checkpoints.keep_abandoned(earlier, TrainState(epoch=1, samples=8)) == [
+        tmp_path / "earlier-2" / "last.ckpt"
+    ]
+    assert read_checkpoint(tmp_path / "earlier-2" / "last.ckpt")["state"]["samples"] == 16
+
+
+def test_a_checkpoint_of_a_newer_version_is_no_damaged_one_and_is_never_replaced(tmp_path):
+    run = Run(tmp_path)
+    run.save(TrainState(epoch=1, best_acc1=0.5, best_epoch=0), is_best=True)
+    save_atomically({"format": 3, "place": {"epoch": 2}}, run.last)
+    expected = rf"^{run.last} is a checkpoint of format 3, which a newer version has written; .* formats 1 to 2"
+    for read in (lambda: read_checkpoint(run.last), run.checkpoints.newest):
+        with pytest.raises(UserError, match=expected):
+            read()
+
+
+def test_a_best_checkpoint_that_a_running_run_removes_is_passed_over_in_silence(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    run.save(TrainState(epoch=1, best_acc1=0.5, best_epoch=0), is_best=True)
+    paths = run.checkpoints.paths()
+    paths[1].unlink()
+    monkeypatch.setattr(CheckpointFolder, "paths", lambda folder: paths)
+    assert run.checkpoints.newest() == (run.last, [])
+    run.last.unlink()
+    assert run.checkpoints.newest() == (None, [])
+
+
 def test_a_checkpoint_cannot_run_code(tmp_path):
     class Bomb:
         def __reduce__(self):
