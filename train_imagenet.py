@@ -68,7 +68,7 @@ def meet(recipe: Recipe) -> "tuple[World, Module]":
 
 def build(recipe: Recipe, world: "World", paper: "Module") -> Run:
     """Open the data, choose the checkpoint, plan the run, and build the trainer at the position of the checkpoint."""
-    from imagenet_training.changes import check_rest_of_epoch
+    from imagenet_training.changes import check_classes, check_rest_of_epoch
     from imagenet_training.data import open_training_data
     from imagenet_training.normalization import settle_normalization
     from imagenet_training.plan import plan_run
@@ -89,6 +89,7 @@ def build(recipe: Recipe, world: "World", paper: "Module") -> Run:
         resumed_from=point.path,
     )
     if point.content is not None:
+        check_classes(point.content, data)
         check_rest_of_epoch(point.content, recipe, plan, data)
     trainer = build_trainer(recipe, plan, world, from_checkpoint=point.content is not None)
     if not point.has_model_of(recipe):

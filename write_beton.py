@@ -32,6 +32,7 @@ from ffcv_ops.beton.layout import manifest_path
 from ffcv_ops.beton.verify import verify
 from ffcv_ops.console import call_if_reader_is_gone, protect_output
 from ffcv_ops.errors import UserError, exit_with_user_error
+from ffcv_ops.files import check_output
 from ffcv_ops.progress import Progress, print_line
 from ffcv_ops.settings import ShippedFiles, read_settings
 from ffcv_ops.units import show_bytes
@@ -195,8 +196,11 @@ def run_verify(path: Path, num_workers: int, leader: ranks.Leader | None, progre
 
 def run_inspect(path: Path, sheet: Path | None) -> int:
     """Describe a file, and draw some of its images into a PNG if the user wants a sheet."""
-    if sheet is not None and not sheet.absolute().parent.is_dir():
-        raise UserError(f"--sheet {sheet}: there is no folder {sheet.parent}")
+    if sheet is not None:
+        try:
+            check_output(sheet, "PNG")
+        except UserError as error:
+            raise UserError(f"--sheet {sheet}: {error}") from error
     found = describe(path)
     for line in lines(found):
         print_line(line)

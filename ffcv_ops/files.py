@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ffcv_ops.errors import UserError
 
+_BEGINNINGS = {"HTML page": b"<!doctype html", "PNG": b"\x89png\r\n"}
+
 
 class SaveError(OSError):
     """A file could not be written: the disk is full, gone, or read-only."""
@@ -79,6 +81,29 @@ def check_writable(folder: Path, *names: str) -> None:
                 open(path, "ab").close()
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def check_output(path: Path, kind: str) -> None:
+    """Check that a page or picture can be written, and that it replaces nothing but another one.
+
+    Parameters
+    ----------
+    path : Path
+    kind : {"HTML page", "PNG"}
+
+    Raises
+    ------
+    UserError
+        If its folder does not exist or cannot be written to, or the file has other content.
+    """
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"there is no folder {path.parent}")
+    check_writable(path.parent, path.name)
+    if path.is_file():
+        with open(path, "rb") as file:
+            beginning = file.read(16).lower()
+        if beginning and not beginning.startswith(_BEGINNINGS[kind]):
+            raise UserError(f"this file exists and is no {kind}: choose another name")
 
 
 def publish(temporary: Path, path: Path) -> None:

@@ -7,7 +7,8 @@ A lock is taken over if its owner is dead:
 
 - On the same machine, the owner's process has ended. A process is known by its number, its start and the boot.
 - On another machine, or in another container, the file was not touched for `LIMIT_S` seconds. Both times come from the
-  file system, so the clocks of the machines do not matter.
+  file system, so the clocks of the machines do not matter. If a clock was put back, the time of the file is in the
+  future. Then the wait itself is measured.
 """
 
 import contextlib
@@ -150,14 +151,18 @@ class OwnerLock:
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
 
     def _wait_and_take(self, predecessor: str) -> None:
-        began_s, first, noticed = time.monotonic(), None, False
+        began_s = first_s = time.monotonic()
+        first, noticed = None, False
         while not self._create():
             seen = self._look()
             if seen is None:
                 continue
             if first is None or first.inode != seen.inode:
                 first = seen
+                first_s = time.monotonic()
             alive = self._is_alive(seen, first, predecessor)
+            if alive is None and time.monotonic() - first_s > LIMIT_S:
+                alive = False
             if alive is False:
                 if self._take_over(seen):
                     return

@@ -8,6 +8,7 @@ left, each once.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from itertools import zip_longest
 from typing import Any
 
 from ffcv_ops.errors import UserError
@@ -16,6 +17,8 @@ from imagenet_training.plan import RunPlan, epoch_samples, peak_lr, rescaled_ema
 from imagenet_training.recipe import LearningRate, Recipe
 from imagenet_training.schedule import build_lr
 from imagenet_training.state import TrainState
+
+_NUM_NAMED = 3
 
 
 def check_rest_of_epoch(content: Mapping[str, Any], recipe: Recipe, plan: RunPlan, data: TrainingData) -> None:
@@ -63,6 +66,34 @@ def check_rest_of_epoch(content: Mapping[str, Any], recipe: Recipe, plan: RunPla
             f"{position}, and {plan.world_size} processes cannot share the rest equally. Start {content['world_size']} "
             f"processes {remedy}"
         )
+
+
+def check_classes(content: Mapping[str, Any], data: TrainingData) -> None:
+    """Check that each output of the model still stands for the same class.
+
+    Parameters
+    ----------
+    content : mapping
+        The checkpoint.
+    data : TrainingData
+
+    Raises
+    ------
+    UserError
+        If the training file has a class under another number, or other classes. Names that are not known are not
+        compared.
+    """
+    before, now = content.get("classes"), data.train.classes if data.train is not None else None
+    if data.train is None or before is None or now is None or list(before) == list(now):
+        return
+    pairs = list(zip_longest(before, now))
+    moved = [(number, *pair) for number, pair in enumerate(pairs) if pair[0] != pair[1]]
+    shown = "; ".join(f"{number} was {was}, and is {name}" for number, was, name in moved[:_NUM_NAMED])
+    more = f"; and {len(moved) - _NUM_NAMED} more" if len(moved) > _NUM_NAMED else ""
+    raise UserError(
+        f"{data.train.path} numbers {len(moved):,} of {len(pairs):,} classes differently than the run that is resumed: "
+        f"{shown}{more}. Resume with the file of that run, or begin a run from its weights with --model.weights"
+    )
 
 
 def position_notices(content: Mapping[str, Any], recipe: Recipe, plan: RunPlan) -> Iterator[str]:

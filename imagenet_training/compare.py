@@ -21,6 +21,7 @@ from ffcv_ops.errors import UserError
 from ffcv_ops.files import SaveError
 from ffcv_ops.units import show_duration
 from imagenet_training.charts import draw_charts
+from imagenet_training.outputs import check_own_output
 from imagenet_training.page import percent, show_setting, write_page
 from imagenet_training.report import environment, key_figures
 
@@ -50,8 +51,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("compare.html"), help="the page to write (compare.html)")
     arguments = parser.parse_args(argv)
     try:
-        if not arguments.out.absolute().parent.is_dir():
-            raise UserError(f"--out {arguments.out}: there is no folder {arguments.out.parent}")
+        _check_out(arguments.out)
         runs = read_runs(arguments.run)
         write_comparison(arguments.out, runs)
     except (UserError, SaveError) as error:
@@ -60,6 +60,13 @@ def main(argv: Sequence[str]) -> int:
     print(text_table([HEADERS, *map(figures, runs)]))
     print(f"comparison: {arguments.out}")
     return 0
+
+
+def _check_out(path: Path) -> None:
+    try:
+        check_own_output(path, "HTML page")
+    except UserError as error:
+        raise UserError(f"--out {path}: {error}") from error
 
 
 def read_runs(given: Sequence[str]) -> list[Run]:

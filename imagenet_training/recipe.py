@@ -9,7 +9,6 @@ key, its place in ``--help`` and the check of its value follow from the field. `
 several settings. ``PYTHONPATH=. python tests/test_recipe.py`` updates the table in ``docs/RECIPES.md``.
 """
 
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -18,14 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ffcv_ops.errors import UserError, exit_with_user_error
-from ffcv_ops.files import check_writable
 from ffcv_ops.settings import Flags, Settings, ShippedFiles, read_settings, setting
 from ffcv_ops.settings.fields import Auto, Channels, Checker, Choice, Course, Integer, Number, Range, Switch, Text
+from imagenet_training.outputs import check_own_output
 
 # --resume auto
 AUTO = "auto"
-# The lock of a run in its folder.
-LOCK_NAME = "run.lock"
 # Recipes are beside the packages, both in a checkout and in an installation.
 RECIPES = ShippedFiles(Path(__file__).resolve().parents[1], "*_configs/*.yaml")
 
@@ -402,15 +399,10 @@ def _check_files(recipe: Recipe) -> None:
         raise UserError(
             f"{shown('training.report')} needs --eval_only; a training run writes report.html into its folder"
         )
-    for key in ("training.report", "training.preview"):
+    for key, kind in (("training.report", "HTML page"), ("training.preview", "PNG")):
         if name := recipe.flat()[key]:
-            path = Path(name)
-            if not path.absolute().parent.is_dir():
-                raise UserError(f"{shown(key)}: there is no folder {path.parent}")
-            if is_file_of_run(path):
-                raise UserError(f"{shown(key)}: a training run writes this file; choose another name")
             try:
-                check_writable(path.parent, path.name)
+                check_own_output(Path(name), kind)
             except UserError as error:
                 raise UserError(f"{shown(key)}: {error}") from error
     if model.pretrained and model.weights:
@@ -421,15 +413,6 @@ def _check_files(recipe: Recipe) -> None:
         raise UserError("--eval_only has no weights to evaluate: set --resume, --model.weights or --model.pretrained=1")
     if training.resume not in (None, AUTO) and not Path(training.resume).is_file():
         raise UserError(f"{shown('training.resume')}: no such file")
-
-
-def is_file_of_run(path: Path) -> bool:
-    """Return True if a training run writes this file: its report, or a file among its logs and checkpoints."""
-    path = Path(os.path.abspath(path))
-    names = ("logs", "checkpoints")
-    folder = path.parent.parent if path.parent.name in names else path.parent
-    is_run = (folder / LOCK_NAME).exists() or any((folder / "logs").glob("train_*.jsonl"))
-    return is_run and (path.name in ("report.html", LOCK_NAME) or path.parent.name in names)
 
 
 def _find_notices(recipe: Recipe) -> Iterable[str]:

@@ -29,11 +29,12 @@ from imagenet_training.export import use_of_weights
 from imagenet_training.logs import RunLog
 from imagenet_training.meters import EtaEstimator
 from imagenet_training.model import model_size, recipe_model
+from imagenet_training.outputs import LOCK_NAME
 from imagenet_training.plan import RunPlan
 from imagenet_training.predictions import Predictions
 from imagenet_training.preemption import Stopped
 from imagenet_training.provenance import describe_run, differences
-from imagenet_training.recipe import FLAGS, LOCK_NAME, Recipe, expected_accuracy
+from imagenet_training.recipe import FLAGS, Recipe, expected_accuracy
 from imagenet_training.report import NUM_MISTAKES_SHOWN, write_report
 from imagenet_training.resume import LOCK_NOTE, RUN_NOTE, ResumePoint
 from imagenet_training.state import TrainState
@@ -112,7 +113,7 @@ class RunFolder:
         return self
 
     def _make_room(self) -> None:
-        """Remove unfinished files of a killed run. Move files of another run, or of an abandoned part, to ``earlier-N``."""
+        """Remove unfinished files. Move files of another run, or of an abandoned part, to ``earlier-N``."""
         self.checkpoints.remove_unfinished()
         for path in (*self.folder.glob(".report.html.*.tmp"), *self.log.folder.glob(".*.tmp")):
             path.unlink()

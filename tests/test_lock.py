@@ -119,6 +119,17 @@ def test_the_lock_of_another_machine_ends_after_its_last_sign_of_life(tmp_path, 
         assert 0.8 < time.monotonic() - started_s < 5
 
 
+@pytest.mark.parametrize("content", ["owner", ""])
+def test_a_lock_from_the_future_ends_too(tmp_path, content):
+    path = tmp_path / "run.lock"
+    write_owner(path, host="elsewhere", machine="another boot")
+    path.write_text(content and path.read_text())
+    future_s = time.time() + 10**6  # the clock was put back since
+    os.utime(path, (future_s, future_s))
+    with lock_of(path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
 def test_another_machine_that_lives_keeps_its_lock(tmp_path):
     path = tmp_path / "run.lock"
     write_owner(path, host="elsewhere", machine="another boot")

@@ -12,7 +12,7 @@ from plans import make_plan
 from torch import nn
 
 from ffcv_ops import Label, Loader, OrderOption, UserError
-from imagenet_training.changes import check_rest_of_epoch, position_notices
+from imagenet_training.changes import check_classes, check_rest_of_epoch, position_notices
 from imagenet_training.data import open_training_data
 from imagenet_training.distributed import World
 from imagenet_training.epoch import train_epoch
@@ -320,6 +320,19 @@ def test_each_image_of_an_epoch_is_seen_once_though_its_parts_have_other_batches
 def notices(settings=(), *, before=(), world_size=1, num_train=NUM_TRAIN, samples=0):
     content, recipe = saved_within(*before, samples=samples), recipe_of(*settings)
     return list(position_notices(content, recipe, plan_of(recipe, world_size, num_train)))
+
+
+def test_classes_with_other_numbers_are_refused_by_name():
+    names = ["cat", "dog", "emu", "fox", "gnu"]
+    for before, now in ((names, names), (None, names), (names, None)):
+        check_classes({"classes": before}, SimpleNamespace(train=SimpleNamespace(classes=now, path="t.beton")))
+    renumbered = SimpleNamespace(train=SimpleNamespace(classes=[*names[1:], "cat"], path="t.beton"))
+    expected = (
+        r"^t.beton numbers 5 of 5 classes differently than the run that is resumed: 0 was cat, and is dog; "
+        r"1 was dog, and is emu; 2 was emu, and is fox; and 2 more\. Resume with the file of that run"
+    )
+    with pytest.raises(UserError, match=expected):
+        check_classes({"classes": names}, renumbered)
 
 
 def test_a_run_that_is_resumed_as_it_was_says_nothing_of_its_position():

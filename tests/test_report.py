@@ -234,7 +234,12 @@ def test_what_cannot_be_compared_is_named(runs, tmp_path, capsys):
         (["empty"], "empty: holds no run"),
         (["first", "first"], "was given twice"),
         (["first", "--out", "nowhere/out.html"], "there is no folder nowhere"),
+        (["first", "--out", "recipe.yaml"], "this file exists and is no HTML page"),
+        (["first", "--out", "first/report.html"], "a training run writes this file"),
+        (["first", "--out", str(tmp_path / "first" / "logs" / "new.html")], "a training run writes this file"),
     ]
+    (tmp_path / "recipe.yaml").write_text("lr: {}")
+    (tmp_path / "first" / "report.html").write_text("<!DOCTYPE html>")
     for arguments, message in cases:
         arguments = [str(tmp_path / name) if (tmp_path / name).exists() else name for name in arguments]
         assert main(arguments) == 2 and message in capsys.readouterr().err

@@ -631,3 +631,5 @@ def test_a_second_run_is_refused_before_anything_is_created(call, recipe, tmp_pa
         for options in (("--eval_only", "--report", "report.html"), ("--preview", "logs/train.png")):
             status, _, err, created = call("--config-file", recipe, *options)
             assert (status, created) == (2, set()) and "a training run writes this file; choose another name" in err
+    status, _, err, _ = call("--config-file", recipe, "--preview", recipe)
+    assert status == 2 and "this file exists and is no PNG: choose another name" in err

@@ -362,6 +362,7 @@ def test_inspect_names_what_it_cannot_do(written, tmp_path):
         (["--inspect", tmp_path / "missing.beton"], "no such file"),
         (["--inspect", tmp_path / "none.beton"], "damaged or not a .beton file"),
         (["--inspect", written, "--sheet", tmp_path / "nowhere" / "a.png"], "there is no folder"),
+        (["--inspect", written, "--sheet", written], "this file exists and is no PNG: choose another name"),
         (["--sheet", "a.png"], "--sheet needs --inspect"),
     ):
         assert message in run(*arguments, status=2)
