@@ -68,7 +68,7 @@ def meet(recipe: Recipe) -> "tuple[World, Module]":
 
 def build(recipe: Recipe, world: "World", paper: "Module") -> Run:
     """Open the data, choose the checkpoint, plan the run, and build the trainer at the position of the checkpoint."""
-    from imagenet_training.changes import check_classes, check_rest_of_epoch
+    from imagenet_training.changes import check_classes, check_rest_of_epoch, keeps_best
     from imagenet_training.data import open_training_data
     from imagenet_training.normalization import settle_normalization
     from imagenet_training.plan import plan_run
@@ -94,7 +94,10 @@ def build(recipe: Recipe, world: "World", paper: "Module") -> Run:
     trainer = build_trainer(recipe, plan, world, from_checkpoint=point.content is not None)
     if not point.has_model_of(recipe):
         try_model(recipe, plan, unwrapped(trainer.model), trainer.loss)
-    return Run(world, data, point, plan, trainer, restore(trainer, point, recipe, plan), paper, recipe)
+    state = restore(trainer, point, recipe, plan)
+    if point.content is not None and not keeps_best(point.content, recipe, data):
+        state.forget_best()
+    return Run(world, data, point, plan, trainer, state, paper, recipe)
 
 
 def train(recipe: Recipe) -> None:

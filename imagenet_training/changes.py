@@ -96,6 +96,23 @@ def check_classes(content: Mapping[str, Any], data: TrainingData) -> None:
     )
 
 
+def keeps_best(content: Mapping[str, Any], recipe: Recipe, data: TrainingData) -> bool:
+    """Return True if accuracies of the run that is resumed can be compared with those that will be measured now."""
+    was, now = content["recipe"].get("validation", {}), recipe.to_dict()["validation"]
+    same_settings = all(was.get(name, value) == value for name, value in now.items() if name != "batch_size")
+    return same_settings and content["data"].get("val", {}).get("digest", data.val.digest) == data.val.digest
+
+
+def best_notices(content: Mapping[str, Any], recipe: Recipe, data: TrainingData) -> Iterator[str]:
+    """Yield a notice if the best accuracy so far was measured on other images, or with other settings."""
+    state = TrainState.of(content)
+    if state.best_epoch >= 0 and not keeps_best(content, recipe, data):
+        yield (
+            f"the best top-1 so far, {state.best_acc1:.3%} in epoch {state.best_epoch}, was measured on other images "
+            "or with other settings of validation: it counts no more, and the next epoch replaces the best checkpoint"
+        )
+
+
 def position_notices(content: Mapping[str, Any], recipe: Recipe, plan: RunPlan) -> Iterator[str]:
     """Yield what changed settings do to the schedules of a resumed run at its position.
 

@@ -1,16 +1,18 @@
 """Log a run: console, log file, a JSONL record of every epoch, a curve."""
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
 from ffcv_ops.console import open_text
-from ffcv_ops.files import SaveError, replace_text
+from ffcv_ops.files import SaveError, replace_text, replacing
 from ffcv_ops.units import show_duration
 from imagenet_training.charts import draw_curve
 from imagenet_training.metrics import ExpectedAccuracy, pace
@@ -154,10 +156,18 @@ class RunLog:
         self._bar.set_postfix_str(brief)
         self.keep(line)
 
-    def open(self, state: TrainState, provenance: dict[str, Any]) -> None:
+    def open(self, state: TrainState, provenance: dict[str, Any], earlier: Path | None = None) -> None:
         """Start the run's files, or continue those of a resumed run. The state gets the name of the files.
 
         Records of epochs that the resumed run repeats are dropped, so that each epoch is recorded once.
+
+        Parameters
+        ----------
+        state : TrainState
+        provenance : dict
+            From `provenance.describe_run`.
+        earlier : Path, optional
+            The folder of the logs of the run that is resumed. If it is another folder, its records are copied.
 
         Raises
         ------
@@ -177,6 +187,8 @@ class RunLog:
         for text in self._unwritten:
             print(text, file=self._file, flush=True)
         self._unwritten.clear()
+        if earlier is not None and earlier.is_dir() and not earlier.samefile(self.folder):
+            self._copy_records(earlier, state)
         self._records = [record for record in self._read_records() if record["epoch"] < state.epoch]
         self._write_records()
         replace_text(self.folder / f"{state.run_name}.recipe.json", json.dumps(provenance, indent=1) + "\n")
@@ -184,6 +196,24 @@ class RunLog:
             from imagenet_training.wandb import start_wandb
 
             self._wandb = start_wandb(state, provenance, self.folder, self.print, self._records)
+
+    def _copy_records(self, earlier: Path, state: TrainState) -> None:
+        """Copy what another folder holds of the run's finished epochs, so that report and W&B have all of them."""
+        try:
+            for name in (f"{state.run_name}.jsonl", f"{state.run_name}.predictions.npz"):
+                if (earlier / name).is_file():
+                    with replacing(self.folder / name) as temporary:
+                        shutil.copyfile(earlier / name, temporary)
+            num_parts = 0
+            if state.wandb_id and (earlier / "wandb").is_dir():
+                from imagenet_training.wandb import copy_parts
+
+                num_parts = copy_parts(earlier / "wandb", self.folder / "wandb", state.wandb_id)
+        except OSError as error:
+            self.print(f"note: the records in {earlier} were not all copied: {error}")
+            return
+        parts = f", with {num_parts} offline parts of W&B" if num_parts else ""
+        self.print(f"note: the records of the resumed run were copied from {earlier}{parts}")
 
     @property
     def _records_path(self) -> Path:
@@ -196,7 +226,15 @@ class RunLog:
     def _read_records(self) -> list[dict[str, Any]]:
         if not self._records_path.exists():
             return []
-        return [json.loads(line) for line in self._records_path.read_text(encoding="utf-8").splitlines()]
+        lines, records = self._records_path.read_text(encoding="utf-8", errors="replace").splitlines(), []
+        for line in lines:
+            with suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("epoch"), int):
+                    records.append(record)
+        if num_bad := len(lines) - len(records):
+            self.print(f"note: {num_bad} lines of {self._records_path} are no records of epochs, and were left out")
+        return records
 
     def _write_records(self) -> None:
         """Write all records, also those that an earlier call could not write."""

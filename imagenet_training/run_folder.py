@@ -20,7 +20,7 @@ from ffcv_ops.settings.command_line import replace_settings
 from ffcv_ops.units import show_bytes
 from imagenet_training.background import BackgroundTask
 from imagenet_training.card import ModelCard
-from imagenet_training.changes import position_notices
+from imagenet_training.changes import best_notices, position_notices
 from imagenet_training.checkpoint import CheckpointFolder, checkpoint_content, copy_to_cpu, size_bytes
 from imagenet_training.contact_sheet import class_names
 from imagenet_training.data import TrainingData, validation_images
@@ -106,7 +106,8 @@ class RunFolder:
             self._make_room()
         if self.plan.resumed_from:
             log.print(f"resuming at {state}")
-        log.open(state, self.provenance)
+        resumed = self.plan.resumed_from
+        log.open(state, self.provenance, Path(resumed).absolute().parent.parent / "logs" if resumed else None)
         if self.world.is_main:
             names = {"run_name": state.run_name, "wandb_id": state.wandb_id, LOCK_NOTE: self.lock.token}
             self.world.store.write(RUN_NOTE, json.dumps(names))
@@ -325,6 +326,7 @@ def run_notices(
     yield from data.classes.notices
     if point.content is not None:
         yield from position_notices(point.content, recipe, plan)
+        yield from best_notices(point.content, recipe, data)
         yield from differences(point.content, provenance)
 
 

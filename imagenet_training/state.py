@@ -64,6 +64,10 @@ class TrainState:
             self.best_acc1, self.best_epoch = values["val/acc1"], self.epoch
         self.epoch, self.samples, self.totals, self.pace = self.epoch + 1, 0, [], []
 
+    def forget_best(self) -> None:
+        """Forget the best result, which cannot be compared with later ones."""
+        self.best_acc1, self.best_epoch = -1.0, -1
+
     def __str__(self) -> str:
         place = f", after {self.samples:,} of its images" if self.samples else ""
         return f"epoch {self.epoch}{place} ({self.step:,} steps taken)"

@@ -8,8 +8,10 @@ they lack is recorded.
 import json
 import os
 import shlex
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,13 +62,17 @@ def read_parts(folder: Path, wandb_id: str) -> list[Part]:
 
 
 def _read_part(path: Path) -> Part:
+    """Read a part up to its end, or to the first record that is damaged."""
+    from google.protobuf.message import DecodeError
+
     has_run, step, epoch = False, -1, -1
-    for record, _ in _read_log(path):
-        has_run |= record.HasField("run")
-        if record.HasField("history"):
-            row = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
-            step = max(step, int(row.get("_step", -1)))
-            epoch = max(epoch, int(row.get("epoch", -1)))
+    with suppress(DecodeError, ValueError, OSError):
+        for record, _ in _read_log(path):
+            has_run |= record.HasField("run")
+            if record.HasField("history"):
+                row = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+                step = max(step, int(row.get("_step", -1)))
+                epoch = max(epoch, int(row.get("epoch", -1)))
     return Part(path.parent, path.parent.name.startswith("offline-"), has_run, step, epoch)
 
 
@@ -91,10 +97,33 @@ def _read_log(path: Path) -> Iterator[tuple[Any, int]]:
 
 
 def cut_torn_end(path: Path) -> None:
-    """Cut the incomplete record at the end of a killed part. ``wandb sync`` stops there, before the later parts."""
+    """Cut the incomplete record at the end of a killed part. ``wandb sync`` stops there, before the later parts.
+
+    If a record is damaged, rows may follow, and nothing is cut.
+    """
+    from google.protobuf.message import DecodeError
+
+    with suppress(DecodeError, ValueError, OSError):
+        _cut_torn_end(path)
+
+
+def _cut_torn_end(path: Path) -> None:
     end = max((end for _, end in _read_log(path)), default=_HEADER_BYTES)
     if end < path.stat().st_size:
         os.truncate(path, end)
+
+
+def copy_parts(earlier: Path, folder: Path, wandb_id: str) -> int:
+    """Copy the offline parts of a run from an earlier folder into another one. Return the number of new copies."""
+    num_copied = 0
+    for part in read_parts(earlier, wandb_id):
+        target = folder / part.path.name
+        if part.is_offline and not target.exists():
+            unfinished = folder / f".{part.path.name}.tmp"
+            shutil.copytree(part.path, unfinished, symlinks=True, dirs_exist_ok=True)
+            unfinished.rename(target)
+            num_copied += 1
+    return num_copied
 
 
 class WandbRun:

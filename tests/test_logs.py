@@ -70,6 +70,29 @@ def test_a_full_disk_leaves_the_record_of_every_epoch_whole_and_the_run_goes_on(
     log.close()
 
 
+def test_the_records_of_a_run_go_with_it_into_another_folder(tmp_path, capsys):
+    provenance = {"recipe": {"wandb": {"enable": False}}}
+    values = {"train/loss": 2.0, "train/acc1": 0.5}
+    old = RunLog(tmp_path / "old", is_main=True, eta=EtaEstimator([8] * 4, steps_per_epoch=1))
+    old.open(TrainState(run_name="run"), provenance)
+    for epoch in (1, 2, 3):
+        old.epoch(TrainState(epoch=epoch, step=epoch), values)
+    old.close()
+    with open(tmp_path / "old" / "run.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"epoch": 4, "tr\n[]\n')
+    before = (tmp_path / "old" / "run.jsonl").read_bytes()
+    (tmp_path / "old" / "run.predictions.npz").write_bytes(b"predictions")
+    new = RunLog(tmp_path / "new", is_main=True)
+    new.open(TrainState(run_name="run", epoch=2, step=2), provenance, tmp_path / "old")
+    new.close()
+    assert [record["epoch"] for record in new.records()] == [0, 1]
+    assert (tmp_path / "old" / "run.jsonl").read_bytes() == before
+    assert (tmp_path / "new" / "run.predictions.npz").read_bytes() == b"predictions"
+    out = capsys.readouterr().out
+    assert f"note: the records of the resumed run were copied from {tmp_path / 'old'}\n" in out
+    assert "note: 2 lines of" in out and "are no records of epochs, and were left out" in out
+
+
 SPEAKER = textwrap.dedent("""
     import pathlib, sys
     from imagenet_training.logs import RunLog

@@ -12,7 +12,7 @@ from plans import make_plan
 from torch import nn
 
 from ffcv_ops import Label, Loader, OrderOption, UserError
-from imagenet_training.changes import check_classes, check_rest_of_epoch, position_notices
+from imagenet_training.changes import best_notices, check_classes, check_rest_of_epoch, keeps_best, position_notices
 from imagenet_training.data import open_training_data
 from imagenet_training.distributed import World
 from imagenet_training.epoch import train_epoch
@@ -333,6 +333,21 @@ def test_classes_with_other_numbers_are_refused_by_name():
     )
     with pytest.raises(UserError, match=expected):
         check_classes({"classes": names}, renumbered)
+
+
+@pytest.mark.parametrize(
+    ("settings", "digest", "kept"),
+    [([], "v", True), (["--validation.batch_size=7"], "v", True), (["--validation.lr_tta=0"], "v", False)]
+    + [([], "w", False)],
+)
+def test_a_best_accuracy_of_other_images_or_settings_counts_no_more(settings, digest, kept):
+    recipe, state = recipe_of(), TrainState(epoch=2, best_acc1=0.5, best_epoch=1)
+    content = content_of(recipe, plan_of(recipe), state)
+    content["data"]["val"] = {"digest": "v"}
+    now, data = recipe_of(*settings), SimpleNamespace(val=SimpleNamespace(digest=digest))
+    assert keeps_best(content, now, data) == kept
+    notices = list(best_notices(content, now, data))
+    assert len(notices) == (not kept) and all("50.000% in epoch 1, was measured on other" in line for line in notices)
 
 
 def test_a_run_that_is_resumed_as_it_was_says_nothing_of_its_position():

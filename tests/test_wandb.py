@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from imagenet_training.state import TrainState
-from imagenet_training.wandb import cut_torn_end, read_parts, start_wandb
+from imagenet_training.wandb import copy_parts, cut_torn_end, read_parts, start_wandb, sync_command
 
 ROOT = Path(__file__).parent.parent
 PROVENANCE = {"recipe": {"wandb": {"enable": True, "project": "p", "name": None}}, "file": "caf\udce9"}
@@ -41,7 +41,9 @@ def wait_for(folder, wandb_id, last):
     while not (found := rows(folder, wandb_id)) or found[-1] != last:
         assert time.monotonic() < end_s, found
         time.sleep(0.05)
-    time.sleep(1.1)  # W&B names a part by the second of its start
+    newest_s = max(path.stat().st_ctime for path in folder.glob(f"*-{wandb_id}"))
+    while time.time() < newest_s + 1.1:  # W&B names a part by the second of its start
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -92,6 +94,22 @@ def test_the_parts_of_a_run_hold_each_step_and_epoch_once_and_are_uploaded_by_on
     shown = subprocess.run(f"{command} --dry-run", shell=True, env=environment, capture_output=True, text=True)
     assert "Would sync 3 run(s)" in shown.stdout + shown.stderr, shown
     assert all(word in shown.stdout + shown.stderr for word in words[2:])
+
+    # The run goes on in another folder.
+    assert copy_parts(folder / "wandb", tmp_path / "other", state.wandb_id) == 4
+    assert copy_parts(folder / "wandb", tmp_path / "other", state.wandb_id) == 0
+    assert rows(tmp_path / "other", state.wandb_id) == rows(folder / "wandb", state.wandb_id)
+    copies = shlex.split(sync_command(tmp_path / "other" / Path(words[-1]).name, state.wandb_id))
+    assert copies == [*words[:2], *(str(tmp_path / "other" / Path(word).name) for word in words[2:])]
+    # A damaged record ends no run, and the rows behind it stay.
+    damaged = Path(copies[2]) / f"run-{state.wandb_id}.wandb"
+    content = bytearray(damaged.read_bytes())
+    at = content.index(b"step/loss")
+    content[at - 12 : at + 2] = b"\xff" * 14
+    damaged.write_bytes(content)
+    cut_torn_end(damaged)
+    assert damaged.read_bytes() == content
+    assert len(read_parts(tmp_path / "other", state.wandb_id)) == 4
 
 
 def test_a_folder_that_wandb_cannot_name_ends_no_run(tmp_path):
