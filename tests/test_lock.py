@@ -74,9 +74,9 @@ def test_a_second_process_is_refused_and_told_who_has_the_lock(holder, tmp_path)
 def test_the_lock_of_a_dead_process_is_taken_at_once(holder, tmp_path, end):
     holder.send_signal(end)
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # the process is a zombie, which nobody has waited for
-    started_s = time.monotonic()
-    with lock_of(tmp_path / "run.lock") as ours:
-        assert time.monotonic() - started_s < 0.5
+    waits = []
+    with lock_of(tmp_path / "run.lock", notice=waits.append) as ours:
+        assert waits == []
         assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
         ours.check()
     assert list(tmp_path.iterdir()) == []
@@ -99,9 +99,9 @@ def test_a_process_that_ends_while_another_waits_gives_way(holder, tmp_path, mon
 )
 def test_a_number_alone_is_no_process(tmp_path, changes):
     write_owner(tmp_path / "run.lock", **changes)
-    started_s = time.monotonic()
-    with lock_of(tmp_path / "run.lock"):
-        assert time.monotonic() - started_s < 0.5
+    waits = []
+    with lock_of(tmp_path / "run.lock", notice=waits.append):
+        assert waits == []
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_the_lock_of_another_machine_ends_after_its_last_sign_of_life(tmp_path, 
     write_owner(path, pid=1, host="elsewhere", **changes)
     started_s = time.monotonic()
     with lock_of(path):
-        assert 0.8 < time.monotonic() - started_s < 5
+        assert 0.8 < time.monotonic() - started_s
 
 
 @pytest.mark.parametrize("content", ["owner", ""])

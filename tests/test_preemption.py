@@ -168,10 +168,8 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(ranks, u
     arguments = ["--config-file", data / "recipe.yaml", "--resume", "auto"]
     job = ranks.start(tmp_path / "run", 2, *arguments)
     job.wait_for("epoch 1  step 1/4")
-    signalled_s = time.monotonic()
     os.kill(job.pids[1], signal.SIGUSR1)
     assert job.statuses() == [75, 75], job.output()
-    assert time.monotonic() - signalled_s < 20
     state = last(tmp_path / "run")["state"]
     assert f"stopped by a signal: {TrainState(**state)}, saved as" in job.output()
     assert 5 <= state["step"] < 12
