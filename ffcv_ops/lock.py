@@ -249,7 +249,7 @@ class OwnerLock:
             os.close(os.open(guard, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         except FileExistsError:
             with contextlib.suppress(FileNotFoundError):
-                if self._now_s() - guard.stat().st_mtime > LIMIT_S:
+                if abs(self._now_s() - guard.stat().st_mtime) > LIMIT_S:  # a clock may have been put back
                     raise UserError(f"{guard}: left by a process that was killed; remove this file") from None
             return False
         try:

@@ -136,17 +136,22 @@ class WandbRun:
         The earlier parts of an offline run.
     log : callable
         Gets a line of text for what the user should know.
+
+    Attributes
+    ----------
+    last_step : int
+        The last step of the earlier parts; -1 without one.
     """
 
     def __init__(self, run: Any, earlier: Sequence[Part], log: Callable[[str], None]):
         self._run, self._print = run, log
         self._id, self._folder, self._is_offline = run.id, Path(run.settings.sync_dir), run.offline
-        self._last_step = max((part.last_step for part in earlier), default=-1)
+        self.last_step = max((part.last_step for part in earlier), default=-1)
         self._last_epoch = max((part.last_epoch for part in earlier), default=-1)
 
     def log_step(self, values: Mapping[str, Any], step: int) -> None:
         """Record the values of a step, unless an earlier part has the step."""
-        if step > self._last_step:
+        if step > self.last_step:
             self._log(values, step)
 
     def log_epoch(self, values: Mapping[str, Any], step: int) -> None:
@@ -155,7 +160,7 @@ class WandbRun:
         If an earlier part has the step without the values of the epoch, they get the next step.
         """
         if values["epoch"] > self._last_epoch:
-            self._log(values, max(step, self._last_step + 1))
+            self._log(values, max(step, self.last_step + 1))
 
     def _log(self, values: Mapping[str, Any], step: int) -> None:
         if self._run is None:
@@ -230,6 +235,10 @@ def start_wandb(
         return None
     state.wandb_id = run.id
     recorded = WandbRun(run, earlier if run.offline else (), log)
+    if recorded.last_step > state.step:
+        log(
+            f"W&B: earlier parts have the steps up to {recorded.last_step}, and keep them; only later ones are recorded"
+        )
     if run.offline and earlier:
         for record in records:
             values = {key: value for key, value in record.items() if key not in ("step", "time")}

@@ -119,6 +119,16 @@ def test_the_lock_of_another_machine_ends_after_its_last_sign_of_life(tmp_path, 
         assert 0.8 < time.monotonic() - started_s
 
 
+@pytest.mark.parametrize("age_s", [10**6, -(10**6)])
+def test_a_process_killed_while_it_took_a_lock_over_is_named(tmp_path, age_s):
+    write_owner(tmp_path / "run.lock", pid=2**22 + 1)
+    guard = tmp_path / "run.lock.takeover"
+    guard.touch()
+    os.utime(guard, (time.time() - age_s,) * 2)
+    with pytest.raises(UserError, match=r"run.lock.takeover: left by a process that was killed; remove this file"):
+        lock_of(tmp_path / "run.lock").acquire()
+
+
 @pytest.mark.parametrize("content", ["owner", ""])
 def test_a_lock_from_the_future_ends_too(tmp_path, content):
     path = tmp_path / "run.lock"
