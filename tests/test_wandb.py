@@ -63,7 +63,7 @@ def test_the_parts_of_a_run_hold_each_step_and_epoch_once_and_are_uploaded_by_on
     records = [{"epoch": 0, "step": 5, "time": 0.0}]
     state.step = 6
     second = start(folder, state, lines, records)
-    assert "W&B: earlier parts have the steps up to 8, and keep them; only later ones are recorded" in lines
+    assert "W&B: earlier parts have the steps up to 8, which stay; only later ones are recorded" in lines
     for step in range(7, 9):
         second.log_step({"step/loss": 1.0}, step)
     second.log_epoch({"epoch": 1, "val/acc1": 0.2}, 8)
