@@ -236,9 +236,7 @@ def start_wandb(
     state.wandb_id = run.id
     recorded = WandbRun(run, earlier if run.offline else (), log)
     if recorded.last_step > state.step:
-        log(
-            f"W&B: earlier parts have the steps up to {recorded.last_step}, and keep them; only later ones are recorded"
-        )
+        log(f"W&B: earlier parts have the steps up to {recorded.last_step}, which stay; only later ones are recorded")
     if run.offline and earlier:
         for record in records:
             values = {key: value for key, value in record.items() if key not in ("step", "time")}
