@@ -12,6 +12,7 @@ from plans import make_plan
 from torch import nn
 
 from ffcv_ops import Label, Loader, OrderOption, UserError
+from ffcv_ops.lock import OwnerLock
 from imagenet_training.changes import best_notices, check_classes, check_rest_of_epoch, keeps_best, position_notices
 from imagenet_training.data import open_training_data
 from imagenet_training.distributed import World
@@ -203,7 +204,8 @@ def test_a_stop_between_epochs_does_not_save_again(beton, tmp_path, num_steps):
     recipe = recipe_of(*arguments, f"--data.train_dataset={beton}", f"--data.val_dataset={beton}")
     part = Part(plan_of(recipe), TrainState(), tmp_path)
     data, point = open_training_data(recipe), ResumePoint(None, None, {}, ())
-    folder = RunFolder(recipe, part.plan, data, part.trainer, part.state, point, model_on_paper(recipe))
+    lock = OwnerLock(tmp_path / "run.lock", "", "")
+    folder = RunFolder(recipe, part.plan, data, part.trainer, part.state, point, model_on_paper(recipe), lock)
     last = folder.checkpoints.last
     with pytest.raises(Stopped), folder:
         part.state.finish_epoch({})
