@@ -32,7 +32,7 @@ from ffcv_ops.writing.writer import write
 ROOT = Path(__file__).parents[1]
 SETTINGS = WriteSettings(mode="raw", max_side=200, page_size=1 << 21)
 ARGUMENTS = ["--mode=raw", "--max_side=200", f"--page_size={1 << 21}"]
-SOON_S = 15
+SOON_S = 120
 
 
 @pytest.fixture(scope="module")
