@@ -84,6 +84,7 @@ def build(recipe: Recipe, world: "World", paper: "Module") -> Run:
         world_size=world.world_size,
         num_train=data.num_train,
         num_val=data.num_val,
+        class_counts=data.class_counts,
         device_type=world.device.type,
         resumed=point.content,
         resumed_from=point.path,
@@ -150,7 +151,7 @@ def train_epochs(recipe: Recipe, run: Run, loaders: "Loaders", lock: "OwnerLock"
 
 def show_plan(recipe: Recipe) -> None:
     """Print the resolved recipe and its arithmetic. This needs no GPU and no data, but checks data that exist."""
-    from imagenet_training.data import build_augmentations, planned_sizes
+    from imagenet_training.data import build_augmentations, planned_data
     from imagenet_training.distributed import planned_world_size
     from imagenet_training.loss import recipe_loss
     from imagenet_training.model import model_on_paper, model_size
@@ -159,13 +160,19 @@ def show_plan(recipe: Recipe) -> None:
     from imagenet_training.trial import try_model
 
     build_augmentations(recipe)  # an operation that does not exist is an error
-    num_train, num_val, notices = planned_sizes(recipe)
-    plan = plan_run(recipe, world_size=planned_world_size(recipe), num_train=num_train, num_val=num_val)
+    data = planned_data(recipe)
+    plan = plan_run(
+        recipe,
+        world_size=planned_world_size(recipe),
+        num_train=data.num_train,
+        num_val=data.num_val,
+        class_counts=data.class_counts,
+    )
     model = model_on_paper(recipe)
     try_model(recipe, plan, model, recipe_loss(recipe))
     print(summary(recipe, plan, model_size(model, recipe.validation.resolution)))
     print(f"\n{resolved_recipe(recipe)}")
-    for line in [*recipe.notices, *plan.notices, *notices]:
+    for line in [*recipe.notices, *plan.notices, *data.notices]:
         print(f"note: {line}")
 
 
@@ -181,6 +188,10 @@ def run(recipe: Recipe) -> None:
     elif recipe.training.eval_only:
         from imagenet_training.evaluation import evaluate_only as command
     try:
+        if recipe.model.num_classes == "auto" and not recipe.training.eval_only:
+            from imagenet_training.data import settle_num_classes
+
+            recipe = settle_num_classes(recipe)
         command(recipe)
     except UserError as error:
         exit_with_user_error(error)

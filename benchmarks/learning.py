@@ -72,7 +72,10 @@ class StockBatches:
     """
 
     def __init__(self, recipe: Recipe, *, train: bool):
-        self.smoothing, self.num_classes = recipe.training.label_smoothing if train else None, recipe.model.num_classes
+        self.smoothing, self.num_classes = (
+            recipe.training.label_smoothing if train else None,
+            recipe.model.known_num_classes,
+        )
         size = recipe.resolution.max_res
         self.beton = read_beton(recipe.data.train_dataset if train else recipe.data.val_dataset)
         self.batch_size = recipe.training.batch_size if train else recipe.validation.batch_size

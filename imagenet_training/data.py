@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from imagenet_training.classes import ClassMatch, imagenet_names, match_classes
 from imagenet_training.contact_sheet import denormalized
 from imagenet_training.distributed import World
 from imagenet_training.normalization import pixel_statistics
-from imagenet_training.plan import IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL, RunPlan
+from imagenet_training.plan import IMAGENET_NUM_CLASSES, IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL, RunPlan
 from imagenet_training.recipe import Recipe
 from imagenet_training.trainer import DTYPES
 
@@ -54,6 +54,11 @@ class TrainingData:
     val: Beton
     classes: ClassMatch
     train: Beton | None = None
+
+    @property
+    def class_counts(self) -> np.ndarray | None:
+        """Training images of each class, int64 (K,). None for a run that only evaluates."""
+        return None if self.train is None else np.bincount(self.train.labels, minlength=self.train.num_classes)
 
     @property
     def num_val(self) -> int:
@@ -121,7 +126,7 @@ def open_evaluation_data(recipe: Recipe, names: Sequence[str] | None, val_digest
     UserError
         If the file is missing or damaged, or the model does not have its classes.
     """
-    val, num_classes, notices = read_beton(recipe.data.val_dataset), recipe.model.num_classes, list[str]()
+    val, num_classes, notices = read_beton(recipe.data.val_dataset), recipe.model.known_num_classes, list[str]()
     if names is None and val_digest is not None and val_digest == val.digest:
         names = val.classes
     if names is None:
@@ -132,8 +137,37 @@ def open_evaluation_data(recipe: Recipe, names: Sequence[str] | None, val_digest
     return TrainingData(val, replace(match, notices=(*notices, *match.notices)))
 
 
-def planned_sizes(recipe: Recipe) -> tuple[int, int, list[str]]:
-    """Return the images of the two splits, and notices, for a plan. The files are checked if they exist.
+def settle_num_classes(recipe: Recipe) -> Recipe:
+    """Return a recipe with a number for ``model.num_classes``. ``auto`` becomes the number of the data's classes.
+
+    The data are the training file, or the validation file if the recipe only evaluates. A dry run without the file
+    keeps ImageNet's number.
+
+    Raises
+    ------
+    UserError
+        If the file is missing or damaged.
+    """
+    if recipe.model.num_classes != "auto":
+        return recipe
+    training = recipe.training
+    path = recipe.data.val_dataset if training.eval_only else recipe.data.train_dataset
+    if training.dry_run and not Path(path).exists():
+        return recipe.with_values({"model.num_classes": IMAGENET_NUM_CLASSES}, f"no {path}: ImageNet's number")
+    return recipe.with_values({"model.num_classes": read_beton(path).num_classes}, str(path))
+
+
+class PlannedData(NamedTuple):
+    """The images of the two splits for a plan, the training images of each class if they are known, and notices."""
+
+    num_train: int
+    num_val: int
+    class_counts: np.ndarray | None
+    notices: list[str]
+
+
+def planned_data(recipe: Recipe) -> PlannedData:
+    """Return the sizes of the data for a plan. The files are checked if they exist.
 
     For a file that does not exist, the number of ImageNet's images is returned.
     """
@@ -146,7 +180,8 @@ def planned_sizes(recipe: Recipe) -> tuple[int, int, list[str]]:
     if train is not None and val is not None:
         notices += match_splits(train, val).notices
     num_train = IMAGENET_NUM_TRAIN if train is None else train.num_samples
-    return num_train, IMAGENET_NUM_VAL if val is None else val.num_samples, notices
+    counts = None if train is None else np.bincount(train.labels, minlength=train.num_classes)
+    return PlannedData(num_train, IMAGENET_NUM_VAL if val is None else val.num_samples, counts, notices)
 
 
 def open_train_file(recipe: Recipe) -> Beton:
@@ -214,7 +249,7 @@ def train_loader(
     """Build the loader of `Loaders.train`."""
     augmentation = recipe.augmentation
     mix = Mix(
-        num_classes=recipe.model.num_classes,
+        num_classes=recipe.model.known_num_classes,
         mixup_alpha=augmentation.mixup_alpha,
         cutmix_alpha=augmentation.cutmix_alpha,
         prob=augmentation.mix_prob,

@@ -119,7 +119,7 @@ def train_epoch(
     Stopped
         If the ranks have agreed to stop. The state is ready to be saved.
     """
-    trainer.model.train()
+    trainer.train_mode()
     meters = EpochMeters(trainer, plan, state)
     batches = meters.watch(loader.epoch(state.epoch, skip_samples=state.samples // plan.world_size))
     done = (plan.steps_per_epoch - plan.steps_left(state.samples)) * plan.accumulation

@@ -14,7 +14,7 @@ from ffcv_ops.settings.collect import DEFAULT
 from ffcv_ops.settings.command_line import COMMAND_LINE
 from ffcv_ops.settings.fields import show
 from imagenet_training.card import ModelCard
-from imagenet_training.data import TrainingData, open_evaluation_data, val_loader
+from imagenet_training.data import TrainingData, open_evaluation_data, settle_num_classes, val_loader
 from imagenet_training.distributed import World, join
 from imagenet_training.epoch import evaluate
 from imagenet_training.failures import ending_with_status
@@ -156,7 +156,7 @@ def choose_candidate(recipe: Recipe, world: World) -> Candidate:
         card = read_weight_file(weights, f"model.weights={weights}").card if weights else None
         saved = settings_of(card) if card is not None else {}
     settled, lost, kept = with_settings_of(recipe, saved)
-    settled = settle_normalization(settled, content)
+    settled = settle_normalization(settle_num_classes(settled), content)
     source, notices = point.path or weights, list(point.notices)
     if lost:
         notices.append(f"settings of the run that saved {source} replace those of files: {', '.join(lost)}")
@@ -214,6 +214,9 @@ def with_settings_of(recipe: Recipe, saved: Mapping[str, Mapping[str, Any]]) -> 
     for key in (key for key in recipe.flat() if key in _SETTINGS or key.startswith("validation.")):
         section, name = key.split(".")
         if name not in saved.get(section, {}) or saved[section][name] == own[section][name]:
+            continue
+        if own[section][name] == "auto":
+            taken[key] = saved[section][name]
             continue
         theirs, ours, source = show(saved[section][name]), show(own[section][name]), recipe.source(key)
         if source == COMMAND_LINE:

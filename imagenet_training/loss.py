@@ -1,6 +1,6 @@
 """Losses on dense targets. The targets already contain mixing and label smoothing, so no loss smooths again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,13 +16,39 @@ Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 AUXILIARY_WEIGHTS = {"googlenet": 0.3, "inception_v3": 0.4}
 
 
-def soft_target_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def mean_over_images(losses: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean (scalar) of the losses of images, each times the weight of its classes.
+
+    The weight of an image is the mean of the weights of all classes, each by its share in the target. A mixed image has
+    the weights of its two classes, by their shares. Label smoothing moves each weight a little towards their mean.
+    PyTorch's ``weight`` multiplies the term of each class instead, which would change the smoothed target itself.
+
+    Parameters
+    ----------
+    losses : torch.Tensor
+        Float (N,).
+    targets : torch.Tensor
+        Float (N, K).
+    weights : torch.Tensor or None
+        Weight of each class, float32 (K,). None: all images count alike.
+    """
+    return losses.mean() if weights is None else (losses * (targets.float() @ weights)).mean()
+
+
+def soft_target_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, *, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the cross entropy (scalar) of logits (N, K) against dense targets (N, K), computed in float32."""
-    return torch.sum(-targets * F.log_softmax(logits.float(), dim=1), dim=1).mean()
+    losses = torch.sum(-targets * F.log_softmax(logits.float(), dim=1), dim=1)
+    return mean_over_images(losses, targets, weights)
 
 
 def binary_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, *, threshold: float | None = None
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    threshold: float | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the binary cross entropy (scalar): the mean over images and classes, computed in float32.
 
@@ -33,14 +59,18 @@ def binary_cross_entropy(
     threshold : float, optional
         Targets above the threshold become 1, all others 0, as with timm's ``target_threshold``. Each class in a mixed
         image then counts fully. None: targets stay as they are.
+    weights : torch.Tensor, optional
+        Weight of each class, float32 (K,); see `mean_over_images`. The threshold does not change an image's weight.
 
     Notes
     -----
     Follows "ResNet Strikes Back" (arXiv 2110.00476), section 3, and timm's ``BinaryCrossEntropy`` on dense targets.
     """
-    if threshold is not None:
-        targets = (targets > threshold).to(logits.dtype)
-    return F.binary_cross_entropy_with_logits(logits.float(), targets.float())
+    wanted = targets if threshold is None else (targets > threshold).to(logits.dtype)
+    if weights is None:
+        return F.binary_cross_entropy_with_logits(logits.float(), wanted.float())
+    losses = F.binary_cross_entropy_with_logits(logits.float(), wanted.float(), reduction="none").mean(dim=1)
+    return mean_over_images(losses, targets, weights)
 
 
 def loss_of_outputs(loss: Loss, auxiliary_weight: float | None, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
@@ -75,18 +105,38 @@ def main_logits(outputs: Any) -> torch.Tensor:
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
-def build_loss(name: str, *, bce_threshold: float | None = None, auxiliary_weight: float | None = None) -> Loss:
+def build_loss(
+    name: str,
+    *,
+    bce_threshold: float | None = None,
+    auxiliary_weight: float | None = None,
+    class_weights: torch.Tensor | None = None,
+) -> Loss:
     """Return the loss of a recipe, ``"cross_entropy"`` or ``"bce"``, as a function of a model's outputs and targets."""
     losses: dict[str, Loss] = {
-        "cross_entropy": soft_target_cross_entropy,
-        "bce": partial(binary_cross_entropy, threshold=bce_threshold),
+        "cross_entropy": partial(soft_target_cross_entropy, weights=class_weights),
+        "bce": partial(binary_cross_entropy, threshold=bce_threshold, weights=class_weights),
     }
     return partial(loss_of_outputs, losses[name], auxiliary_weight)
 
 
-def recipe_loss(recipe: Recipe) -> Loss:
-    """Return the loss of a recipe as a function of its model's outputs and targets."""
+def recipe_loss(
+    recipe: Recipe, class_weights: Sequence[float] | None = None, device: torch.device | None = None
+) -> Loss:
+    """Return the loss of a recipe as a function of its model's outputs and targets.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    class_weights : sequence of float, optional
+        Weight of each class. None: all images count alike.
+    device : torch.device, optional
+        Of the outputs and targets. None: the CPU.
+    """
     training = recipe.training
     return build_loss(
-        training.loss, bce_threshold=training.bce_threshold, auxiliary_weight=AUXILIARY_WEIGHTS.get(recipe.model.arch)
+        training.loss,
+        bce_threshold=training.bce_threshold,
+        auxiliary_weight=AUXILIARY_WEIGHTS.get(recipe.model.arch),
+        class_weights=None if class_weights is None else torch.tensor(class_weights, device=device),
     )

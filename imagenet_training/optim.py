@@ -1,11 +1,18 @@
 """The optimizer of a run, its parameter groups, and the moving average of the weights."""
 
+from collections.abc import Mapping
+
 import torch
 from torch.optim.swa_utils import AveragedModel
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float, bn_wd: float | None = None) -> list[dict]:
-    """Split a model's parameters by the weight decay they get.
+def parameter_groups(
+    model: torch.nn.Module,
+    weight_decay: float,
+    bn_wd: float | None = None,
+    scales: Mapping[str, float] | None = None,
+) -> list[dict]:
+    """Split a model's parameters by the weight decay they get, and by the share of the learning rate.
 
     Parameters
     ----------
@@ -15,18 +22,25 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float, bn_wd: float |
     bn_wd : float, optional
         For one-dimensional parameters: scales and shifts of normalisation layers, biases. None: as ``weight_decay``.
 
+    scales : mapping of str to float, optional
+        The factor of the learning rate of each parameter, by its name; see `imagenet_training.layers.lr_scales`.
+
     Returns
     -------
     list of dict
-        Groups for a torch optimizer, without empty ones. ffcv-imagenet recognises normalisation layers by "bn" in
+        Groups for a torch optimizer, without empty ones. If there are scales, each group has its own as ``lr_scale``.
+        ffcv-imagenet recognises normalisation layers by "bn" in
         their names, and so misses those of ResNet's shortcuts. The number of dimensions misses none.
     """
-    by_decay: dict[float, list[torch.nn.Parameter]] = {}
-    for parameter in model.parameters():
+    groups: dict[tuple[float, float | None], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = bn_wd if bn_wd is not None and parameter.ndim <= 1 else weight_decay
-            by_decay.setdefault(decay, []).append(parameter)
-    return [{"params": parameters, "weight_decay": decay} for decay, parameters in by_decay.items()]
+            groups.setdefault((decay, None if scales is None else scales[name]), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, **({} if scale is None else {"lr_scale": scale})}
+        for (decay, scale), parameters in groups.items()
+    ]
 
 
 def build_optimizer(
@@ -38,6 +52,7 @@ def build_optimizer(
     nesterov: bool = False,
     weight_decay: float = 0.0,
     bn_wd: float | None = None,
+    scales: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """Build an optimizer over `parameter_groups`.
 
@@ -48,13 +63,15 @@ def build_optimizer(
         Back". SGD and AdamW are fused if the parameters are on a GPU.
     momentum, nesterov
         For SGD only.
+    scales : mapping of str to float, optional
+        The factor of the learning rate of each parameter. `Trainer.optimizer_step` applies it in every step.
 
     Notes
     -----
     If a gradient overflows under a gradient scaler, fused optimizers skip the step on the GPU itself. LAMB makes the
     host wait for the result of that check in every step.
     """
-    groups = parameter_groups(model, weight_decay, bn_wd)
+    groups = parameter_groups(model, weight_decay, bn_wd, scales)
     fused = all(parameter.is_cuda for parameter in model.parameters())
     if name == "lamb":
         from timm.optim import Lamb  # here, because importing timm takes two seconds

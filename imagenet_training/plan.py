@@ -1,17 +1,20 @@
 """The arithmetic of a run: batches, steps, learning rate and schedules, from a recipe, its data and its ranks."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.loading.epoch_length import samples_per_rank
 from ffcv_ops.settings.fields import show
+from imagenet_training.class_weights import effective_number_weights
 from imagenet_training.recipe import LearningRate, Recipe
 from imagenet_training.schedule import build_lr, resolution_of
 
 LR_BATCH_SIZE = 256
-IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL = 1_281_167, 50_000
+IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL, IMAGENET_NUM_CLASSES = 1_281_167, 50_000, 1000
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class RunPlan:
         Learning rate at a place of the schedule; see `step_at`.
     resolution : callable
         Side of the training crops of an epoch, px.
+    class_weights : tuple of float or None
+        Weight of each class in the loss. None: all images count alike.
     resumed_from : str or None
         The checkpoint that the run continues from.
     notices : tuple of str
@@ -68,6 +73,7 @@ class RunPlan:
     evaluates_every_epoch: bool
     lr_at: Callable[[float], float]
     resolution: Callable[[int], int]
+    class_weights: tuple[float, ...] | None = None
     resumed_from: str | None = None
     notices: tuple[str, ...] = ()
 
@@ -116,6 +122,7 @@ def plan_run(
     world_size: int,
     num_train: int,
     num_val: int,
+    class_counts: Sequence[int] | np.ndarray | None = None,
     device_type: str = "cuda",
     resumed: Mapping[str, Any] | None = None,
     resumed_from: str | None = None,
@@ -132,6 +139,8 @@ def plan_run(
         Number of processes that train.
     num_train, num_val : int
         Images of the two splits.
+    class_counts : sequence of int, optional
+        Training images of each class, for ``training.class_weights``.
     device_type : {"cuda", "cpu"}
         Mixed precision needs a GPU.
     resumed : mapping, optional
@@ -193,9 +202,16 @@ def plan_run(
         evaluates_every_epoch=recipe.logging.log_level > 0,
         lr_at=build_lr(recipe.lr, peak=lr, epochs=training.epochs, steps_per_epoch=steps_per_epoch),
         resolution=resolution_of(recipe),
+        class_weights=_class_weights(recipe, class_counts),
         resumed_from=resumed_from,
         notices=tuple(notices),
     )
+
+
+def _class_weights(recipe: Recipe, counts: Sequence[int] | np.ndarray | None) -> tuple[float, ...] | None:
+    if recipe.training.class_weights == "none" or counts is None:
+        return None
+    return effective_number_weights(counts)
 
 
 def epoch_samples(num_train: int, world_size: int, repeats: int) -> int:

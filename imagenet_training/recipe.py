@@ -18,7 +18,20 @@ from typing import Any, Literal
 
 from ffcv_ops.errors import UserError, exit_with_user_error
 from ffcv_ops.settings import Flags, Settings, ShippedFiles, read_settings, setting
-from ffcv_ops.settings.fields import Auto, Channels, Checker, Choice, Course, Integer, Number, Range, Switch, Text
+from ffcv_ops.settings.command_line import COMMAND_LINE
+from ffcv_ops.settings.fields import (
+    Auto,
+    AutoInteger,
+    Channels,
+    Checker,
+    Choice,
+    Course,
+    Integer,
+    Number,
+    Range,
+    Switch,
+    Text,
+)
 from imagenet_training.outputs import check_own_output
 
 # --resume auto
@@ -53,10 +66,18 @@ class Model:
     """Of a file with raw and averaged weights, take the averaged (1) or the raw ones (0). auto: averaged if any."""
     library: Literal["auto", "torchvision", "timm"] = setting(Choice("auto", "torchvision", "timm"), default="auto")
     """Library that builds the architecture. auto: torchvision if it has the name, otherwise timm."""
-    num_classes: int = setting(Integer(min=1), default=1000)
-    """Number of classes. The training data must have as many."""
+    num_classes: int | Literal["auto"] = setting(AutoInteger(min=1), default=1000)
+    """Number of classes. The training data must have as many. auto: as many as the training data have."""
+    freeze: Literal["none", "body"] = setting(Choice("none", "body"), default="none")
+    """body: only the head trains. The rest keeps its weights and its BatchNorm statistics."""
     drop_path: float = setting(Number(min=0, below=1), default=0.0)
     """Rate of stochastic depth: a share of the residual branches is skipped in training. Only timm's architectures."""
+
+    @property
+    def known_num_classes(self) -> int:
+        """The number of classes, once `imagenet_training.data.settle_num_classes` has replaced ``auto``."""
+        assert self.num_classes != "auto"
+        return self.num_classes
 
 
 @dataclass(frozen=True)
@@ -171,12 +192,16 @@ class Training:
     """Loss: cross entropy, or binary cross entropy of each class."""
     bce_threshold: float | None = setting(Number(min=0, below=1))
     """bce: targets above the threshold become 1, all others 0. None: targets stay as they are."""
+    class_weights: Literal["none", "auto"] = setting(Choice("none", "auto"), default="none")
+    """auto: images of rare classes count more in the loss, by the effective number of images of their class."""
     optimizer: Literal["sgd", "lamb", "adamw"] = setting(Choice("sgd", "lamb", "adamw"), default="sgd")
     """Optimizer: SGD with momentum, timm's LAMB, or AdamW."""
     momentum: float = setting(Number(min=0, below=1), default=0.9)
     """sgd: momentum."""
     nesterov: bool = setting(Switch(), default=False)
     """sgd: use Nesterov's momentum."""
+    layer_decay: float | None = setting(Number(above=0, max=1))
+    """Factor of the learning rate from a layer to the layer before it. The head has the full rate. None: all have."""
     weight_decay: float = setting(Number(min=0), default=4e-5)
     """Weight decay."""
     bn_wd: float | None = setting(Number(min=0))
@@ -334,11 +359,19 @@ def read_recipe(argv: list[str]) -> Recipe:
         With status 2 and one message on stderr if anything is wrong; with status 0 after ``--help``.
     """
     recipe = read_settings(Recipe, argv, flags=FLAGS, description=DESCRIPTION, shipped=RECIPES)
+    if _replaces_pretrained(recipe):
+        recipe = recipe.with_values({"model.pretrained": False}, "model.weights")
     try:
         check_recipe(recipe)
     except UserError as error:
         exit_with_user_error(error)
     return replace(recipe, notices=tuple(_find_notices(recipe)))
+
+
+def _replaces_pretrained(recipe: Recipe) -> bool:
+    """Return True if the command line names a file of weights, and a recipe file asks for pretrained ones."""
+    sources = [recipe.source(key) for key in ("model.weights", "model.pretrained")]
+    return bool(recipe.model.weights and recipe.model.pretrained) and sources[0] == COMMAND_LINE != sources[1]
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -351,6 +384,7 @@ def check_recipe(recipe: Recipe) -> None:
     """
     _check_schedule(recipe)
     _check_optimisation(recipe)
+    _check_frozen_body(recipe)
     _check_images(recipe)
     _check_files(recipe)
 
@@ -378,6 +412,26 @@ def _check_optimisation(recipe: Recipe) -> None:
         raise UserError(f"{shown('training.bce_threshold')} needs training.loss=bce, not {shown('training.loss')}")
     if training.ema_rescale and not training.ema_decay:
         raise UserError(f"{shown('training.ema_rescale')} needs a moving average: set training.ema_decay")
+
+
+def _check_frozen_body(recipe: Recipe) -> None:
+    model, training, shown = recipe.model, recipe.training, recipe.shown
+    if model.freeze == "none" or training.eval_only:
+        return
+    if training.layer_decay is not None:
+        raise UserError(
+            f"{shown('training.layer_decay')} has no effect with {shown('model.freeze')}, which trains only the head: "
+            "set one of the two"
+        )
+    if training.agc:
+        raise UserError(
+            f"{shown('training.agc')} has no effect with {shown('model.freeze')}: it does not clip the head, which "
+            "alone trains. Set one of the two"
+        )
+    if not (model.pretrained or model.weights or training.resume):
+        raise UserError(
+            f"{shown('model.freeze')} would keep random weights: set --model.pretrained=1 or --model.weights=FILE"
+        )
 
 
 def _check_images(recipe: Recipe) -> None:

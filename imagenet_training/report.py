@@ -67,6 +67,7 @@ def write_report(
         predictions=predictions,
         mistakes=list(zip(images, predictions.mistakes(len(images)), strict=True)) if predictions else [],
         worst_classes=predictions.worst_classes(NUM_CLASSES_SHOWN) if predictions else [],
+        best_classes=predictions.best_classes(NUM_CLASSES_SHOWN) if predictions else [],
         class_name=lambda label: names[label] if label < len(names) else f"class {label}",
         base=base,
         changes=list(_changes(history, base)),

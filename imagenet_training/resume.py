@@ -176,8 +176,8 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, content: Mapping[str, A
     own = optimizer.state_dict()
     if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own["param_groups"]]:
         raise UserError(
-            "the checkpoint's optimizer has the parameters in other groups, by their weight decay: keep "
-            "training.bn_wd, or begin a run from its weights with --model.weights"
+            "the checkpoint's optimizer has other parameters, or has them in other groups: keep training.bn_wd, "
+            "training.layer_decay and model.freeze, or begin a run from its weights with --model.weights"
         )
     groups = [{**theirs, **ours} for theirs, ours in zip(saved["param_groups"], own["param_groups"], strict=True)]
     optimizer.load_state_dict({"state": {**own["state"], **saved["state"]}, "param_groups": groups})

@@ -37,7 +37,7 @@ def summary(recipe: Recipe, plan: RunPlan, size: str = "") -> str:
         ("crops", _crops_line(recipe)),
         ("augmentation", _augmentation_line(recipe)),
         ("mixing", _mixing_line(recipe)),
-        ("loss", _loss_line(recipe) + _auxiliary_part(recipe)),
+        ("loss", _loss_line(recipe, plan) + _auxiliary_part(recipe)),
         ("global batch", f"{batches} = {plan.global_batch_size}"),
         ("lr", plan.lr_arithmetic),
         ("schedule", _schedule_line(recipe)),
@@ -101,6 +101,8 @@ def _model_line(recipe: Recipe, plan: RunPlan) -> str:
     parts.append(f"resumed from {resumed}" if resumed else start)
     if training.use_blurpool:
         parts.append("BlurPool")
+    if model.freeze == "body":
+        parts.append("only the head trains")
     if model.drop_path:
         parts.append(f"drop path {show(model.drop_path)}")
     if training.ema_decay:
@@ -153,13 +155,17 @@ def _auxiliary_part(recipe: Recipe) -> str:
     return f", plus {weight} x that of each auxiliary head; the model rescales images to -1 to 1 itself"
 
 
-def _loss_line(recipe: Recipe) -> str:
+def _loss_line(recipe: Recipe, plan: RunPlan) -> str:
     training = recipe.training
-    if training.loss == "cross_entropy":
-        return "cross entropy"
-    if training.bce_threshold is None:
-        return "binary cross entropy"
-    return f"binary cross entropy, targets above {show(training.bce_threshold)} count as 1"
+    parts = [{"cross_entropy": "cross entropy", "bce": "binary cross entropy"}[training.loss]]
+    if training.bce_threshold is not None:
+        parts.append(f"targets above {show(training.bce_threshold)} count as 1")
+    if plan.class_weights is not None:
+        weights = [weight for weight in plan.class_weights if weight]
+        parts.append(f"images weighted by class, {min(weights):.3g} to {max(weights):.3g}")
+    elif training.class_weights == "auto":
+        parts.append("images weighted by class")
+    return ", ".join(parts)
 
 
 def _mixing_line(recipe: Recipe) -> str:
@@ -186,6 +192,8 @@ def _optimizer_line(recipe: Recipe) -> str:
     parts: list[str] = [training.optimizer]
     if training.optimizer == "sgd":
         parts.append(f"momentum {show(training.momentum)}" + (" (Nesterov)" if training.nesterov else ""))
+    if training.layer_decay is not None:
+        parts.append(f"learning rate x {show(training.layer_decay)} for each layer before the head")
     parts.append(f"weight decay {show(training.weight_decay)}")
     if training.bn_wd is not None:
         parts.append(f"{show(training.bn_wd)} on one-dimensional parameters")

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from imagenet_training import distributed
 from imagenet_training.distributed import World
+from imagenet_training.layers import freeze_body, lr_scales, set_training_mode
 from imagenet_training.logs import RunLog
 from imagenet_training.loss import Loss, main_logits, recipe_loss
 from imagenet_training.model import (
@@ -121,6 +122,11 @@ class Trainer:
         """Return the images in the memory format of the weights; the same tensor if it has that format."""
         return images.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
+    def train_mode(self) -> None:
+        """Put the model in training mode. The frozen parts of it stay in evaluation mode."""
+        self.model.train()
+        set_training_mode(unwrapped(self.model))
+
     def backward(
         self, images: torch.Tensor, targets: torch.Tensor, *, number: int, place: tuple[int, ...]
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,12 +162,12 @@ class Trainer:
         Parameters
         ----------
         lr : float
-            Learning rate.
+            Learning rate of the head. Other layers may have a share of it.
         step : int
             Optimizer steps that the run has taken. It decides if the moving average is updated.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         if self.grad_clip or self.agc:
             self.scaler.unscale_(self.optimizer)
         if self.agc:
@@ -218,7 +224,7 @@ class Trainer:
         torch.OutOfMemoryError
             If memory ran out.
         """
-        self.model.train()
+        self.train_mode()
         kept = [buffer.clone() for buffer in self.model.buffers()]
         images = self.to_memory_format(torch.zeros(shape, dtype=DTYPES[self.precision], device=self.world.device))
         try:
@@ -297,6 +303,9 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
         whole=training.eval_only,
         notices=notices,
     ).to(world.device)
+    head = frozenset(head_of(model, **recipe_model(recipe)).class_dims) if _needs_head(recipe) else frozenset()
+    if head and recipe.model.freeze == "body":
+        freeze_body(model, head)
     if training.channels_last:
         model = model.to(memory_format=torch.channels_last)
     compiles = training.compile
@@ -313,16 +322,17 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
             nesterov=training.nesterov,
             weight_decay=training.weight_decay,
             bn_wd=training.bn_wd,
+            scales=lr_scales(model, training.layer_decay, head) if head and training.layer_decay is not None else None,
         ),
         scaler=torch.amp.GradScaler(world.device.type, enabled=plan.precision == "16-mixed"),
         world=world,
-        loss=recipe_loss(recipe),
+        loss=recipe_loss(recipe, plan.class_weights, world.device),
         lr=plan.lr_at,
         precision=plan.precision,
         accumulation=plan.accumulation,
         grad_clip=training.grad_clip,
         agc=training.agc,
-        head=frozenset(head_of(model, **recipe_model(recipe)).class_dims) if training.agc else frozenset(),
+        head=head,
         ema_every=training.ema_every,
         channels_last=training.channels_last,
         seed=training.seed,
@@ -331,6 +341,13 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
     )
     trainer.model = _wrapped(model, trainer)
     return trainer
+
+
+def _needs_head(recipe: Recipe) -> bool:
+    """Return True if the head is treated in another way than the rest of the model."""
+    training = recipe.training
+    treated = bool(training.agc) or training.layer_decay is not None or recipe.model.freeze == "body"
+    return treated and not training.eval_only
 
 
 def _wrapped(model: nn.Module, trainer: Trainer) -> nn.Module:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ffcv_ops.errors import UserError
+from imagenet_training.layers import set_training_mode
 from imagenet_training.loss import Loss, main_logits
 from imagenet_training.model import build_model, find_library, on_paper, reason_of, recipe_model
 from imagenet_training.plan import RunPlan
@@ -85,7 +86,7 @@ class Trial:
                 loss.backward()
                 self.model.zero_grad(set_to_none=True)
 
-        self.model.train()
+        set_training_mode(self.model)
         with torch.set_grad_enabled(backward):  # without a gradient, the pass is cheaper
             return self._error_of(step)
 
@@ -149,7 +150,7 @@ def try_model(recipe: Recipe, plan: RunPlan, model: nn.Module, loss: Loss) -> No
     UserError
         If the model fails, with settings that fit as far as a search finds some, or if it ignores ``model.drop_path``.
     """
-    trial = Trial(model, loss, recipe.model.num_classes, plan.precision)
+    trial = Trial(model, loss, recipe.model.known_num_classes, plan.precision)
     batch_size = min(2, plan.batch_size)
 
     failed = {

@@ -570,6 +570,15 @@ def test_files_that_are_no_text_are_refused(tmp_path, refusal):
             "needs training.optimizer=sgd, not training.optimizer=lamb (command line)",
         ),
         (["--training.bce_threshold=0.2"], "needs training.loss=bce, not training.loss=cross_entropy (default)"),
+        (
+            ["--model.freeze=body", "--model.pretrained=1", "--training.layer_decay=0.8"],
+            "training.layer_decay=0.8 (command line) has no effect with model.freeze=body (command line)",
+        ),
+        (
+            ["--model.freeze=body", "--model.pretrained=1", "--training.agc=0.01"],
+            "training.agc=0.01 (command line) has",
+        ),
+        (["--model.freeze=body"], "would keep random weights: set --model.pretrained=1"),
         (["--training.ema_rescale=1"], "needs a moving average: set training.ema_decay"),
         (["--augmentation.repeats=3", "--data.order=quasi_random"], "needs --data.order=random"),
         (["--validation.resize=200"], "is smaller than validation.resolution=224 (default), the side of its crop"),
@@ -659,8 +668,15 @@ def test_ffcv_imagenets_recipes_resolve_and_ours_agree(write, name, epochs):
         assert plans[0].lr_at(step) == plans[1].lr_at(step)
 
 
-def test_there_are_nineteen_recipes():
-    assert len(RECIPES) == 19
+def test_there_are_twenty_recipes():
+    assert len(RECIPES) == 20
+
+
+def test_a_file_of_weights_on_the_command_line_replaces_the_pretrained_ones_of_a_recipe():
+    finetune = ["-C", str(ROOT / "rn50_configs/finetune.yaml")]
+    assert read_recipe(finetune).model.pretrained
+    recipe = read_recipe([*finetune, f"--model.weights={__file__}"])
+    assert not recipe.model.pretrained and recipe.source("model.pretrained") == "model.weights"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -104,6 +104,10 @@ def test_most_wrong_first(report):
     assert PREDICTIONS.mistakes(2).tolist() == [3, 1] and PREDICTIONS.mistakes(9).tolist() == [3, 1, 2]
     assert PREDICTIONS.worst_classes(1) == [ClassResult(1, 2, 0.0, 2, 2)]
     assert [result.label for result in PREDICTIONS.worst_classes(9)] == [1, 0], "a class without a mistake is left out"
+    assert [result.label for result in PREDICTIONS.best_classes(9)] == [2], "a class is listed once"
+    assert PREDICTIONS.best_classes(1) == [ClassResult(2, 2, 1.0, 2, 0)]
+    assert PREDICTIONS.mean_class_accuracy() == 0.5
+    assert "Best classes The classes" in PageReader(report).text and "café 100.0 % 2 - 0" in PageReader(report).text
     assert "hen 80 % is </title>" in PageReader(report).text
 
 

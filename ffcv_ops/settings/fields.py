@@ -58,12 +58,26 @@ class Integer(Checker[int]):
 
 
 @dataclass(frozen=True)
+class AutoInteger(Checker[int | Literal["auto"]]):
+    """The word ``auto``, or an `Integer`."""
+
+    min: int | None = None
+
+    def check(self, value: Any) -> int | Literal["auto"]:
+        return "auto" if str(value).strip().lower() == "auto" else Integer(self.min).check(value)
+
+    def help(self) -> str:
+        return f"auto, or {Integer(self.min).help()}"
+
+
+@dataclass(frozen=True)
 class Number(Checker[float]):
     """A finite number within bounds. Text such as ``"1e-4"`` is accepted, since YAML reads it as text."""
 
     min: float | None = None
     max: float | None = None
     below: float | None = None
+    above: float | None = None
 
     def check(self, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
@@ -73,12 +87,15 @@ class Number(Checker[float]):
             raise ValueError
         too_small = self.min is not None and number < self.min
         too_large = self.max is not None and number > self.max
-        if too_small or too_large or (self.below is not None and number >= self.below):
+        on_bound = number in (self.below, self.above)
+        if too_small or too_large or on_bound or (self.below is not None and number > self.below):
+            raise ValueError
+        if self.above is not None and number < self.above:
             raise ValueError
         return number
 
     def help(self) -> str:
-        bounds = ((">=", self.min), ("<=", self.max), ("<", self.below))
+        bounds = ((">=", self.min), (">", self.above), ("<=", self.max), ("<", self.below))
         limits = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
         return f"a number {limits}".strip()
 
