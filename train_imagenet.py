@@ -155,12 +155,14 @@ def show_plan(recipe: Recipe) -> None:
     from imagenet_training.distributed import planned_world_size
     from imagenet_training.loss import recipe_loss
     from imagenet_training.model import model_on_paper, model_size
+    from imagenet_training.normalization import planned_normalization
     from imagenet_training.plan import plan_run
     from imagenet_training.summary import resolved_recipe, summary
     from imagenet_training.trial import try_model
 
     build_augmentations(recipe)  # an operation that does not exist is an error
     data = planned_data(recipe)
+    recipe = planned_normalization(recipe)
     plan = plan_run(
         recipe,
         world_size=planned_world_size(recipe),

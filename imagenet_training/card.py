@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ffcv_ops.errors import UserError
+from ffcv_ops.settings.declare import parameters_of
+from imagenet_training.recipe import Recipe
 from imagenet_training.state import TrainState
 
 if TYPE_CHECKING:
@@ -16,6 +18,17 @@ if TYPE_CHECKING:
 CARD_KEY = "imagenet_training"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FORMAT = 1
+# The settings of a recipe that facts are the values of, so that both have the same bounds.
+_SETTINGS_OF_MODEL = {
+    "arch": "model.arch", "library": "model.library", "num_classes": "model.num_classes",
+    "drop_path": "model.drop_path", "use_blurpool": "training.use_blurpool",
+}  # fmt: skip
+_SETTINGS = {
+    "mean": "data.mean", "std": "data.std", "resolution": "validation.resolution",
+    "crop_ratio": "validation.crop_ratio", "resize": "validation.resize",
+    "interpolation": "validation.interpolation", "flip": "validation.lr_tta", "precision": "training.precision",
+    "channels_last": "training.channels_last",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,13 +93,16 @@ class ModelCard:
         Raises
         ------
         UserError
-            If a later version of this project wrote the file in another format.
+            If a later version of this project wrote the file in another format, or the facts are no run's.
         """
         if values.get("format") != FORMAT:
             raise UserError(f"{name} has facts of format {values.get('format')}; this version reads {FORMAT}")
         known = {entry.name for entry in dataclasses.fields(cls)}
         chosen = {key: value for key, value in values.items() if key in known}
-        return cls(**{**chosen, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        if problem := _problem_of(chosen):
+            raise UserError(f"the facts in {name} are damaged: {problem}")
+        model = {"library": "auto", "drop_path": 0.0, "use_blurpool": False, **chosen["model"]}
+        return cls(**{**chosen, "model": model, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
     @classmethod
     def of_recipe(cls, recipe: Mapping[str, Any], model: Mapping[str, Any], classes: list[str] | None) -> "ModelCard":
@@ -160,3 +176,29 @@ class ModelCard:
         pixels = np.array(image.convert("RGB").resize(size, resampling, box=(x, y, x + width, y + height)))
         scaled = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
         return (scaled - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+
+
+def _problem_of(facts: Mapping[str, Any]) -> str:
+    """Return what is wrong with facts; "" if nothing is."""
+    model, classes = facts.get("model"), facts.get("classes")
+    if not isinstance(model, dict) or not {"arch", "num_classes"} <= model.keys() <= _SETTINGS_OF_MODEL.keys():
+        return f"model must have arch and num_classes, and nothing but {', '.join(_SETTINGS_OF_MODEL)}: {model!r}"
+    if not all(isinstance(facts.get(key), (list, tuple)) for key in ("mean", "std")):
+        return "mean and std must be lists"
+    if not all(isinstance(model.get(key, ""), str) for key in ("arch", "library")):
+        return "arch and library must be text"
+    parameters = parameters_of(Recipe)
+    for values, settings in ((model, _SETTINGS_OF_MODEL), (facts, _SETTINGS)):
+        for key in settings.keys() & values.keys():
+            checker, value = parameters[settings[key]].checker, values[key]
+            if value is None and key == "resize":
+                continue
+            try:
+                checker.check(value)
+            except (ValueError, TypeError, OverflowError):
+                return f"{key} must be {checker.help()}, not {value!r}"
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        return "classes must be a list of names"
+    if classes is not None and len(classes) != model["num_classes"]:
+        return f"the model has {model['num_classes']:,} classes, and {len(classes):,} names"
+    return "" if facts.get("averaged") in (None, True, False) else "averaged must be true, false or null"

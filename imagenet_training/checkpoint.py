@@ -3,8 +3,6 @@
 import copy
 import re
 import shutil
-import zipfile
-import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
@@ -18,6 +16,7 @@ from ffcv_ops.files import replacing
 from imagenet_training.card import ModelCard
 from imagenet_training.export import export_weights
 from imagenet_training.state import TrainState
+from imagenet_training.torch_file import UnreadableFile, check_whole, load_file
 from imagenet_training.trainer import Trainer, unwrapped
 
 FORMAT = 2
@@ -49,10 +48,6 @@ def size_bytes(value: Any) -> int:
         return value.nbytes
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return sum(map(size_bytes, parts))
-
-
-class UnreadableFile(ValueError):
-    """A file is no whole checkpoint. The message is the reason, without the file's name."""
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -89,30 +84,6 @@ def _refuse_newer_format(path: str | Path, content: Any) -> None:
             f"{path} is a checkpoint of format {number}, which a newer version has written; this version reads formats "
             f"{READABLE_FORMATS[0]} to {FORMAT}: use the newer version, or name another checkpoint with --resume"
         )
-
-
-def load_file(path: str | Path, **options: Any) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, **options)
-    except Exception as error:  # the unpicklers and archives raise many kinds
-        raise UnreadableFile(str(error).partition("\n")[0] or type(error).__name__) from error
-
-
-def check_whole(path: str | Path) -> None:
-    """Check the checksums of a checkpoint. ``torch.load`` does not check the checksums that ``torch.save`` stored.
-
-    Raises
-    ------
-    UnreadableFile
-        If the file is empty, cut, or damaged anywhere.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
-        raise UnreadableFile("the file is empty" if _is_empty(path) else str(error)) from error
-    if damaged is not None:
-        raise UnreadableFile(f"the checksum of {damaged} in it is wrong")
 
 
 def _is_empty(path: str | Path) -> bool:

@@ -90,6 +90,14 @@ def _match_by_name(file: Beton, classes: list[str], names: list[str], model: str
     return ClassMatch(names, np.array([number_of[name] for name in classes], np.int64), (notice,))
 
 
+def head_notices(path: str, of_weights: Sequence[str] | None, of_data: Sequence[str] | None) -> list[str]:
+    """Return a notice if the head of weights at a path has as many classes as the training data, but other ones."""
+    if of_weights is None or of_data is None or len(of_weights) != len(of_data) or list(of_weights) == list(of_data):
+        return []
+    what = "the classes in another order" if set(of_weights) == set(of_data) else "other classes"
+    return [f"{path} has a head of {what} than the training data: training starts from it all the same"]
+
+
 def imagenet_names(file: Beton, num_classes: int) -> list[str] | None:
     """Return ImageNet's synsets in the order of published weights, if a model without names may be one of ImageNet.
 

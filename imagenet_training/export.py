@@ -14,7 +14,7 @@ from ffcv_ops.errors import UserError
 from ffcv_ops.files import replacing
 from imagenet_training.card import CARD_KEY, IMAGENET_MEAN, IMAGENET_STD, ModelCard
 from imagenet_training.model import TORCHVISION_OPTIONS, build_model, head_of
-from imagenet_training.weight_file import read_weight_file
+from imagenet_training.weight_file import checksum, read_weight_file
 from imagenet_training.weights import load_weights
 
 
@@ -36,7 +36,6 @@ def export_weights(path: Path, state: Mapping[str, torch.Tensor], card: ModelCar
     card : ModelCard
     """
     versions = getattr(state, "_metadata", {})
-    facts = {"card": card.to_dict(), "metadata": {name: dict(values) for name, values in versions.items()}}
     tensors: dict[str, torch.Tensor] = {}
     used = set()
     for name, tensor in state.items():  # the format has neither memory formats nor shared tensors
@@ -44,6 +43,11 @@ def export_weights(path: Path, state: Mapping[str, torch.Tensor], card: ModelCar
         dense = tensor.detach().cpu().contiguous()
         tensors[name] = dense.clone() if storage in used else dense
         used.add(storage)
+    facts = {
+        "card": card.to_dict(),
+        "metadata": {name: dict(values) for name, values in versions.items()},
+        "checksum": checksum(tensors),
+    }
     with replacing(path) as temporary:
         temporary.write_bytes(save(tensors, {"format": "pt", CARD_KEY: json.dumps(facts)}))
 

@@ -239,7 +239,16 @@ def _torchvision_state(arch: str) -> tuple[dict[str, torch.Tensor], str]:
             "pass --model.weights=FILE in place of --model.pretrained=1"
         )
     chosen = published["IMAGENET1K_V1"]
-    return chosen.get_state_dict(progress=False), f"torchvision's {chosen}"
+    try:
+        return chosen.get_state_dict(progress=False, check_hash=True), f"torchvision's {chosen}"
+    except OSError:
+        raise
+    except Exception as error:  # the unpicklers and archives raise many kinds
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(chosen.url).name
+        raise UserError(
+            f"torchvision's weights of {arch} are damaged ({type(error).__name__}): remove {file}, if it is there, and "
+            "start again"
+        ) from error
 
 
 def recipe_model(recipe: Recipe) -> dict[str, Any]:

@@ -4,12 +4,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torchvision
 
 from ffcv_ops.settings.fields import show
 from imagenet_training.card import IMAGENET_MEAN, IMAGENET_STD
+from imagenet_training.distributed import World
 from imagenet_training.model import find_library
 from imagenet_training.recipe import Recipe
+from imagenet_training.resume import choose_checkpoint
 from imagenet_training.weight_file import read_card
 
 Triple = tuple[float, float, float]
@@ -48,6 +51,13 @@ def settle_normalization(recipe: Recipe, resumed: Mapping[str, Any] | None = Non
             notices.append(f"{recipe.shown(key)} is not {show(value)}, which {expected.source} have been trained with")
     settled = recipe.with_values(taken, expected.source or "ImageNet") if taken else recipe
     return replace(settled, notices=(*recipe.notices, *notices))
+
+
+def planned_normalization(recipe: Recipe) -> Recipe:
+    """Return a recipe with the numbers that a run would take. Nothing is created."""
+    point = choose_checkpoint(recipe, World(0, 0, 1, 1, torch.device("cpu")))
+    settled = settle_normalization(recipe, point.content)
+    return replace(settled, notices=(*settled.notices, *point.notices))
 
 
 def pixel_statistics(recipe: Recipe) -> tuple[Triple, Triple]:

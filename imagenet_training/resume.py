@@ -16,6 +16,7 @@ from imagenet_training.plan import RunPlan
 from imagenet_training.recipe import AUTO, Recipe
 from imagenet_training.state import TrainState
 from imagenet_training.trainer import Trainer, unwrapped
+from imagenet_training.weights import fault_of
 
 # The note in the ranks' store with the names that the run had before torchrun restarted it.
 RUN_NOTE = "run"
@@ -148,17 +149,9 @@ def load_whole(model: nn.Module, state: Mapping[str, torch.Tensor], path: str) -
             f"{path} is of another model than the recipe's: {_some(differing)} differ; model.arch, model.library, "
             "model.num_classes and training.use_blurpool must be those of its run"
         )
-    remedy = "its run failed; use an earlier checkpoint"
-    if bad := [name for name, tensor in state.items() if _is_not_finite(tensor, own[name])]:
-        raise UserError(f"{path} has values that are not finite in {_some(bad)}: {remedy}")
-    if bad := [name for name, tensor in state.items() if name.endswith("running_var") and (tensor < 0).any()]:
-        raise UserError(f"{path} has negative variances in {_some(bad)}: {remedy}")
+    if fault := fault_of(state, own):
+        raise UserError(f"{path} has {fault}: its run failed; use an earlier checkpoint")
     model.load_state_dict(state)
-
-
-def _is_not_finite(tensor: torch.Tensor, own: torch.Tensor) -> bool:
-    """Return True if a tensor has values that are not finite. Masks have them in the new model too."""
-    return tensor.is_floating_point() and bool((~tensor.isfinite() & own.cpu().isfinite()).any())
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,20 +1,25 @@
 """Read files of weights, without running any code that they may hold."""
 
 import json
+import re
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ffcv_ops.errors import UserError
 from imagenet_training.card import CARD_KEY, ModelCard
+from imagenet_training.torch_file import UnreadableFile, check_whole, load_file, unknown_classes
 
 MAX_DEPTH = 5
+# The keys of tensors that have the names and shapes of weights, but are an optimizer's, or gradients.
+NO_WEIGHTS = re.compile(r"optim|exp_avg|exp_inf|max_exp_avg|momentum|grad|scheduler|scaler", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,12 @@ def read_weight_file(path: str | Path, name: str) -> WeightFile:
         If the file is missing, unreadable, or has no named tensors.
     """
     if not Path(path).is_file():
-        raise UserError(f"{name}: no such file")
-    with open(path, "rb") as file:
-        start = file.read(9)
+        raise UserError(f"{name}: {'this is a folder' if Path(path).is_dir() else 'no such file'}")
     try:
-        found = _read_safetensors(path, name) if start[8:] == b"{" else _read_pickle(path, name)
-    except (SafetensorError, _Unreadable) as error:
+        with open(path, "rb") as file:
+            start = file.read(9)
+        found = _read_safetensors(path, name) if start[8:] == b"{" else _read_pickle(path, name, start)
+    except (SafetensorError, UnreadableFile, OSError) as error:
         raise UserError(f"{name} is not a file of weights: {error}") from error
     if not found.groups:
         raise UserError(f"{name} holds no state dict: save one with torch.save(model.state_dict(), FILE)")
@@ -82,47 +87,72 @@ def read_weight_file(path: str | Path, name: str) -> WeightFile:
 
 
 def read_card(path: str | Path) -> ModelCard | None:
-    """Read only the facts of a file of weights. Return None if it has none, or cannot be read."""
-    with suppress(OSError, SafetensorError, _Unreadable):
+    """Read only the facts of a file of weights. Return None if it has none, or cannot be read.
+
+    Raises
+    ------
+    UserError
+        If this project wrote the file, but not this version, or the facts are damaged.
+    """
+    with suppress(OSError, SafetensorError, UnreadableFile):
         with open(path, "rb") as file:
             start = file.read(9)
         if start[8:] != b"{":
-            content = _read_content(path, mmap=start[:2] == b"PK")
+            content = _load(path, mmap=start[:2] == b"PK")
             return ModelCard.of_checkpoint(content, str(path)) if isinstance(content, Mapping) else None
         with safe_open(path, "pt") as file:
-            facts = (file.metadata() or {}).get(CARD_KEY)
-        return ModelCard.from_dict(json.loads(facts)["card"], str(path)) if facts is not None else None
+            return _facts(file.metadata(), str(path)).card
     return None
 
 
-class _Unreadable(Exception):
-    """A file is no archive of tensors."""
+class _Facts(NamedTuple):
+    """The facts beside the tensors of an export: its card, the versions of its modules, the checksum of its tensors."""
+
+    card: ModelCard | None = None
+    metadata: Mapping[str, Any] | None = None
+    checksum: int | None = None
+
+
+def _facts(metadata: Mapping[str, str] | None, name: str) -> _Facts:
+    """Read the facts in the metadata of a safetensors file."""
+    text = (metadata or {}).get(CARD_KEY)
+    if text is None:
+        return _Facts()
+    try:
+        content = json.loads(text)
+        card, versions, checksum = content["card"], content["metadata"], content.get("checksum")
+        if not isinstance(card, dict) or not all(isinstance(values, dict) for values in versions.values()):
+            raise TypeError("not as written")
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"{name}: the facts beside its tensors are damaged: copy or export the file again") from error
+    return _Facts(ModelCard.from_dict(card, name), versions, checksum)
+
+
+def checksum(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Return the CRC-32 of the bytes of contiguous tensors, in the order of their names."""
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes(), value)
+    return value
 
 
 def _read_safetensors(path: str | Path, name: str) -> WeightFile:
     with safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
-        facts = (file.metadata() or {}).get(CARD_KEY)
-    card, metadata = None, None
-    if facts is not None:
-        content = json.loads(facts)
-        card, metadata = ModelCard.from_dict(content["card"], name), content["metadata"]
-    return WeightFile(name, [TensorGroup("", tensors, metadata)] if tensors else [], card)
+        facts = _facts(file.metadata(), name)
+    if facts.checksum is not None and facts.checksum != checksum(tensors):
+        raise UnreadableFile("the checksum of its tensors is wrong, so it is damaged: copy or export it again")
+    return WeightFile(name, [TensorGroup("", tensors, facts.metadata)] if tensors else [], facts.card)
 
 
-def _read_pickle(path: str | Path, name: str) -> WeightFile:
-    content = _read_content(path)
+def _read_pickle(path: str | Path, name: str, start: bytes) -> WeightFile:
+    content = _load(path)
+    if start[:2] == b"PK":
+        check_whole(path)
     if isinstance(content, _StandIn):
-        raise _Unreadable(f"it holds an object of {type(content).__qualname__}; save its state_dict() instead")
+        raise UnreadableFile(f"it holds an object of {type(content).__qualname__}; save its state_dict() instead")
     card = ModelCard.of_checkpoint(content, name) if isinstance(content, Mapping) else None
     return WeightFile(name, list(_groups(content)), card)
-
-
-def _read_content(path: str | Path, *, mmap: bool = False) -> Any:
-    try:
-        return _load(path, mmap=mmap)
-    except Exception as error:  # the unpicklers and archives raise many kinds
-        raise _Unreadable(str(error).partition("\n")[0] or type(error).__name__) from error
 
 
 class _StandIn:
@@ -145,30 +175,27 @@ class _DictStandIn:
         return OrderedDict()
 
 
-def _load(path: str | Path, **further: Any) -> Any:
+def _load(path: str | Path, **options: Any) -> Any:
     """Load a file of ``torch.save``. An object of an unknown class, such as a script's options, becomes a stand-in."""
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True, **further}
     try:
-        return torch.load(path, **options)
-    except Exception as error:
+        return load_file(path, **options)
+    except UnreadableFile as error:
         original = error
-    try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # the file is damaged, or in PyTorch's oldest format
-        unknown = []
+    unknown = unknown_classes(path)
     for stand_in in (_StandIn, _DictStandIn) if unknown else ():
         classes: list[Any] = [(type(found, (stand_in,), {}), found) for found in unknown]
-        with torch.serialization.safe_globals(classes), suppress(Exception):
-            return torch.load(path, **options)
+        with torch.serialization.safe_globals(classes), suppress(UnreadableFile):
+            return load_file(path, **options)
     raise original
 
 
 def _groups(content: Any, place: str = "", depth: int = 0) -> Iterator[TensorGroup]:
-    """Yield all groups of named tensors in nested mappings."""
+    """Yield all groups of named tensors in nested mappings, but not those of an optimizer."""
     if not isinstance(content, Mapping) or depth > MAX_DEPTH:
         return
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     if tensors:
         yield TensorGroup(place, tensors, getattr(content, "_metadata", None))
     for key, value in content.items():
-        yield from _groups(value, f"{place}.{key}" if place else str(key), depth + 1)
+        if not NO_WEIGHTS.match(str(key)):
+            yield from _groups(value, f"{place}.{key}" if place else str(key), depth + 1)

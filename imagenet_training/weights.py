@@ -16,6 +16,13 @@ from imagenet_training.weight_file import TensorGroup, WeightFile, read_weight_f
 
 AVERAGED_WORDS = {"ema", "swa", "avg", "average", "averaged"}
 NUM_SHOWN = 3
+# Names in published files of torchvision's DenseNets and vision transformers, and the present names. torchvision
+# itself renames them only when it downloads the files, or by the version of a module.
+OLDER_NAMES = (
+    (re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12])\."), r"\1\2."),
+    (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),
+    (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
+)
 
 
 class Head:
@@ -184,24 +191,39 @@ def _same(one: Fit, other: Fit) -> bool:
 
 
 def _load(model: nn.Module, fit: Fit, source: str) -> None:
-    """Load tensors that fit, if all of them are finite."""
+    """Load tensors that fit, if their values are those of a trained model."""
     own = model.state_dict()
-    bad = [
-        name
-        for name, tensor in fit.state.items()
-        if tensor.is_floating_point() and not tensor.isfinite().all() and not _initially_so(own[name], tensor)
-    ]
-    if bad:
-        raise UserError(f"{source} has values that are not finite in {_listed(bad)}: the training that made it failed")
+    if fault := fault_of(fit.state, own):
+        raise UserError(f"{source} has {fault}: the training that made it failed")
     state: Any = type(own)({**own, **fit.state})
     # The versions of the modules, without which some architectures take current tensors for old ones.
     state._metadata = getattr(own, "_metadata", None) if fit.metadata is None else fit.metadata
     model.load_state_dict(state)
 
 
-def _initially_so(own: torch.Tensor, tensor: torch.Tensor) -> bool:
-    """Return True if a model has the same values that are not finite from the beginning, as masks have."""
-    return not own.is_meta and torch.equal(own.cpu().isfinite(), tensor.isfinite())
+def fault_of(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
+    """Return the values in tensors that no trained model has, in words; "" if there are none.
+
+    Parameters
+    ----------
+    state : mapping of str to torch.Tensor
+        On the CPU.
+    own : mapping of str to torch.Tensor
+        The tensors of a new model by the same names. Values are judged in their type. Masks are not finite from the
+        beginning.
+    """
+    cast = {name: tensor.to(own[name].dtype) for name, tensor in state.items() if tensor.is_floating_point()}
+    if bad := [name for name, tensor in cast.items() if not _is_finite(tensor, own[name])]:
+        return f"values that are not finite in {_listed(bad)}"
+    if bad := [name for name, tensor in cast.items() if name.endswith("running_var") and (tensor < 0).any()]:
+        return f"negative variances in {_listed(bad)}"
+    return ""
+
+
+def _is_finite(tensor: torch.Tensor, own: torch.Tensor) -> bool:
+    """Return True if a tensor is finite wherever a new model is."""
+    finite = tensor.isfinite()
+    return bool(finite.all()) or (not own.is_meta and bool((finite | ~own.cpu().isfinite()).all()))
 
 
 def _fits(group: TensorGroup, model: nn.Module, head: Head) -> list[Fit]:
@@ -243,7 +265,8 @@ def _without_blur(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.
 def _fit(group: TensorGroup, tensors: Mapping[str, torch.Tensor], prefix: str, model: nn.Module, head: Head) -> Fit:
     """Give the tensors below a prefix the names of the model, and find what does not fit."""
     own, start = model.state_dict(), f"{prefix}." if prefix else ""
-    state = _known_parts({name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}, own)
+    below = {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
+    state = _known_parts(_present_names(below, own), own)
     counter = _counter(prefix)
     label = ".".join(part for part in (group.place, prefix) if part)
     averaged = bool(AVERAGED_WORDS & set(re.split(r"[^a-z]+", label.lower()))) or (
@@ -257,7 +280,9 @@ def _fit(group: TensorGroup, tensors: Mapping[str, torch.Tensor], prefix: str, m
     others = sorted(
         name
         for name in state.keys() & own.keys()
-        if state[name].is_floating_point() != own[name].is_floating_point() or state[name].is_meta
+        if state[name].is_floating_point() != own[name].is_floating_point()
+        or state[name].is_meta
+        or state[name].layout != torch.strided
     )
     missing = sorted(own.keys() - state.keys() - _batch_counts(model))
     if misshapen or missing:
@@ -287,6 +312,18 @@ def _leave_new_head(
         fit.new_head = [name for name in own if name in head]
     fit.state = {name: value for name, value in fit.state.items() if name not in fit.new_head}
     return [name for name in misshapen if name not in fit.new_head], [n for n in missing if n not in fit.new_head]
+
+
+def _present_names(state: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give tensors with names of an earlier version of their library the names that the model has."""
+
+    def present(name: str) -> str:
+        for older, newer in OLDER_NAMES if name not in own else ():
+            if (renamed := older.sub(newer, name)) in own:
+                return renamed
+        return name
+
+    return {present(name): tensor for name, tensor in state.items()}
 
 
 def _known_parts(state: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

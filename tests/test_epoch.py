@@ -23,9 +23,11 @@ from imagenet_training.meters import (
     accuracy_metrics,
 )
 from imagenet_training.optim import build_optimizer
+from imagenet_training.plan import plan_run
 from imagenet_training.preemption import StopRequest
+from imagenet_training.recipe import read_recipe
 from imagenet_training.state import TrainState
-from imagenet_training.trainer import Trainer, allow_tf32
+from imagenet_training.trainer import Trainer, allow_tf32, build_trainer
 
 WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 
@@ -125,13 +127,24 @@ def test_adaptive_clipping_bounds_each_unit_by_its_weights(data, tmp_path):
     images, targets, _ = data
     model = small_model()
     before = [parameter.clone() for parameter in model.parameters()]
-    run_epoch(make_trainer(model, agc=0.01), Batches(images * 50, targets, 24), TrainState(), tmp_path, steps=1)
+    head = frozenset({f"{len(model) - 1}.weight", f"{len(model) - 1}.bias"})
+    trainer = make_trainer(model, agc=0.01, head=head)
+    run_epoch(trainer, Batches(images * 50, targets, 24), TrainState(), tmp_path, steps=1)
     weight, was = model[0].weight, before[0]
     moved = (weight - was).flatten(1).norm(dim=1)
     bound = 0.1 * 0.01 * was.flatten(1).norm(dim=1)
     assert (moved <= bound * 1.001).all() and moved.max() > 0.5 * bound.max()
     head, was = model[-1].weight, before[-2]
-    assert ((head - was).norm(dim=1) > 0.1 * 0.01 * was.norm(dim=1)).any(), "the last layer is not clipped"
+    assert ((head - was).norm(dim=1) > 0.1 * 0.01 * was.norm(dim=1)).any(), "the head is not clipped"
+
+
+@pytest.mark.parametrize(("arch", "layers"), [("squeezenet1_0", {"classifier.1"}), ("test_resnet", {"fc"})])
+def test_adaptive_clipping_leaves_out_the_layers_of_the_classes(arch, layers):
+    recipe = read_recipe([f"--model.arch={arch}", "--model.num_classes=10", "--training.agc=0.01", "--batch_size=8"])
+    plan = plan_run(recipe, world_size=1, num_train=64, num_val=8, device_type="cpu")
+    assert build_trainer(recipe, plan, WORLD).head == {
+        f"{layer}.{part}" for layer in layers for part in ("weight", "bias")
+    }
 
 
 def test_an_interrupted_epoch_goes_on_to_the_bit(data, tmp_path):

@@ -15,10 +15,13 @@ from browsers import PageReader
 from sklearn.datasets import load_digits
 
 import train_imagenet
-from ffcv_ops import UserError
+from ffcv_ops import UserError, read_beton
 from ffcv_ops.writing.plan import WriteSettings
 from ffcv_ops.writing.writer import write
 from imagenet_training.checkpoint import save_atomically
+from imagenet_training.data import val_loader
+from imagenet_training.distributed import World
+from imagenet_training.epoch import measure
 from imagenet_training.evaluation import differences_from_published
 from imagenet_training.predictions import Predictions
 from imagenet_training.recipe import read_recipe
@@ -119,6 +122,20 @@ def test_a_checkpoint_needs_no_recipe_to_give_the_numbers_of_its_run(trained, ev
     assert status == 0 and f"71 images, {results(record)}, as the run logged" in output
     step = f"after epoch {record['epoch']}, {record['epoch'] + 1} of 3 (step {record['step']})"
     assert f"evaluating the averaged weights in {best}, {step}" in output and "note: " not in output
+
+
+def test_the_printed_line_builds_the_model_that_the_run_has_logged(trained, data, monkeypatch):
+    best, record, _ = trained
+    folder, names = best.parent.parent, {}
+    (log,) = folder.glob("logs/*.log")
+    monkeypatch.chdir(folder)
+    exec(re.search(r"use weights +(.*)", log.read_text())[1], names)
+    card, world = names["card"], World(0, 0, 1, 1, torch.device("cpu"))
+    file, recipe = read_beton(data / "val.beton"), read_recipe(["--config-file", str(data / "recipe.yaml")])
+    settings = {"precision": card.precision, "flip": card.flip, "channels_last": card.channels_last}
+    with val_loader(recipe, file, world, torch.float32) as loader:
+        values = measure(names["model"], loader, world, num_samples=file.num_samples, **settings)
+    assert values == {name: record[name] for name in values} and card.acc1 == record["val/acc1"]
 
 
 def test_the_run_wins_over_files_and_says_so(trained, evaluate, tmp_path, data):

@@ -17,6 +17,7 @@ from imagenet_training.model import (
     find_library,
     gains_from_compilation,
     model_size,
+    pretrained_state,
 )
 
 IMAGES = torch.linspace(-2, 2, 2 * 3 * 64 * 64).reshape(2, 3, 64, 64)
@@ -67,7 +68,7 @@ def test_state_dict_is_the_library_s_own(library):
 
 def test_weights_of_another_kind_are_named():
     with pytest.raises(ValueError, match="no IMAGENET1K_V1 weights of regnet_y_128gf, but IMAGENET1K_SWAG_E2E_V1"):
-        build_model("regnet_y_128gf", pretrained=True)
+        pretrained_state("regnet_y_128gf", "torchvision")
 
 
 def test_drop_path_needs_timm():

@@ -2,26 +2,32 @@
 
 import argparse
 import copy
+import json
 import os
+import re
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch.optim.swa_utils import AveragedModel
 
 from ffcv_ops import UserError
 from ffcv_ops.settings.fields import Channels
 from imagenet_training import ModelCard, load_model
-from imagenet_training.card import IMAGENET_MEAN, IMAGENET_STD
+from imagenet_training.card import CARD_KEY, IMAGENET_MEAN, IMAGENET_STD
+from imagenet_training.classes import head_notices
 from imagenet_training.distributed import World
 from imagenet_training.epoch import measure
+from imagenet_training.evaluation import settings_of
 from imagenet_training.export import export_weights, use_of_weights
 from imagenet_training.model import build_model, head_of, recipe_model
-from imagenet_training.normalization import settle_normalization
+from imagenet_training.normalization import planned_normalization, settle_normalization
 from imagenet_training.recipe import read_recipe
+from imagenet_training.weights import _present_names
 
 ROOT = Path(__file__).parent.parent
 ARCH = {"arch": "test_resnet", "library": "timm", "num_classes": 4}
@@ -143,6 +149,90 @@ def test_tensors_of_another_type_are_refused(tmp_path):
         build_model(**ARCH, weights=tmp_path / "quantized.pt")
 
 
+def test_variances_below_zero_and_values_too_large_are_refused(tmp_path):
+    state = trained().state_dict()
+    torch.save({**state, "bn1.running_var": -state["bn1.running_var"]}, tmp_path / "negative.pt")
+    with pytest.raises(UserError, match=r"negative variances in 1: bn1.running_var"):
+        build_model(**ARCH, weights=tmp_path / "negative.pt")
+    torch.save({**state, "fc.bias": state["fc.bias"].double() + 1e60}, tmp_path / "large.pt")
+    with pytest.raises(UserError, match=r"not finite in 1: fc.bias"):
+        build_model(**ARCH, weights=tmp_path / "large.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+def test_unusual_tensors_are_loaded_or_refused(tmp_path):
+    state = trained().state_dict()
+    torch.save({**state, "fc.weight": state["fc.weight"].to(torch.float8_e4m3fn)}, tmp_path / "float8.pt")
+    assert build_model(**ARCH, weights=tmp_path / "float8.pt").fc.weight.dtype == torch.float32
+    torch.save({**state, "fc.weight": state["fc.weight"].to_sparse()}, tmp_path / "sparse.pt")
+    with pytest.raises(UserError, match=r"of another type \(1: fc.weight\)"):
+        build_model(**ARCH, weights=tmp_path / "sparse.pt")
+
+
+def test_the_tensors_of_an_optimizer_are_no_weights(tmp_path):
+    source = trained()
+    moments = {name: torch.zeros_like(value) for name, value in source.state_dict().items()}
+    content = {"model": source.state_dict(), "optimizer": {"exp_avg": moments, "exp_avg_sq": moments}}
+    torch.save({**content, "gradients": moments}, tmp_path / "all.pt")
+    notices = []
+    assert same(build_model(**ARCH, weights=tmp_path / "all.pt", notices=notices), source) and not notices
+
+
+OLDER = {
+    "densenet121": [(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.")],
+    "vit_b_32": [(r"mlp\.0\.", "mlp.linear_1."), (r"mlp\.3\.", "mlp.linear_2.")],
+}
+
+
+@pytest.mark.parametrize("arch", OLDER)
+def test_names_of_published_files_are_known(arch):
+    with torch.device("meta"):
+        own = build_model(arch, num_classes=10).state_dict()
+    older = {}
+    for name, value in own.items():
+        for pattern, replacement in OLDER[arch]:
+            name = re.sub(pattern, replacement, name)
+        older[name] = value
+    assert older.keys() != own.keys()
+    present = _present_names(older, own)
+    assert present.keys() == own.keys() and all(present[name] is own[name] for name in own)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "the file is empty"),
+        (b"<!DOCTYPE html>", "it is neither safetensors nor of torch.save"),
+        (b"PK", "is not a file of weights"),
+        (None, "this is a folder"),
+    ],
+)
+def test_other_files_are_named_for_what_they_are(tmp_path, content, told):
+    if content is not None:
+        (tmp_path / "file").write_bytes(content)
+    path = tmp_path if content is None else tmp_path / "file"
+    with pytest.raises(UserError, match=told) as error:
+        load_model(path)
+    assert "weights_only" not in str(error.value)
+
+
+def test_a_torchscript_archive_is_named(tmp_path):
+    torch.jit.ScriptModule().save(str(tmp_path / "script.pt"))
+    with pytest.raises(UserError, match="it is a TorchScript archive"):
+        load_model(tmp_path / "script.pt")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_one_changed_bit_is_noticed(tmp_path, suffix):
+    state, path = trained().state_dict(), tmp_path / f"x{suffix}"
+    export_weights(path, state, card_of()) if suffix == ".safetensors" else torch.save(state, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(state["fc.weight"].numpy().tobytes()) + 1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="checksum of .* is wrong"):
+        build_model(**ARCH, weights=path)
+
+
 def test_a_file_that_would_run_code_runs_none(tmp_path):
     class Bomb:
         def __reduce__(self):
@@ -226,7 +316,7 @@ def card_of(**changed):
         {"use_blurpool": True},
         {"arch": "mnasnet0_5", "library": "torchvision"},
         {"arch": "test_vit"},
-        {"arch": "resnet18", "library": "torchvision", "use_blurpool": True, "num_classes": 3},
+        {"arch": "resnet18", "library": "torchvision", "use_blurpool": True},
     ],
 )
 def test_an_export_builds_its_model(tmp_path, changed):
@@ -239,6 +329,28 @@ def test_an_export_builds_its_model(tmp_path, changed):
     loaded = load_model(tmp_path / "x.safetensors")
     assert loaded.card == ModelCard(**{**vars(card), "averaged": False}) and not loaded.model.training
     assert torch.equal(loaded.model(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda facts: facts[:50], "the facts beside its tensors are damaged"),
+        (lambda facts: "[]", "the facts beside its tensors are damaged"),
+        (lambda facts: facts.replace('"metadata"', '"other"'), "the facts beside its tensors are damaged"),
+        (lambda facts: facts.replace('"format": 1', '"format": 2'), "has facts of format 2; this version reads 1"),
+        (lambda facts: facts.replace("0.485", "48.5"), "mean must be"),
+        (lambda facts: facts.replace('"drop_path"', '"pool"'), "and nothing but arch"),
+        (lambda facts: facts.replace('"d"]', '"d", "e"]'), "has 4 classes, and 5 names"),
+        (lambda facts: facts.replace("bilinear", "best"), "interpolation must be one of"),
+    ],
+)
+def test_facts_that_no_run_writes_are_refused(tmp_path, change, told):
+    state, facts = trained().state_dict(), {"card": card_of().to_dict(), "metadata": {}}
+    content = save(dict(state), {CARD_KEY: change(json.dumps(facts))})
+    (tmp_path / "x.safetensors").write_bytes(content)
+    for use in (load_model, lambda path: settled(f"--model.weights={path}")):
+        with pytest.raises(UserError, match=told):
+            use(tmp_path / "x.safetensors")
 
 
 def test_tied_tensors_are_exported(tmp_path):
@@ -328,6 +440,20 @@ def test_another_normalisation_than_that_of_the_weights_is_noted(tmp_path):
     assert "--data.mean=0.5,0.5,0.5 --data.std=0.5,0.5,0.5" in notices[0]
 
 
+def test_a_plan_has_the_numbers_that_a_run_would_take(tmp_path):
+    path = tmp_path / "x.safetensors"
+    export_weights(path, trained().state_dict(), ModelCard(**{**vars(card_of()), "mean": HALF, "std": HALF}))
+    assert planned_normalization(read_recipe([f"--model.weights={path}"])).data.mean == HALF
+    assert planned_normalization(read_recipe([])).data.std == IMAGENET_STD
+
+
+def test_a_head_of_other_classes_of_the_same_number_is_noted():
+    assert head_notices("x", list("abc"), list("abc")) == head_notices("x", None, list("abc")) == []
+    assert head_notices("x", list("abc"), list("abcd")) == []
+    assert "the classes in another order than" in head_notices("x", list("abc"), list("cab"))[0]
+    assert "a head of other classes than" in head_notices("x", list("abc"), list("abd"))[0]
+
+
 @pytest.mark.parametrize("value", ["124,116,104", "0.5,0.5", "-0.1,0.5,0.5", "half", "nan,0.5,0.5"])
 def test_a_mean_outside_its_range_is_refused(value):
     with pytest.raises(ValueError):
@@ -350,33 +476,60 @@ def test_an_image_is_prepared_in_three_lines():
 RECIPES = sorted([*ROOT.glob("rn50_configs/*.yaml"), *ROOT.glob("rn18_configs/*.yaml")])
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_printed_lines_build_the_model_that_the_recipe_evaluates(tmp_path, path):
-    recipe = settle_normalization(read_recipe(["--config-file", str(path), "--model.num_classes=10"]))
-    card = ModelCard.of_recipe(recipe.to_dict(), recipe_model(recipe), None)
+def test_every_recipe_exports_all_that_its_evaluation_needs():
+    for path in RECIPES:
+        recipe = settle_normalization(read_recipe(["--config-file", str(path), "--model.num_classes=10"]))
+        card = ModelCard.of_recipe(recipe.to_dict(), recipe_model(recipe), None)
+        assert settings_of(ModelCard.from_dict(card.to_dict(), "x")) == {
+            section: {name: recipe.to_dict()[section][name] for name in values}
+            for section, values in settings_of(card).items()
+        } | {"model": {key: card.model[key] for key in ("arch", "library", "num_classes")}}, path
+        assert card.model["use_blurpool"] == recipe.training.use_blurpool, path
+
+
+@cache
+def networks():
+    """A recipe of each network that recipes have: only the first of an equal one builds a model."""
+    recipes = (read_recipe(["--config-file", str(path), "--model.num_classes=10"]) for path in RECIPES)
+    found = {}
+    for recipe in recipes:
+        arch = {"resnet50": "resnet18"}.get(recipe.model.arch, recipe.model.arch)  # the same code, and less of it
+        network = {**recipe_model(recipe), "arch": arch}
+        card = ModelCard.of_recipe(settle_normalization(recipe).to_dict(), network, None)
+        found.setdefault(str((network, card.flip, card.channels_last)), card)
+    return list(found.values())
+
+
+def test_the_printed_lines_build_the_models_that_recipes_evaluate(tmp_path):
     images, labels = torch.randn(6, 3, 32, 32), torch.arange(6)
+    for card in networks():
 
-    def measured(model):
-        settings = {"num_samples": 6, "precision": "32", "flip": card.flip, "channels_last": card.channels_last}
-        return measure(model, [(images, labels)], World(0, 0, 1, 1, torch.device("cpu")), **settings)
+        def measured(model, card=card):
+            settings = {"num_samples": 6, "precision": "32", "flip": card.flip, "channels_last": card.channels_last}
+            return measure(model, [(images, labels)], World(0, 0, 1, 1, torch.device("cpu")), **settings)
 
-    model = build_model(**recipe_model(recipe)).to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        model.train()(images)  # statistics that are not the initial ones
-    expected = measured(model)
-    export_weights(tmp_path / "x.safetensors", model.state_dict(), card)
-    lines = use_of_weights(tmp_path / "x.safetensors", card)
-    assert len(lines) == 1 + (not recipe.training.use_blurpool)
-    for line in lines:
-        names = {}
-        exec(line, names)
-        assert measured(names["model"].to(memory_format=torch.channels_last)) == expected, line
+        model = build_model(**card.model).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            model.train()(images)  # statistics that are not the initial ones
+        expected = measured(model)
+        export_weights(tmp_path / "x.safetensors", model.state_dict(), card)
+        lines = use_of_weights(tmp_path / "x.safetensors", card)
+        assert len(lines) == 1 + (not card.model["use_blurpool"])
+        for line in lines:
+            names = {}
+            exec(line, names)
+            assert measured(names["model"].to(memory_format=torch.channels_last)) == expected, line
 
 
 def test_weights_that_cannot_be_downloaded_are_one_line(tmp_path, monkeypatch):
     for name in ("TORCH_HOME", "HF_HOME"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network: nothing listens there
+    cached = tmp_path / "hub" / "checkpoints" / "resnet34-b627a593.pth"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"broken")
+    with pytest.raises(UserError, match=rf"weights of resnet34 are damaged .*: remove {cached}"):
+        build_model("resnet34", pretrained=True)
     with pytest.raises(
         UserError, match=r"torchvision's weights of resnet18 could not be downloaded .*--model.weights=F"
     ):
