@@ -102,6 +102,7 @@ FOREIGN_FLAGS = {
     "pip": {"no-deps", "no-build-isolation", "upgrade"},
     "timm": {"mixup", "cutmix", "aa", "remode", "sched-on-updates", "warmup-prefix"},
     "anybody": {"section.key"},
+    "wandb": {"append"},
 }
 # What the tests of a command share: a process that has imported everything forks for each.
 SERVER = """
