@@ -149,42 +149,13 @@ def train_epochs(recipe: Recipe, run: Run, loaders: "Loaders", lock: "OwnerLock"
         folder.print_next_steps()
 
 
-def show_plan(recipe: Recipe) -> None:
-    """Print the resolved recipe and its arithmetic. This needs no GPU and no data, but checks data that exist."""
-    from imagenet_training.data import build_augmentations, planned_data
-    from imagenet_training.distributed import planned_world_size
-    from imagenet_training.loss import recipe_loss
-    from imagenet_training.model import model_on_paper, model_size
-    from imagenet_training.normalization import planned_normalization
-    from imagenet_training.plan import plan_run
-    from imagenet_training.summary import resolved_recipe, summary
-    from imagenet_training.trial import try_model
-
-    build_augmentations(recipe)  # an operation that does not exist is an error
-    data = planned_data(recipe)
-    recipe = planned_normalization(recipe)
-    plan = plan_run(
-        recipe,
-        world_size=planned_world_size(recipe),
-        num_train=data.num_train,
-        num_val=data.num_val,
-        class_counts=data.class_counts,
-    )
-    model = model_on_paper(recipe)
-    try_model(recipe, plan, model, recipe_loss(recipe))
-    print(summary(recipe, plan, model_size(model, recipe.validation.resolution)))
-    print(f"\n{resolved_recipe(recipe)}")
-    for line in [*recipe.notices, *plan.notices, *data.notices]:
-        print(f"note: {line}")
-
-
 def run(recipe: Recipe) -> None:
     """Run the command that the recipe asks for. Exit with status 2 if the user has to put something right first."""
     command = train
     if recipe.training.dry_run and recipe.training.eval_only:
         from imagenet_training.evaluation import show_evaluation as command
     elif recipe.training.dry_run:
-        command = show_plan
+        from imagenet_training.dry_run import show_plan as command
     elif recipe.training.preview:
         from imagenet_training.preview import draw_preview as command
     elif recipe.training.eval_only:

@@ -14,8 +14,9 @@ from typing import Any
 from ffcv_ops.errors import UserError
 from imagenet_training.data import TrainingData
 from imagenet_training.plan import RunPlan, epoch_samples, peak_lr, rescaled_ema_decay
-from imagenet_training.recipe import LearningRate, Recipe
+from imagenet_training.recipe import Recipe
 from imagenet_training.schedule import build_lr
+from imagenet_training.sections import LearningRate
 from imagenet_training.state import TrainState
 
 _NUM_NAMED = 3

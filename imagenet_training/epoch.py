@@ -20,7 +20,7 @@ from imagenet_training.meters import AccuracyMeter, NonFiniteGuard, PredictionRe
 from imagenet_training.plan import RunPlan
 from imagenet_training.predictions import Predictions
 from imagenet_training.preemption import StopRequest
-from imagenet_training.recipe import Validation
+from imagenet_training.sections import Validation
 from imagenet_training.state import TrainState
 from imagenet_training.trainer import Trainer, autocast, batch_place
 

@@ -10,8 +10,9 @@ from ffcv_ops.errors import UserError
 from ffcv_ops.loading.epoch_length import samples_per_rank
 from ffcv_ops.settings.fields import show
 from imagenet_training.class_weights import effective_number_weights
-from imagenet_training.recipe import LearningRate, Recipe
+from imagenet_training.recipe import Recipe
 from imagenet_training.schedule import build_lr, resolution_of
+from imagenet_training.sections import LearningRate
 
 LR_BATCH_SIZE = 256
 IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL, IMAGENET_NUM_CLASSES = 1_281_167, 50_000, 1000

@@ -4,7 +4,8 @@ import functools
 import math
 from collections.abc import Callable
 
-from imagenet_training.recipe import LearningRate, Recipe
+from imagenet_training.recipe import Recipe
+from imagenet_training.sections import LearningRate
 
 
 def cyclic_lr(epoch: int, *, lr: float, peak_epoch: int, epochs: int) -> float:

@@ -21,7 +21,7 @@ from ffcv_ops.writing import command as write_command
 from imagenet_training import doctor
 from imagenet_training import doctor_checks as checks
 from imagenet_training import wandb as wandb_runs
-from imagenet_training.recipe import Data
+from imagenet_training.sections import Data
 
 ROOT = Path(__file__).resolve().parents[1]
 STDLIB_ONLY = [
