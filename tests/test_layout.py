@@ -18,7 +18,13 @@ SOURCES = sorted(
     for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py")
 )
 # Where a module's name is not that of what installs it.
-DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "google": "protobuf",
+    "cv2": "opencv-python",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
 # What benchmarks measure where somebody has installed it.
 PEERS = {"nvidia"}
 
