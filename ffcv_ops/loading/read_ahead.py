@@ -37,6 +37,7 @@ _NUM_TRIED, _NUM_SLOW = 16, 2
 # A read from the page cache takes at most this time, plus a nanosecond for each byte.
 _CACHED_NS = 60_000
 _CHUNK = 4
+_MOST_WAIT_S = 1.0
 _SCRATCH_BYTES = 1 << 20
 
 _CLOCK_MONOTONIC = 1
@@ -116,7 +117,7 @@ class ReadAhead:
         self._next = 0
         self._is_cold = False
         self._error: BaseException | None = None
-        self._num_threads = 0
+        self._threads: list[threading.Thread] = []
         self._num_read, self._since_s, self._best_rate = 0, 0.0, 0.0
 
     def begin_batch(self, number: int) -> None:
@@ -130,7 +131,7 @@ class ReadAhead:
         with self._lock:
             self._ask(number)
             reads = self._batches.pop(number)
-            waited = reads.num_pending > 0 and self._num_threads > 0
+            waited = reads.num_pending > 0
             while reads.num_pending and self._error is None:
                 self._lock.wait()
             if self._error is not None:
@@ -140,7 +141,7 @@ class ReadAhead:
 
     def _ask(self, number: int) -> None:
         """Ask for the values of a batch, and of as many batches behind it as fit into the window."""
-        if not self._num_threads:
+        if not self._threads:
             self._start_threads(_MIN_READERS)
         window_bytes = sum(int(reads.sizes.sum()) for reads in self._batches.values())
         while self._next < self._num_batches and (
@@ -172,14 +173,15 @@ class ReadAhead:
         rate = self._num_read / elapsed_s
         if rate > _FASTER * self._best_rate:
             self._best_rate = rate
-            self._start_threads(min(self._num_threads, _MAX_READERS - self._num_threads))
+            self._start_threads(min(len(self._threads), _MAX_READERS - len(self._threads)))
         self._num_read, self._since_s = 0, now_s
 
     def _start_threads(self, count: int) -> None:
         for _ in range(count if self._error is None else 0):
-            name = f"ffcv_ops read ahead {self._num_threads}"
-            threading.Thread(target=self._serve, args=(os.dup(self._file),), name=name, daemon=True).start()
-            self._num_threads += 1
+            name = f"ffcv_ops read ahead {len(self._threads)}"
+            thread = threading.Thread(target=self._serve, args=(os.dup(self._file),), name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     def _serve(self, file: int) -> None:
         """Read what is asked for, until None is."""
@@ -226,8 +228,15 @@ class ReadAhead:
         """End the reading. A thread that waits in `begin_batch` gets an error. Reads in flight are not waited for."""
         self._fail(RuntimeError(f"{self.path}: reading was stopped: the epoch is closed"))
         with self._lock:
-            for _ in range(self._num_threads):
+            for _ in self._threads:
                 self._wanted.put(None)
+
+    def close(self) -> None:
+        """End the reading and wait for the threads, but not long for a read that storage does not answer."""
+        self.stop()
+        end_s = time.monotonic() + _MOST_WAIT_S
+        for thread in self._threads:
+            thread.join(max(0.0, end_s - time.monotonic()))
 
 
 def values_of(metadata: Any, columns: list[str], allocations: Any) -> Callable[[np.ndarray], tuple[Any, Any]]:

@@ -85,7 +85,7 @@ class MappedEpoch:
     def __init__(self, mapped: MappedFile, read_ahead: ReadAhead):
         self._mapped, self._read_ahead = mapped, read_ahead
         self.locate, self.storage_state, self.check = mapped.locate, mapped.storage_state, mapped.check
-        self.begin_batch, self.stop, self.close = read_ahead.begin_batch, read_ahead.stop, read_ahead.stop
+        self.begin_batch, self.stop, self.close = read_ahead.begin_batch, read_ahead.stop, read_ahead.close
 
 
 @dataclass(frozen=True)
