@@ -107,7 +107,7 @@ def test_the_parts_of_a_run_hold_each_step_and_epoch_once_and_are_uploaded_by_on
     damaged = Path(copies[2]) / f"run-{state.wandb_id}.wandb"
     content = bytearray(damaged.read_bytes())
     at = content.index(b"step/loss")
-    content[at - 12 : at + 2] = b"\xff" * 14
+    content[at : at + 4] = b"\xff" * 4
     damaged.write_bytes(content)
     cut_torn_end(damaged)
     assert damaged.read_bytes() == content
@@ -115,11 +115,21 @@ def test_the_parts_of_a_run_hold_each_step_and_epoch_once_and_are_uploaded_by_on
 
 
 def test_a_folder_that_wandb_cannot_name_ends_no_run(tmp_path):
-    lines = []
-    folder = tmp_path / os.fsdecode(b"caf\xe9")
-    folder.mkdir()
-    assert start(folder, TrainState(run_name="train_x"), lines) is None
-    assert "note: W&B does not record this run: UnicodeEncodeError" in lines[-1]
+    """In a process of its own, because pytest-xdist cannot send such a name in the output of a test."""
+    script = """
+        import os, pathlib, sys
+        from imagenet_training.state import TrainState
+        from imagenet_training.wandb import start_wandb
+
+        folder = pathlib.Path(sys.argv[1]) / os.fsdecode(b"caf\\xe9")
+        folder.mkdir()
+        provenance = {"recipe": {"wandb": {"enable": True, "project": "p", "name": None}}}
+        lines = []
+        assert start_wandb(TrainState(run_name="train_x"), provenance, folder, lines.append) is None
+        print(ascii(lines[-1]))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), tmp_path], capture_output=True)
+    assert b"note: W&B does not record this run: UnicodeEncodeError" in done.stdout, done.stderr
 
 
 SURVIVOR = textwrap.dedent("""
