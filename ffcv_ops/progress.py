@@ -52,6 +52,7 @@ class Progress:
         for bar in (self._stage, self._bar):
             if bar is not None:
                 bar.close()
+        sys.stderr.flush()  # the end of the bar's line comes before what is printed next
 
 
 def print_line(text: str) -> None:

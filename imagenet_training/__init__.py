@@ -6,6 +6,8 @@
 Names are imported on first use, because PyTorch takes seconds.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
