@@ -1,5 +1,7 @@
 """Text for people: output that cannot be written never ends a command."""
 
+from __future__ import annotations
+
 import errno
 import io
 import os
