@@ -21,9 +21,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 multiprocessing.set_start_method("fork")
 
 
+LONG_FILES = {"test_write_beton.py"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Where several processes share the files out, those of long tests go first.
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None and item.path.name not in LONG_FILES)
     if torch.cuda.is_available():
         return
     for item in items:
