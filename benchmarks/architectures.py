@@ -1,4 +1,4 @@
-"""What the architectures of torchvision and timm can do here: build, train a step, export, load, change the head.
+"""Try the architectures of torchvision and timm: build, train a step, export, load, change the head.
 
     python benchmarks/architectures.py --out docs/architectures.json --markdown docs/ARCHITECTURES.md [NAME ...]
 

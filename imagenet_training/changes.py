@@ -1,4 +1,4 @@
-"""What changed settings mean for the position of a resumed run: what is refused, and what the user should know.
+"""Check what changed settings mean for the position of a resumed run, and refuse what would lose samples.
 
 A position is counted in epochs and samples, so a run can continue with another batch size, number of processes, number
 of epochs or file. At the end of an epoch anything may change. Within an epoch, the rest must have the samples that are

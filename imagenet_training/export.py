@@ -133,9 +133,7 @@ def _library_builds_the_same(card: ModelCard) -> bool:
         model = build_model(**plain)
     try:
         model.load_state_dict(dict(model.state_dict()), assign=True)
-    except (
-        RuntimeError,
-        ValueError,
-    ):  # without the versions of its modules, the library takes the tensors for older ones
+    except (RuntimeError, ValueError):
+        # Without the versions of its modules, the library takes the tensors for older ones.
         return False
     return True

@@ -44,7 +44,7 @@ def describe_run(recipe: Recipe, plan: RunPlan, data: TrainingData, world: World
         "commit": git_commit(),
         "device": device_name(world.device),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-        # Of the outputs of the model, by number.
+        # Names of the model's classes, by number.
         "classes": data.train.classes if data.train is not None else data.classes.names,
         "data": {
             split: {"path": str(beton.path), "num_samples": beton.num_samples, "digest": beton.digest}

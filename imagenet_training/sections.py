@@ -48,7 +48,7 @@ class Model:
     weights: str | None = setting(Text())
     """Start from this file of weights or checkpoint."""
     ema: bool | Literal["auto"] = setting(Auto(), default="auto")
-    """Of a file with raw and averaged weights, take the averaged (1) or the raw ones (0). auto: averaged if any."""
+    """Take the averaged (1) or the raw weights (0) of a file that has both. auto: averaged if any."""
     library: Literal["auto", "torchvision", "timm"] = setting(Choice("auto", "torchvision", "timm"), default="auto")
     """Library that builds the architecture. auto: torchvision if it has the name, otherwise timm."""
     num_classes: int | Literal["auto"] = setting(AutoInteger(min=1), default=1000)

@@ -25,7 +25,7 @@ _WHOLE, _LAST = 1, 4
 
 @dataclass(frozen=True)
 class Part:
-    """What a part of a run has recorded.
+    """The records of one part of a run.
 
     Attributes
     ----------

@@ -85,7 +85,7 @@ _COMPONENT_SHIFT = 56
 _LOOK_UPS_PER_TURN = 4
 
 _ROWS_OFFSET = 6 + len(jpeg.INDEX_NAME)
-# What our writer writes around the numbers that differ from image to image. The bytes are those of libjpeg.
+# The bytes of our writer around the numbers that differ from image to image. The bytes are those of libjpeg.
 _BEFORE_TABLES = tuple(b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0")
 _TABLE = tuple(b"\xff\xdb\0\x43")
 _FRAME = tuple(b"\xff\xc0\0\x11\x08")

@@ -23,7 +23,7 @@ _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 
 class Change(IntFlag):
-    """What is lost or chosen when an image becomes 8-bit RGB. The numbers are stored in the journal of a file."""
+    """The things that are lost or chosen when an image becomes 8-bit RGB. The numbers are stored in the journal of a file."""
 
     DEPTH = 1
     FRAMES = 2
@@ -102,7 +102,7 @@ def read_image(
         except jpeg.JPEGError as error:
             reason = error
     pixels, changes = _load_with_pillow(path, max_pixels, reason)
-    # Of a PNG, Pillow tells the depth only for grayscale.
+    # Pillow gives the depth of a PNG only for grayscale.
     is_deep_png = content.startswith(_PNG_START) and content[_PNG_DEPTH_AT] > 8
     return pixels, changes | Change.DEPTH if is_deep_png else changes
 
