@@ -23,7 +23,7 @@ _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 
 class Change(IntFlag):
-    """The things that are lost or chosen when an image becomes 8-bit RGB. The numbers are stored in the journal of a file."""
+    """Things that are lost or chosen when an image becomes 8-bit RGB. A file's journal stores their numbers."""
 
     DEPTH = 1
     FRAMES = 2
