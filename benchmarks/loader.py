@@ -1,6 +1,6 @@
 """Loading speed per core against stock FFCV, torchvision and DALI, on the same images in one run.
 
-    python benchmarks/loader.py --data IMAGE_FOLDER [--json FILE]
+    python benchmarks/loader.py --data IMAGE_FOLDER [--against CHECKOUT] [--slipstream CHECKOUT] [--json FILE]
 
 Writes the images of a folder of class folders at each case's side, once with FFCV's own writer and once with ours, in
 the same quality; images are repeated until there are --num_images. Each peer then decodes random-resized crops with
@@ -15,6 +15,11 @@ Peers: ``stock`` (FFCV's writer and loader), ``stock-file`` (FFCV's file in our 
 (ImageFolder and DataLoader on the same JPEGs), ``dali`` (CPU pipeline with image_random_crop; where installed). Two
 compare our loader with bicubic crops, RandAugment and Mixup or CutMix, as ResNet Strikes Back trains: ``timm`` does the
 same through Pillow and timm's own collation, ``augmented`` is stock FFCV with none of it.
+
+``--against`` names another checkout of this project. Three more peers compare with it: ``before``,
+``before-stock-file`` and ``before-augmented``, the first and the last with files that this checkout writes.
+``--slipstream`` names a checkout of slipstream with its C++ extension built and its dependencies importable. The peers
+are ``slipstream`` (its cache of the same JPEGs) and ``slipstream-yuv420`` (its cache of decoded YUV planes).
 """
 
 import argparse
@@ -50,8 +55,14 @@ def parse(case: str) -> tuple[str, int, int]:
 # --- files
 
 
-def write_files(data: Path, folder: Path, mode: str, side: int, num_images: int) -> None:
-    """<folder>/{stock,ours}.beton, and for JPEG modes <folder>/jpegs: the stock file's payloads in class folders."""
+def environment_of(checkouts: list[Path]) -> dict[str, str]:
+    """Return the environment of a process that imports the packages of these checkouts."""
+    paths = [*map(str, checkouts), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
+
+
+def write_files(data: Path, folder: Path, mode: str, side: int, num_images: int, against: Path | None) -> None:
+    """Write <folder>/{stock,ours,before}.beton and, of JPEG modes, the stock file's payloads to <folder>/jpegs."""
     import cv2
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
@@ -73,6 +84,17 @@ def write_files(data: Path, folder: Path, mode: str, side: int, num_images: int)
         link.symlink_to(image.resolve())
     settings = WriteSettings(mode=mode, max_side=side, quality=QUALITY)
     write(source, folder / "ours.beton", settings, notice=lambda line: None)
+    if against:
+        code = (
+            "import sys; from ffcv_ops.writing.plan import WriteSettings; from ffcv_ops.writing.writer import write\n"
+            "if __name__ == '__main__':\n"
+            f"    settings = WriteSettings(mode={mode!r}, max_side={side}, quality={QUALITY})\n"
+            "    write(sys.argv[1], sys.argv[2], settings, notice=lambda line: None)\n"
+        )
+        script = folder / "write_before.py"
+        script.write_text(code)
+        command = [sys.executable, str(script), str(source), str(folder / "before.beton")]
+        subprocess.run(command, check=True, env=environment_of([against]))
     fields = {"image": RGBImageField(write_mode=mode, max_resolution=side, jpeg_quality=QUALITY), "label": IntField()}
     loaded = ImageFolder(str(source), loader=load_image)
     DatasetWriter(str(folder / "stock.beton"), fields, num_workers=1).from_indexed_dataset(loaded)
@@ -102,11 +124,15 @@ def build_stock_file(folder: Path, size: int) -> Any:
     return build_ours(folder, size, "stock.beton")
 
 
+def build_before(folder: Path, size: int) -> Any:
+    return build_ours(folder, size, "before.beton")
+
+
 AUGMENTATION = "rand-m7-mstd0.5-inc1"
 MIXING: dict[str, Any] = {"mixup_alpha": 0.1, "cutmix_alpha": 1.0, "num_classes": 1000}
 
 
-def build_augmented(folder: Path, size: int) -> Any:
+def build_augmented(folder: Path, size: int, file: str = "ours.beton") -> Any:
     from ffcv.transforms import ToTensor
 
     from ffcv_ops import Label, Loader, Mix, OrderOption, RandAugment, RandomResizedCrop
@@ -114,8 +140,11 @@ def build_augmented(folder: Path, size: int) -> Any:
     mix = Mix(**MIXING)
     image = [RandomResizedCrop(size, interpolation="bicubic"), RandAugment(AUGMENTATION), mix.images(), ToTensor()]
     pipelines = {"image": image, "label": [Label(), mix.targets()]}
-    file = folder / "ours.beton"
-    return Loader(file, BATCH_SIZE, num_workers=1, order=OrderOption.RANDOM, seed=0, pipelines=pipelines)
+    return Loader(folder / file, BATCH_SIZE, num_workers=1, order=OrderOption.RANDOM, seed=0, pipelines=pipelines)
+
+
+def build_before_augmented(folder: Path, size: int) -> Any:
+    return build_augmented(folder, size, "before.beton")
 
 
 def build_timm(folder: Path, size: int) -> Any:
@@ -182,6 +211,27 @@ def build_dali(folder: Path, size: int) -> Any:
     )  # fmt: skip
 
 
+def build_slipstream(folder: Path, size: int, image_format: str = "jpeg") -> Any:
+    from slipstream import SlipstreamLoader
+    from slipstream.decoders import DecodeRandomResizedCrop
+    from slipstream.readers.imagefolder import SlipstreamImageFolder
+    from slipstream.transforms import RandomHorizontalFlip
+
+    decode = DecodeRandomResizedCrop(size, num_threads=1, to_tensor=True)
+    # Its own reader of FFCV's files takes those of FFCV 1.0.2 for another kind: the same JPEGs come from the folder.
+    images = SlipstreamImageFolder(str(folder / "jpegs"), cache_dir=folder / "slipstream")
+    # Its flip is of the last axis; a permuted view costs less than its own copy to channels first.
+    pipeline = [decode, lambda images: images.permute(0, 3, 1, 2), RandomHorizontalFlip()]
+    return SlipstreamLoader(
+        images, BATCH_SIZE, drop_last=False, pipelines={"image": pipeline},
+        image_format=image_format, use_threading=False, verbose=False,
+    )  # fmt: skip
+
+
+def build_slipstream_yuv420(folder: Path, size: int) -> Any:
+    return build_slipstream(folder, size, "yuv420")
+
+
 def has_dali() -> bool:
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 
@@ -194,6 +244,11 @@ BUILDERS: dict[str, Callable[[Path, int], Any]] = {
     "torchvision": build_torchvision,
     "timm": build_timm,
     "dali": build_dali,
+    "before": build_before,
+    "before-stock-file": build_stock_file,
+    "before-augmented": build_before_augmented,
+    "slipstream": build_slipstream,
+    "slipstream-yuv420": build_slipstream_yuv420,
 }
 # What each row compares: ours, and the other.
 PEERS = {
@@ -203,10 +258,18 @@ PEERS = {
     "dali": ("ours", "dali"),
     "timm": ("augmented", "timm"),
     "augmented": ("augmented", "stock"),
+    "before": ("ours", "before"),
+    "before-stock-file": ("stock-file", "before-stock-file"),
+    "before-augmented": ("augmented", "before-augmented"),
+    "slipstream": ("ours", "slipstream"),
+    "slipstream-yuv420": ("ours", "slipstream-yuv420"),
 }
+OF_RAW_FILES = ("stock", "before")
 
 
 def count(batch: Any) -> int:
+    if isinstance(batch, dict):
+        return len(batch["image"])
     return len(batch[0]["images"] if isinstance(batch[0], dict) else batch[0])
 
 
@@ -231,15 +294,13 @@ def serve(peer: str, folder: Path, size: int) -> None:
 class Peer:
     """A peer's process, as seen from here."""
 
-    def __init__(self, name: str, folder: Path, size: int, core: int):
+    def __init__(self, name: str, folder: Path, size: int, core: int, checkout: Path):
         command = [sys.executable, __file__, "--serve", name, str(folder), str(size)]
-        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
         started = time.time()
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment,
-            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            env=environment_of([checkout]), preexec_fn=lambda: os.sched_setaffinity(0, {core}),
         )  # fmt: skip
         first = self._answer()
         self.first_batch_s = first["first_batch_at"] - started
@@ -276,10 +337,12 @@ def builders_of(names: list[str]) -> list[str]:
     return list(dict.fromkeys(builder for name in names for builder in PEERS[name]))
 
 
-def measure(folder: Path, case: str, names: list[str], rounds: int, core: int) -> Iterator[dict[str, Any]]:
+def measure(
+    folder: Path, case: str, names: list[str], rounds: int, core: int, checkouts: dict[str, Path]
+) -> Iterator[dict[str, Any]]:
     """Let the peers take turns, compare."""
     size = parse(case)[2]
-    peers = {name: Peer(name, folder, size, core) for name in builders_of(names)}
+    peers = {name: Peer(name, folder, size, core, checkouts[name]) for name in builders_of(names)}
     for _ in range(rounds):
         for peer in peers.values():
             peer.run_pass()
@@ -337,6 +400,8 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), help="peers (all)")
     parser.add_argument("--num_images", type=int, default=2560, help="images a file holds (2560)")
     parser.add_argument("--rounds", type=int, default=5, help="passes of each peer (5)")
+    parser.add_argument("--against", type=Path, help="another checkout of this project")
+    parser.add_argument("--slipstream", type=Path, help="a checkout of slipstream")
     parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)), help="CPU that all peers run on")
     options = parser.parse_args()
     print(f"{describe_machine()}\n{' '.join(sys.argv)}\n", flush=True)
@@ -344,21 +409,24 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     written: dict[str, tempfile.TemporaryDirectory] = {}
     started: set[str] = set()
+    absent = {"dali": not has_dali(), "before": not options.against, "slipstream": not options.slipstream}
+    there = [peer for peer in PEERS if peer in options.peers and not absent.get(peer.split("-")[0])]
+    checkouts = {"before": options.against, "slipstream": options.slipstream}
+    checkouts = {name: (checkouts.get(name.split("-")[0]) or ROOT).resolve() for name in BUILDERS}
     for case in options.cases:
         mode, side, _ = parse(case)
         stored = case.split("-")[0]
         if stored not in written:
             written = {stored: tempfile.TemporaryDirectory()}
-            write_files(options.data, Path(written[stored].name), mode, side, options.num_images)
+            folder = Path(written[stored].name)
+            write_files(options.data, folder, mode, side, options.num_images, options.against and checkouts["before"])
         folder = Path(written[stored].name)
-        names = [peer for peer in PEERS if peer in options.peers and (peer != "dali" or has_dali())]
-        if mode != "jpg":
-            names = [name for name in names if name == "stock"]
+        names = [name for name in there if mode == "jpg" or name in OF_RAW_FILES]
         for builder in builders_of(names):
             if builder not in started:  # what it keeps on disk between starts, it has from now on
-                Peer(builder, folder, size=parse(case)[2], core=options.core).close()
+                Peer(builder, folder, parse(case)[2], options.core, checkouts[builder]).close()
                 started.add(builder)
-        for row in measure(folder, case, names, options.rounds, options.core):
+        for row in measure(folder, case, names, options.rounds, options.core, checkouts):
             results.append(row)
             print(show(row), flush=True)
     if options.json:
