@@ -42,7 +42,7 @@ from ffcv_ops.writing.command import (
     FLAGS,
     Write,
     WriteBeton,
-    choose_paths,
+    choose_source,
     next_commands,
     read_train_classes,
     settings_line,
@@ -129,9 +129,9 @@ def run(chosen: Write, progress: Progress) -> int:
 
 def run_write(chosen: Write, leader: ranks.Leader | None, progress: Progress) -> int:
     """Write one split and print a summary of the file."""
-    source, target = choose_paths(chosen)
+    source, target = choose_source(chosen)
     settings = chosen.settings
-    for name, value in (("source", source), ("target", target), ("settings", settings_line(settings))):
+    for name, value in (("source", source.address), ("target", target), ("settings", settings_line(settings))):
         print_line(f"{name:<10}{value}")
     start_s = time.monotonic()
     manifest = write(

@@ -83,10 +83,10 @@ def write_file(data: Path, path: Path, settings: dict[str, Any], size: int) -> R
     chosen = WriteSettings(**settings)
     write(data, path, chosen, notice=lambda line: None)
     plan = build_plan(scan(data), chosen)
-    originals = [load_image(data / plan.path(position)) for position in range(plan.num_images)]
+    originals = [load_image(data / plan.key(position)) for position in range(plan.num_images)]
     started = time.process_time()
     for position, raw in enumerate(plan.raw):
-        encode_image(load_image(data / plan.path(position)), chosen, bool(raw))
+        encode_image(load_image(data / plan.key(position)), chosen, bool(raw))
     rate = plan.num_images / (time.process_time() - started)
     psnr = [mean_psnr(path, originals, size, ratio) for ratio in RATIOS]
     return Row(flags(settings), path, rate, psnr, open_loader(path, size, True, OrderOption.RANDOM), [])

@@ -22,7 +22,7 @@ from ffcv_ops.progress import Progress
 from ffcv_ops.sources import folder as folders
 from ffcv_ops.sources.folder import scan
 from ffcv_ops.sources.image import Change, load_image, read_image
-from ffcv_ops.writing.command import Write, choose_paths
+from ffcv_ops.sources.kinds import SourceSpec, open_source
 from ffcv_ops.writing.encode import Encoder, EncodeRequest
 from ffcv_ops.writing.plan import BadImage, WriteSettings, build_plan
 from ffcv_ops.writing.writer import write
@@ -48,7 +48,7 @@ def make(root, *names, content=JPEG):
 
 def listed(root):
     found = scan(root)
-    return dict(zip(found.paths, (found.classes[label] for label in found.labels), strict=True))
+    return dict(zip(found.keys, (found.classes[label] for label in found.labels), strict=True))
 
 
 def lines(root):
@@ -193,7 +193,7 @@ def test_hidden_folders_beside_the_splits_do_not_hide_them(root):
     (root.parent / ".cache").mkdir()
     root.rename(root.parent / "train")
     with pytest.raises(UserError, match="holds the splits"):
-        choose_paths(Write(source=str(root.parent), target=str(root.parent / "x.beton")))
+        open_source(SourceSpec(str(root.parent)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -456,8 +456,8 @@ def test_the_limit_of_pixels_is_a_setting(root, kind, monkeypatch):
     found = scan(root)
     for limit, is_good in ((5000, False), (8000, True), (0, True)):
         settings = WriteSettings(mode="raw", max_pixels=limit, max_side=50)
-        encoder = Encoder(settings, root, root / "none")
-        (entry,) = encoder(EncodeRequest(0, ["b/large.jpg"], found.stats[3:].tolist(), [True])).entries
+        encoder = Encoder(settings, found.reader, root / "none")
+        (entry,) = encoder(EncodeRequest(0, ["b/large.jpg"], found.places[3:].tolist(), [True])).entries
         if is_good:
             assert entry[1:3] == (50, 40)
         else:

@@ -33,6 +33,7 @@ from ffcv_ops.codec.jpeg import decode
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources import folder as folders
 from ffcv_ops.sources.image import load_image
+from ffcv_ops.sources.source import PackedKeys, SourceChanged
 from ffcv_ops.writing import encode, partial_file, writer
 from ffcv_ops.writing.encode import shrink
 from ffcv_ops.writing.plan import BadImage, WriteSettings, build_plan
@@ -86,7 +87,7 @@ def sources(folder, settings=None):
 
 def _plan_paths(folder, settings):
     plan = build_plan(folders.scan(folder), settings)
-    return [plan.path(position) for position in range(plan.num_images)]
+    return [plan.key(position) for position in range(plan.num_images)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,16 +99,14 @@ def test_a_folder_is_read_as_torchvision_reads_it(folder):
     (folder / "LICENSE").write_text("no class")
     found, theirs = folders.scan(folder), ImageFolder(str(folder))
     assert found.classes == theirs.classes
-    assert [
-        (str(folder / path), label) for path, label in zip(found.paths, found.labels, strict=True)
-    ] == theirs.samples
+    assert [(str(folder / path), label) for path, label in zip(found.keys, found.labels, strict=True)] == theirs.samples
     assert folders.EXTENSIONS == IMG_EXTENSIONS
-    assert found.stats[:, 0].tolist() == [os.path.getsize(path) for path, _ in theirs.samples]
+    assert found.places[:, 0].tolist() == [os.path.getsize(path) for path, _ in theirs.samples]
 
 
 def test_packed_paths_are_a_sequence_of_text():
     names = ["a/0.jpg", "a/deep/1.jpg", os.fsdecode(b"b/caf\xe9.jpg"), "c/\u00e9.jpg"]
-    paths = folders.PackedPaths()
+    paths = PackedKeys()
     for part in (names[:2], [], names[2:]):
         paths.extend(b"".join(os.fsencode(name) + b"\0" for name in part))
     assert list(paths) == names and len(paths) == 4
@@ -130,9 +129,9 @@ def test_a_listing_takes_little_more_memory_than_its_names(tmp_path, monkeypatch
         size_bytes, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert listing.paths[count - 1] == "n01440764/n01440764_49999.JPEG" and listing.stats.shape == (count, 2)
+    assert listing.keys[count - 1] == "n01440764/n01440764_49999.JPEG" and listing.places.shape == (count, 2)
     name_bytes = len("n01440764/n01440764_00000.JPEG") + 1
-    assert size_bytes / count < 1.25 * (name_bytes + listing.stats[0].nbytes + 8 + 4)
+    assert size_bytes / count < 1.25 * (name_bytes + listing.places[0].nbytes + 8 + 4)
 
 
 @pytest.mark.parametrize("broken", ["missing", "empty", "class"])
@@ -290,7 +289,7 @@ def test_modes_are_those_of_ffcv(many, tmp_path):
     assert 3 < sum(share.values()) < 21
     # The draw is the image's own: whichever others are written.
     whole = build_plan(folders.scan(many), WriteSettings("proportion", raw_share=0.3))
-    drawn = dict(zip(map(whole.path, range(60)), whole.raw.tolist(), strict=True))
+    drawn = dict(zip(map(whole.key, range(60)), whole.raw.tolist(), strict=True))
     assert all(drawn[path] == mode for path, mode in share.items())
     _, rows = raw(WriteSettings("smart", smart_threshold=300 * 280 * 3, subset=40))
     assert ((rows["mode"] == 0) == (rows["width"].astype(int) > 280)).all()
@@ -309,7 +308,7 @@ def test_images_keep_ffcvs_size(tmp_path):
 
 def test_a_subset_is_spread_over_the_classes(many):
     plan = build_plan(folders.scan(many), WriteSettings(subset=20))
-    assert np.bincount(plan.folder.labels[plan.order]).tolist() == [5, 5, 5, 5]
+    assert np.bincount(plan.source.labels[plan.order]).tolist() == [5, 5, 5, 5]
     assert len(set(plan.order.tolist())) == 20
     assert sorted(plan.order) != plan.order.tolist()
     assert sorted(build_plan(folders.scan(many), WriteSettings(subset=1000)).order) == list(range(60))
@@ -733,7 +732,7 @@ def test_a_killed_worker_ends_the_run(many, tmp_path):
 def test_a_worker_reads_the_images_of_a_request_while_it_encodes_the_one_before(many, tmp_path):
     shutil.copytree(many, tmp_path / "data")
     plan = build_plan(folders.scan(tmp_path / "data"), WriteSettings("raw", page_size=PAGE_SIZE))
-    encoder = encode.Encoder(plan.settings, plan.folder.root, tmp_path / "file")
+    encoder = encode.Encoder(plan.settings, plan.source.reader, tmp_path / "file")
     requests = [encode.encode_request(plan, number, np.arange(start, start + 8)) for number, start in enumerate((0, 8))]
     for request in requests:
         encoder.expect(request)
@@ -746,13 +745,13 @@ def test_a_worker_reads_the_images_of_a_request_while_it_encodes_the_one_before(
 def test_only_the_file_that_was_listed_is_read(tmp_path):
     path = tmp_path / "0.png"
     path.write_bytes(bytes(range(200)) * 100)
-    listed = list(folders.stat_image(path))
-    assert encode._read_listed(str(path), listed) == path.read_bytes()
+    reader, listed = folders.FolderReader(tmp_path), folders.stat_image(path)
+    assert reader.read("0.png", listed) == path.read_bytes()
     broken = tmp_path / "1.png"
     broken.symlink_to("nothing")
     with pytest.raises(FileNotFoundError):  # the image is bad, but it is what was listed
-        encode._read_listed(str(broken), list(folders.stat_image(broken)))
+        reader.read("1.png", folders.stat_image(broken))
     for change in (lambda: os.utime(path, (1, 1)), lambda: os.truncate(path, 5), path.unlink, lambda: os.mkfifo(path)):
         change()
-        with pytest.raises(encode.SourceChanged, match=r"0.png: on .* not the file that was listed"):
-            encode._read_listed(str(path), listed)
+        with pytest.raises(SourceChanged, match=r"0.png: on .* not the file that was listed"):
+            reader.read("0.png", listed)

@@ -1,16 +1,16 @@
 """List an image folder as ``torchvision.datasets.ImageFolder`` does: its classes and its images."""
 
 import os
+import socket
 import threading
 import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISLNK, S_ISREG
-from typing import overload
 
 import numpy as np
 
@@ -21,12 +21,12 @@ from ffcv_ops.sources.remarks import (
     HIDDEN_FILES,
     HIDDEN_FOLDERS,
     TWICE,
-    Remark,
     Tally,
     is_hidden,
     listing_remarks,
     similar_names,
 )
+from ffcv_ops.sources.source import PackedKeys, Source, SourceChanged, Stage
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # A network file system answers one question at a time slowly, and many questions at once quickly.
@@ -35,71 +35,46 @@ _SCAN_THREADS = 32
 _MOST_WAITING = 2 * _SCAN_THREADS
 _PROGRESS_EVERY_S = 0.5
 
-Stage = Callable[[str, int], None]
-"""Called with what is done, and with the number of images so far."""
+
+class FolderReader:
+    """The files of a folder. The place of an image is its size in bytes and its time of the last change in ns."""
+
+    def __init__(self, root: str | os.PathLike[str]):
+        # The root is text: joining it to a path as a Path takes as long as reading a small file.
+        self.root = str(Path(root).absolute())
+
+    def locate(self, key: str) -> str:
+        """Return the path of an image."""
+        return os.path.join(self.root, key)
+
+    def read(self, key: str, place: Sequence[int]) -> bytes:
+        """Return the content of a file, if it is the one that was listed. See `Reader`."""
+        path, stat = os.path.join(self.root, key), tuple(place)
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # it may have become a pipe
+        except OSError as error:
+            if not os.path.lexists(path) or stat_image(path) != stat:
+                raise _changed(path) from error
+            raise  # as listed: a link without target, or a file without permission
+        with open(file, "rb", buffering=0) as opened:
+            found = os.fstat(file)
+            if (found.st_size, found.st_mtime_ns) != stat:
+                raise _changed(path)
+            content = opened.read(found.st_size)
+            while len(content) < found.st_size and (more := opened.read(found.st_size - len(content))):
+                content += more
+        return content
 
 
-class PackedPaths(Sequence[str]):
-    """A sequence of paths in one block of bytes, which takes a third of the memory of a list of ``str``."""
-
-    def __init__(self) -> None:
-        self._block = bytearray()
-        self._ends = array("q", [-1])
-
-    def extend(self, block: bytes) -> None:
-        """Append paths that are encoded as `os.fsencode` does, each followed by a zero byte."""
-        ends = np.flatnonzero(np.frombuffer(block, np.uint8) == 0) + len(self._block)
-        self._ends.frombytes(ends.astype(np.int64).tobytes())
-        self._block += block
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        return os.fsdecode(self.encoded(range(len(self))[index]))
-
-    def encoded(self, index: int) -> bytes:
-        """Return a path as bytes, by its number from 0."""
-        return bytes(self._block[self._ends[index] + 1 : self._ends[index + 1]])
+def _changed(path: str) -> SourceChanged:
+    return SourceChanged(
+        f"{path}: on {socket.gethostname()} not the file that was listed (size or time of change differ, or it is "
+        "gone); leave the images alone while they are written, and let all machines see the same ones"
+    )
 
 
-@dataclass(frozen=True, eq=False)
-class ImageFolder:
-    """The images of a folder with one subfolder for each class, in the order of ``torchvision.datasets.ImageFolder``.
-
-    Attributes
-    ----------
-    root : Path
-    classes : list of str
-        Names of the subfolders. The position of a name is the class number.
-    paths : PackedPaths
-        The images, relative to `root`.
-    labels : ndarray of int32, shape (len(paths),)
-        The class number of every image.
-    stats : ndarray of int64, shape (len(paths), 2)
-        The size in bytes and the time of the last change in ns of every image.
-    remarks : list of Remark
-        What the listing left out, and what the user should know about it.
-    """
-
-    root: Path
-    classes: list[str]
-    paths: PackedPaths
-    labels: np.ndarray
-    stats: np.ndarray
-    remarks: list[Remark] = field(default_factory=list)
-
-
-def scan(root: str | os.PathLike[str], stage: Stage = lambda what, count: None) -> ImageFolder:
-    """List the images of a folder.
+def scan(root: str | os.PathLike[str], stage: Stage = lambda what, count: None) -> Source:
+    """List the images of a folder with one subfolder for each class, in the order of ``ImageFolder``.
 
     Hidden folders and files are left out (see `is_hidden`). Otherwise the listing is that of ``ImageFolder``.
 
@@ -122,10 +97,10 @@ def scan(root: str | os.PathLike[str], stage: Stage = lambda what, count: None) 
     classes = list_classes(root, tally, extensions)
     if not classes:
         raise UserError(f"{root}: has no class folders; it should have one subfolder of images a class")
-    paths, stats, counts, empty = PackedPaths(), array("q"), [], []
+    keys, stats, counts, empty = PackedKeys(), array("q"), [], []
     seen: dict[tuple[int, int], str] = {}
     for name, listing in zip(classes, _list_in_threads(root, classes, stage), strict=True):
-        paths.extend(listing.block)
+        keys.extend(listing.block)
         stats.extend(listing.stats)
         counts.append(len(listing.stats) // 2)
         if not counts[-1]:
@@ -147,7 +122,12 @@ def scan(root: str | os.PathLike[str], stage: Stage = lambda what, count: None) 
         raise UserError(f"{empty[0]}{more}; remove it, or add its images")
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
     remarks = [*listing_remarks(tally, extensions), *similar_names(classes)]
-    return ImageFolder(root, classes, paths, labels, np.frombuffer(stats, np.int64).reshape(-1, 2), remarks)
+    places = np.frombuffer(stats, np.int64).reshape(-1, 2)
+    facts = {"folder": str(root.absolute()), "num_images": len(keys)}
+    reader = FolderReader(root)
+    return Source(
+        "folder", str(root), classes, keys, labels, places, places[:, 0], reader, facts=facts, remarks=remarks
+    )
 
 
 def list_classes(root: Path, tally: Tally | None = None, extensions: Tally | None = None) -> list[str]:
@@ -165,7 +145,7 @@ def list_classes(root: Path, tally: Tally | None = None, extensions: Tally | Non
 
 @dataclass
 class _ClassListing:
-    """The images of a class: their paths for `PackedPaths`, and size and time of change of each in turn.
+    """The images of a class: their paths for `PackedKeys`, and size and time of change of each in turn.
 
     `folders` has the identity, the relative path and the number of images of each folder.
     """
@@ -310,16 +290,3 @@ def stat_image(path: str | os.PathLike[str]) -> tuple[int, int]:
     if not S_ISREG(stat.st_mode) and not S_ISLNK(stat.st_mode):
         raise UserError(f"{path}: is no file, though it is named like an image; remove or rename it")
     return stat.st_size, stat.st_mtime_ns
-
-
-def class_difference(expected: Sequence[str], found: Sequence[str]) -> str | None:
-    """Return how two lists of classes differ, in a few words; None if they are the same."""
-    if list(expected) == list(found):
-        return None
-    missing, added = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    parts = []
-    for what, names in (("lacks", missing), ("has also", added)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            parts.append(f"{what} {', '.join(names[:3])}{more}")
-    return "; ".join(parts) or "has them in another order"

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from enum import IntFlag
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,10 +69,11 @@ def read_image(
     Parameters
     ----------
     path : path
+        The file, or the name of the content for messages.
     max_pixels : int, optional
         The largest number of pixels; 0 for no limit. Pillow's limit also holds, twice ``Image.MAX_IMAGE_PIXELS``.
     content : bytes, optional
-        The content of the file, if it has been read already. Only Pillow then opens the file, for what it decodes.
+        The content of the file, if it has been read already. The file is then not opened.
 
     Returns
     -------
@@ -101,20 +103,31 @@ def read_image(
             return image, _jpeg_changes(content)
         except jpeg.JPEGError as error:
             reason = error
-    pixels, changes = _load_with_pillow(path, max_pixels, reason)
+    pixels, changes = _load_with_pillow(_NamedContent(content, path), max_pixels, reason)
     # Pillow gives the depth of a PNG only for grayscale.
     is_deep_png = content.startswith(_PNG_START) and content[_PNG_DEPTH_AT] > 8
     return pixels, changes | Change.DEPTH if is_deep_png else changes
 
 
+class _NamedContent(BytesIO):
+    """The content of a file that Pillow's messages name as if Pillow had opened the file."""
+
+    def __init__(self, content: bytes, path: str | os.PathLike[str]):
+        super().__init__(content)
+        self._path = os.fspath(path)
+
+    def __repr__(self) -> str:
+        return repr(self._path)
+
+
 def _load_with_pillow(
-    path: str | os.PathLike[str], max_pixels: int, reason: jpeg.JPEGError | None
+    content: _NamedContent, max_pixels: int, reason: jpeg.JPEGError | None
 ) -> tuple[np.ndarray, Change]:
     """Decode an image with Pillow. `reason` is TurboJPEG's, if it has refused the image."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        opened = Image.open(path)  # by its path, so that Pillow's messages name the file
+        opened = Image.open(content)
     except UnidentifiedImageError as error:
         if reason is not None:
             raise UserError(str(reason)) from error

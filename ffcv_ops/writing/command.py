@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +12,7 @@ from ffcv_ops.beton.layout import manifest_path
 from ffcv_ops.errors import UserError
 from ffcv_ops.settings import Flags, Settings, setting
 from ffcv_ops.settings.fields import Choice, Integer, Number, Switch, Text
-from ffcv_ops.sources.folder import list_classes
+from ffcv_ops.sources.kinds import AUTO, KINDS, SourceSpec, find_kind
 from ffcv_ops.writing.plan import MODES, WriteSettings
 
 ROOT = Path("/fsx/ns1")
@@ -26,6 +26,8 @@ class Write:
     """Split to write. The classes of a val folder are numbered as in the train manifest, and may be fewer."""
     source: str | None = setting(Text())
     """Folder with one subfolder of images for each class. None: /fsx/ns1/SPLIT."""
+    source_kind: str = setting(Choice(AUTO, *KINDS), default=AUTO)
+    """How the source is read. auto: as what is there tells."""
     target: str | None = setting(Text())
     """File to write. None: the path of the source folder with .beton after it."""
     train_manifest: str | None = setting(Text())
@@ -78,29 +80,25 @@ class WriteBeton(Settings):
 FLAGS: Flags = {field.name: f"write.{field.name}" for field in fields(Write)} | {"overwrite": ("write.overwrite", "1")}
 
 
-def choose_paths(chosen: Write) -> tuple[Path, Path]:
-    """Return the folder to read and the file to write.
+def choose_source(chosen: Write) -> tuple[SourceSpec, Path]:
+    """Return the source to read and the file to write.
 
     Raises
     ------
     UserError
-        If neither split nor source is given, or if the source is no folder of class folders.
+        If neither split nor source is given, or if nothing is there that can be read.
     """
     if chosen.source:
-        source = Path(chosen.source)
+        address = chosen.source
     elif chosen.split:
-        source = ROOT / chosen.split
+        address = str(ROOT / chosen.split)
     else:
         raise UserError("nothing to write: use --split train, --split val, or --source FOLDER")
-    if not source.is_dir():
-        raise UserError(f"{source}: no such folder; --source names the one with a subfolder of images for each class")
-    absolute = Path(os.path.abspath(source))
+    spec = SourceSpec(address, chosen.source_kind, chosen.split)
+    spec = replace(spec, kind=find_kind(spec))
+    absolute = Path(os.path.abspath(address))
     target = Path(chosen.target) if chosen.target else absolute.parent / f"{absolute.name}.beton"
-    inner = list_classes(source)
-    if inner and set(inner) <= {"train", "val", "test"}:
-        name = chosen.split if chosen.split in inner else inner[0]
-        raise UserError(f"{source}: holds the splits, not the classes of one; use --source {source / name}")
-    return source, target
+    return spec, target
 
 
 def read_train_classes(chosen: Write, target: Path, notice: Callable[[str], None]) -> list[str] | None:

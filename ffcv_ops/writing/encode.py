@@ -1,7 +1,6 @@
 """Encode images in worker processes, and keep them until their places in the file are known."""
 
 import os
-import socket
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from ffcv_ops.beton import layout as beton
 from ffcv_ops.codec import jpeg, shared_tables
 from ffcv_ops.errors import UserError
 from ffcv_ops.files import write_all
-from ffcv_ops.sources.folder import stat_image
 from ffcv_ops.sources.image import Change, read_image
+from ffcv_ops.sources.source import Reader, SourceError
 from ffcv_ops.writing.plan import WritePlan, WriteSettings, library_versions
 
 # Threads of one worker that read images. A network file system answers in milliseconds, and several at once.
@@ -37,8 +36,8 @@ class EncodeRequest:
     """
 
     chunk: int | None
-    paths: list[str]
-    stats: list[list[int]]
+    keys: list[str]
+    places: list[list[int]]
     raw: list[bool]
     tables: np.ndarray | None = None
 
@@ -77,9 +76,9 @@ def encode_request(
     plan: WritePlan, chunk: int | None, positions: np.ndarray, tables: np.ndarray | None = None
 ) -> EncodeRequest:
     """Return the request for the images at these positions of the storage order."""
-    paths = [plan.path(position) for position in positions]
-    stats, raw = plan.folder.stats[plan.order[positions]].tolist(), plan.raw[positions].tolist()
-    return EncodeRequest(chunk, paths, stats, raw, tables)
+    keys = [plan.key(position) for position in positions]
+    places, raw = plan.source.places[plan.order[positions]].tolist(), plan.raw[positions].tolist()
+    return EncodeRequest(chunk, keys, places, raw, tables)
 
 
 class Encoder:
@@ -88,11 +87,10 @@ class Encoder:
     Threads read the images of the requests that have arrived, while earlier images are encoded.
     """
 
-    def __init__(self, settings: WriteSettings, root: Path, partial_path: Path):
+    def __init__(self, settings: WriteSettings, reader: Reader, partial_path: Path):
         from PIL import Image
 
-        # The root is text: joining it to a path as a Path takes as long as reading a small file.
-        self.settings, self.root, self.partial_path = settings, os.fspath(root), partial_path
+        self.settings, self.reader, self.partial_path = settings, reader, partial_path
         self._kept: dict[int, list[memoryview]] = {}
         self._readers = ThreadPoolExecutor(_NUM_READERS)
         self._coming: deque[list[Future[bytes]]] = deque()
@@ -106,8 +104,8 @@ class Encoder:
     def expect(self, message: EncodeRequest | PlaceRequest) -> None:
         """Begin to read the images of a request that has arrived."""
         if isinstance(message, EncodeRequest):
-            paths = (os.path.join(self.root, path) for path in message.paths)
-            self._coming.append(list(map(self._readers.submit, repeat(_read_listed), paths, message.stats)))
+            reads = map(self._readers.submit, repeat(self.reader.read), message.keys, message.places)
+            self._coming.append(list(reads))
 
     def __call__(self, message: EncodeRequest | PlaceRequest) -> Encoded | Placed:
         return self._place(message) if isinstance(message, PlaceRequest) else self._encode(message)
@@ -126,8 +124,8 @@ class Encoder:
         if not self._coming:
             self.expect(message)
         contents_read = self._coming.popleft()
-        for path, keep_raw in zip(message.paths, message.raw, strict=True):
-            loaded = self._load(os.path.join(self.root, path), contents_read.pop(0))
+        for key, keep_raw in zip(message.keys, message.raw, strict=True):
+            loaded = self._load(self.reader.locate(key), contents_read.pop(0))
             if isinstance(loaded, str):
                 entries.append(loaded)
                 continue
@@ -146,45 +144,16 @@ class Encoder:
             self._kept[message.chunk] = contents
         return Encoded(message.chunk, entries, counts)
 
-    def _load(self, path: str, content: Future[bytes]) -> tuple[np.ndarray, Change] | str:
+    def _load(self, name: str, content: Future[bytes]) -> tuple[np.ndarray, Change] | str:
         """Return the pixels of an image and their changes, or the reason why it cannot be decoded."""
         try:
-            return read_image(path, self.settings.pixel_limit, content.result())
-        except (MemoryError, ImportError, SourceChanged):  # not the image's fault
+            return read_image(name, self.settings.pixel_limit, content.result())
+        except (MemoryError, ImportError, SourceError):  # not the image's fault
             raise
         except UserError as error:
             return str(error)
         except Exception as error:  # Pillow documents no class for what its decoders raise
             return f"{type(error).__name__}: {error}"
-
-
-class SourceChanged(UserError):
-    """An image is not the one that was listed. Another machine may have another image there."""
-
-
-def _changed(path: str) -> SourceChanged:
-    return SourceChanged(
-        f"{path}: on {socket.gethostname()} not the file that was listed (size or time of change differ, or it is "
-        "gone); leave the images alone while they are written, and let all machines see the same ones"
-    )
-
-
-def _read_listed(path: str, stat: list[int]) -> bytes:
-    """Return the content of a file, if it is the one that was listed."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # it may have become a pipe
-    except OSError as error:
-        if not os.path.lexists(path) or list(stat_image(path)) != stat:
-            raise _changed(path) from error
-        raise  # as listed: a link without target, or a file without permission
-    with open(file, "rb", buffering=0) as opened:
-        found = os.fstat(file)
-        if [found.st_size, found.st_mtime_ns] != stat:
-            raise _changed(path)
-        content = opened.read(found.st_size)
-        while len(content) < found.st_size and (more := opened.read(found.st_size - len(content))):
-            content += more
-    return content
 
 
 def encode_image(

@@ -35,7 +35,7 @@ def build_tables(plan: WritePlan, stored: StoredImages, num_pages: int) -> tuple
     for name in ("mode", "width", "height"):
         rows["f0"][name] = samples[name]
     rows["f0"]["data_ptr"] = samples["ptr"]
-    rows["f1"] = plan.folder.labels[plan.order[kept]]
+    rows["f1"] = plan.source.labels[plan.order[kept]]
     alloc_table = np.zeros(len(samples), beton.ALLOC_TYPE)
     alloc_table["sample_id"] = np.arange(len(samples))
     alloc_table["ptr"], alloc_table["size"] = samples["ptr"], samples["size"]
@@ -52,9 +52,9 @@ def build_manifest(
     """Return the manifest of a file with these tables (see `build_tables`) and these SHA-256 of its pages."""
     head, alloc_table = tables
     kept = stored.kept()
-    labels = plan.folder.labels[plan.order[kept]]
+    labels = plan.source.labels[plan.order[kept]]
     tables_digest = beton.tables_digest(head, alloc_table)
-    skipped = sorted((plan.path(position), reason) for position, reason in stored.reasons.items())
+    skipped = sorted((plan.key(position), reason) for position, reason in stored.reasons.items())
     return {
         "format": beton.MANIFEST_VERSION,
         "file": target.name,
@@ -62,25 +62,25 @@ def build_manifest(
         "num_samples": len(alloc_table),
         "digest": beton.file_digest(tables_digest, page_hashes),
         "settings": asdict(plan.settings),
-        "source": {"folder": str(plan.folder.root.absolute()), "num_images": len(plan.folder.paths)},
-        "remarks": [remark.entry() for remark in [*plan.folder.remarks, *change_remarks(plan, stored)]],
+        "source": {"kind": plan.source.kind, **plan.source.facts},
+        "remarks": [remark.entry() for remark in [*plan.source.remarks, *change_remarks(plan, stored)]],
         "skipped": [{"image": path, "reason": reason} for path, reason in skipped],
         "versions": {"python": platform.python_version(), "encoder": str(plan.encoder), **library_versions()},
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "classes": plan.folder.classes,
-        "class_counts": np.bincount(labels, minlength=len(plan.folder.classes)).tolist(),
+        "classes": plan.source.classes,
+        "class_counts": np.bincount(labels, minlength=len(plan.source.classes)).tolist(),
         "tables": tables_digest,
         "checksums": b64encode(stored.samples["checksum"][kept].tobytes()).decode(),
     }
 
 
 def change_remarks(plan: WritePlan, stored: StoredImages) -> list[Remark]:
-    """Return the remarks on what images lost, each with the first image in the order of the folder."""
+    """Return the remarks on what images lost, each with the first image in the order of the source."""
     remarks = []
     for change in Change:
         places = plan.order[(stored.samples["changes"] & change) != 0]
         if len(places):
-            remarks.append(change_remark(change, len(places), plan.folder.paths[int(places.min())]))
+            remarks.append(change_remark(change, len(places), plan.source.keys[int(places.min())]))
     return remarks
 
 

@@ -133,10 +133,9 @@ class PageLayout:
         mode, width, height, size, digest, changes = entry
         page_size = self.plan.settings.page_size
         if size > page_size:
-            path = self.plan.folder.root / self.plan.path(self.stored.position)
             raise BadImage(
-                f"{path}: {width} x {height} px take {size} bytes, a page has {page_size}; use "
-                f"--page_size={1 << (size - 1).bit_length()} or a smaller --max_side"
+                f"{self.plan.locate(self.stored.position)}: {width} x {height} px take {size} bytes, a page has "
+                f"{page_size}; use --page_size={1 << (size - 1).bit_length()} or a smaller --max_side"
             )
         if self._pages[-1].used + size > page_size:
             self._pages.append(_Page(self._pages[-1].start + page_size))

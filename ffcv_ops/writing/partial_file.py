@@ -149,9 +149,14 @@ def partial_paths(target: Path) -> tuple[Path, Path]:
     return Path(f"{target}.partial"), Path(f"{target}.partial.journal")
 
 
+def index_path(target: Path) -> Path:
+    """Return the path of the listing of the source, which is kept if the listing takes long."""
+    return Path(f"{target}.partial.index")
+
+
 def remove_partial(target: Path) -> None:
-    """Delete the unfinished file and its journal, if they exist."""
-    for path in partial_paths(target):
+    """Delete the unfinished file, its journal and the listing of the source, if they exist."""
+    for path in (*partial_paths(target), index_path(target)):
         path.unlink(missing_ok=True)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from json import dumps
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,8 @@ import numpy as np
 from ffcv_ops.beton import layout as beton
 from ffcv_ops.codec import jpeg
 from ffcv_ops.errors import UserError
-from ffcv_ops.sources.folder import ImageFolder, Stage
 from ffcv_ops.sources.image import DEFAULT_MAX_PIXELS
+from ffcv_ops.sources.source import Source, Stage
 
 MODES = ("jpg", "raw", "proportion", "smart")
 ROW_TYPE = np.dtype([("", beton.IMAGE_TYPE), ("", "<i8")], align=True)
@@ -42,11 +43,11 @@ class WriteSettings:
         JPEG quality, 1 to 100.
     raw_share : float
         With ``proportion``: the probability, 0 to 1, that an image stays raw. It is 1 - FFCV's
-        ``compress_probability``. The draw is a function of `seed` and of the image's place in the sorted folder.
+        ``compress_probability``. The draw is a function of `seed` and of the image's place in the sorted source.
     smart_threshold : int or None
         With ``smart``: bytes. FFCV's default, None, keeps every image raw. Here the mode needs a number.
     subset : int
-        Take this many images, evenly spaced through the sorted folder; -1: all.
+        Take this many images, evenly spaced through the sorted source; -1: all.
     seed : int
         Seed of the order in which images are stored, and of the draws of ``proportion``.
     page_size : int
@@ -99,17 +100,17 @@ class WritePlan:
 
     Attributes
     ----------
-    folder : ImageFolder
+    source : Source
     settings : WriteSettings
     order : ndarray of uint32, shape (num_images,)
-        The place of each image in the folder's listing.
+        The place of each image in the source's listing.
     raw : ndarray of bool, shape (num_images,)
         The images that stay raw whatever their size.
     encoder : int
         ``jpeg.ENCODER``, or the earlier ``jpeg.ENCODER_OF_OWN_TABLES`` of a file that was begun with it.
     """
 
-    folder: ImageFolder
+    source: Source
     settings: WriteSettings
     order: np.ndarray
     raw: np.ndarray
@@ -126,25 +127,32 @@ class WritePlan:
         head_bytes = _HEAD_BYTES + self.num_images * ROW_TYPE.itemsize
         return -(-head_bytes // self.settings.page_size) * self.settings.page_size
 
-    def path(self, position: int) -> str:
-        """Return the path of the image at a position of the storage order, relative to the folder."""
-        return self.folder.paths[self.order[position]]
+    def key(self, position: int) -> str:
+        """Return the key of the image at a position of the storage order, such as its path in a folder."""
+        return self.source.keys[self.order[position]]
+
+    def locate(self, position: int) -> str:
+        """Return the full name of the image at a position, for messages."""
+        return self.source.locate(int(self.order[position]))
 
     def bad_image(self, position: int, reason: str) -> BadImage:
         """Return the error for the image at a position."""
-        path = self.folder.root / self.path(position)
-        return BadImage(f"{path}: {reason}; repair or remove the image, or leave out bad images with --on_error=skip")
+        return BadImage(
+            f"{self.locate(position)}: {reason}; repair or remove the image, or leave out bad images with "
+            "--on_error=skip"
+        )
 
     def identity(self, stage: Stage = lambda what, count: None) -> dict[str, Any]:
         """Return everything that the bytes of the file depend on, in JSON's types. Call `stage` with the progress."""
-        listing = sha256()
+        source = self.source
+        listing = sha256(dumps(source.identity).encode() if source.identity else b"")
         for start in range(0, self.num_images, _IMAGES_AT_ONCE):
             if start:
                 stage("images of the listing hashed", start)
             chosen = self.order[start : start + _IMAGES_AT_ONCE]
-            labels, stats = self.folder.labels[chosen].tolist(), self.folder.stats[chosen].tolist()
-            for index, label, (size, mtime_ns) in zip(chosen.tolist(), labels, stats, strict=True):
-                listing.update(b"%d %d %d %s\0" % (label, size, mtime_ns, self.folder.paths.encoded(index)))
+            numbers = np.column_stack([source.labels[chosen], source.places[chosen]]).tolist()
+            for index, row in zip(chosen.tolist(), numbers, strict=True):
+                listing.update(b"%s %s\0" % (b" ".join(b"%d" % number for number in row), source.keys.encoded(index)))
         return {
             "format": beton.MANIFEST_VERSION,
             "images": listing.hexdigest(),
@@ -171,9 +179,9 @@ def library_versions() -> dict[str, str]:
     return {"numpy": np.__version__, "opencv": cv2.__version__, "pillow": PIL.__version__}
 
 
-def build_plan(folder: ImageFolder, settings: WriteSettings) -> WritePlan:
+def build_plan(source: Source, settings: WriteSettings) -> WritePlan:
     """Choose the images, their order in the file and, for ``proportion``, the images that stay raw."""
-    total = len(folder.paths)
+    total = len(source.keys)
     count = total if settings.subset == -1 else min(settings.subset, total)
     chosen = np.arange(count) * total // count
     # The raw bits of a counter-based generator and a stable sort are the same on every machine and for every NumPy.
@@ -181,7 +189,7 @@ def build_plan(folder: ImageFolder, settings: WriteSettings) -> WritePlan:
     raw = np.full(count, settings.mode == "raw")
     if settings.mode == "proportion":
         raw = (_bits(settings.seed, _RAW_STREAM, total)[order] >> np.uint64(11)) * 2.0**-53 < settings.raw_share
-    return WritePlan(folder, settings, order, raw, jpeg.ENCODER)
+    return WritePlan(source, settings, order, raw, jpeg.ENCODER)
 
 
 def _bits(seed: int, stream: int, count: int) -> np.ndarray:

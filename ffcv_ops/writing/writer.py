@@ -1,4 +1,4 @@
-"""Write an image folder as one ``.beton`` file.
+"""Write the images of a source as one ``.beton`` file.
 
 Workers encode the images, and one process gives each image its place. The bytes are a function of the images, the
 settings and the versions of the libraries that encode. The number of workers or machines and the interruptions of a run
@@ -19,14 +19,15 @@ from ffcv_ops.codec import jpeg
 from ffcv_ops.codec.shared_tables import choose_tables
 from ffcv_ops.errors import UserError
 from ffcv_ops.lock import OwnerLock
-from ffcv_ops.sources.folder import ImageFolder, Stage, class_difference, scan
+from ffcv_ops.sources.kinds import SourceSpec, open_source
+from ffcv_ops.sources.source import Source, Stage, class_difference
 from ffcv_ops.units import show_bytes
 from ffcv_ops.workers.processes import WorkerKilled, Workers, choose_num_workers, end_if_imported, map_in_order
 from ffcv_ops.workers.ranks import Leader
 from ffcv_ops.writing.encode import Encoded, Encoder, Placed, encode_request
 from ffcv_ops.writing.manifest import build_manifest, build_tables, change_remarks, complete_manifest, write_manifest
 from ffcv_ops.writing.pages import PageLayout
-from ffcv_ops.writing.partial_file import PartialFile, partial_paths, read_journal, remove_partial
+from ffcv_ops.writing.partial_file import PartialFile, index_path, partial_paths, read_journal, remove_partial
 from ffcv_ops.writing.plan import BadImage, WritePlan, WriteSettings, build_plan
 
 _CHUNK = 16
@@ -42,7 +43,7 @@ class WriteError(RuntimeError):
 
 
 def write(
-    source: str | Path,
+    source: str | Path | SourceSpec,
     target: str | Path,
     settings: WriteSettings | None = None,
     *,
@@ -55,12 +56,12 @@ def write(
     progress: Progress = lambda done, total: None,
     stage: Stage = lambda what, count: None,
 ) -> dict[str, Any]:
-    """Write an image folder as a ``.beton`` file with its manifest, or resume a run that was killed.
+    """Write the images of a source as a ``.beton`` file with its manifest, or resume a run that was killed.
 
     Parameters
     ----------
-    source : path
-        A folder with one subfolder for each class, as for ``torchvision.datasets.ImageFolder``.
+    source : path or SourceSpec
+        The images, such as a folder with one subfolder for each class (see `ffcv_ops.sources.kinds`).
     target : path
         The file to write. ``<target>.partial`` and its journal hold the unfinished work.
     settings : WriteSettings, optional
@@ -73,7 +74,7 @@ def write(
     overwrite : bool
         Replace an existing file, once the new one is whole.
     classes : sequence of str, optional
-        Class names in the order of their numbers, such as those of the training split's manifest. The folder may lack
+        Class names in the order of their numbers, such as those of the training split's manifest. The source may lack
         some of them, and must not have others.
     leader : Leader, optional
         The other ranks, which lend their workers (see `ffcv_ops.workers.ranks`).
@@ -92,7 +93,7 @@ def write(
     Raises
     ------
     UserError
-        If the folder, a setting, the target or the space on the disk has to be put right before the run.
+        If the source, a setting, the target or the space on the disk has to be put right before the run.
     BadImage
         If an image cannot be decoded, or is larger than a page.
     WriteError
@@ -105,13 +106,14 @@ def write(
         raise UserError(f"on_error must be stop or skip, not {on_error!r}")
     num_workers = choose_num_workers(num_workers)
     _check_target(target, overwrite)
-    folder = scan(source, stage)
-    for remark in folder.remarks:
+    spec = source if isinstance(source, SourceSpec) else SourceSpec(str(source))
+    listed = open_source(replace(spec, index=index_path(target)), stage)
+    for remark in listed.remarks:
         notice(remark.line())
     if classes is not None:
-        folder = _numbered_as(folder, classes, notice)
+        listed = _numbered_as(listed, classes, notice)
     identity, pages, _ = read_journal(partial_paths(target)[1])
-    plan = build_plan(folder, settings).continuing(identity if pages else None)
+    plan = build_plan(listed, settings).continuing(identity if pages else None)
     manifest = complete_manifest(plan, target)
     if manifest is not None:
         notice(f"{target} was whole already, its manifest is now too")
@@ -125,7 +127,7 @@ def write(
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
-    """Check the target before the folder is read, because a large folder takes a while."""
+    """Check the target before the source is listed, because a large one takes a while."""
     if target.is_dir():
         raise UserError(f"{target}: is a folder; --target names the file to make")
     if not target.parent.is_dir():
@@ -134,21 +136,19 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise UserError(f"{target}: exists already; use --overwrite to replace it")
 
 
-def _numbered_as(folder: ImageFolder, classes: Sequence[str], notice: Notice) -> ImageFolder:
-    """Return a folder whose class numbers are the positions in `classes`. Some of these classes may have no images."""
-    numbers = {name: number for number, name in enumerate(classes)}
-    if not set(folder.classes) <= set(numbers):
-        difference = class_difference(classes, folder.classes)
-        raise UserError(f"{folder.root}: not the classes of the training split: it {difference}")
-    missing = [name for name in classes if name not in set(folder.classes)]
+def _numbered_as(source: Source, classes: Sequence[str], notice: Notice) -> Source:
+    """Return a source whose class numbers are the positions in `classes`. Some of these classes may have no images."""
+    if not set(source.classes) <= set(classes):
+        difference = class_difference(classes, source.classes)
+        raise UserError(f"{source.address}: not the classes of the training split: it {difference}")
+    missing = [name for name in classes if name not in set(source.classes)]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         notice(
-            f"{folder.root}: has no images of {len(missing)} of the training split's {len(classes)} classes: "
+            f"{source.address}: has no images of {len(missing)} of the training split's {len(classes)} classes: "
             f"{', '.join(missing[:3])}{more}; classes are numbered as in the training split"
         )
-    labels = np.array([numbers[name] for name in folder.classes], np.int32)[folder.labels]
-    return replace(folder, classes=list(classes), labels=labels)
+    return source.numbered_as(classes)
 
 
 def _write(
@@ -171,6 +171,8 @@ def _write(
         with closing(partial), closing(_start_workers(num_workers, plan, partial.path, leader)) as workers:
             if leader:
                 notice(f"{workers.num_workers} workers on {len(leader.hosts)} machine(s)")
+            if plan.source.save_index and not index_path(target).exists():
+                plan.source.save_index(index_path(target))
             if partial.changed:
                 notice(f"starting over: since {partial.path} was begun, {', '.join(partial.changed)} changed")
             layout = PageLayout(plan, partial)
@@ -208,7 +210,10 @@ def _write(
 
 def _check_sizes(plan: WritePlan) -> None:
     """Raise BadImage for an empty file before the work, because the listing has the sizes."""
-    empty = np.sort(plan.order[plan.folder.stats[plan.order, 0] == 0])
+    sizes_bytes = plan.source.sizes_bytes
+    if sizes_bytes is None:
+        return
+    empty = np.sort(plan.order[sizes_bytes[plan.order] == 0])
     if len(empty):
         more = f", as are {len(empty) - 1} more" if len(empty) > 1 else ""
         raise plan.bad_image(int(np.flatnonzero(plan.order == empty[0])[0]), f"the file is empty (0 bytes){more}")
@@ -217,8 +222,8 @@ def _check_sizes(plan: WritePlan) -> None:
 def _start_workers(num_workers: int, plan: WritePlan, partial_path: Path, leader: Leader | None) -> Workers:
     # The encoder's kernels are loaded once, before the processes are forked.
     preload = [] if plan.settings.mode == "raw" else ["ffcv_ops.codec.encoder"]
-    source = plan.folder.root.absolute()
-    return Workers(num_workers, Encoder, plan.settings, source, partial_path, leader=leader, preload=preload)
+    reader = plan.source.reader
+    return Workers(num_workers, Encoder, plan.settings, reader, partial_path, leader=leader, preload=preload)
 
 
 def _measure_sample(plan: WritePlan, workers: Workers) -> tuple[list[int], list[np.ndarray]]:

@@ -1,0 +1,157 @@
+"""The protocol of all sources: a `Source` lists its images once, and a `Reader` gives their bytes by place.
+
+A source is compact. For each image it holds a key, a label and a place, which is a few integers. Only the process that
+leads the writing holds a source. Workers hold the source's reader. They get the keys and places of the images that they
+are to encode.
+
+The order of the images decides the bytes of a file. It is the same for all kinds of sources (`sort_keys`): by class
+number, then by folder, then by file name, as in ``torchvision.datasets.ImageFolder``.
+
+To add a kind, write a module with a function that takes a `ffcv_ops.sources.kinds.SourceSpec` and a `Stage`, and
+returns a `Source`. Then register the function in ``ffcv_ops.sources.kinds.KINDS``. Nothing else knows the kinds.
+"""
+
+import os
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+import numpy as np
+
+from ffcv_ops.errors import UserError
+from ffcv_ops.sources.remarks import Remark
+
+Stage = Callable[[str, int], None]
+"""Called with what is done, and with the number of images so far."""
+
+
+class SourceError(UserError):
+    """An error of a source while images are read, which is not the fault of one image. It always ends the run."""
+
+
+class SourceChanged(SourceError):
+    """An image is not the one that was listed. Another machine may have another image there."""
+
+
+class PackedKeys(Sequence[str]):
+    """A sequence of keys in one block of bytes, which takes a third of the memory of a list of ``str``."""
+
+    def __init__(self) -> None:
+        self._block = bytearray()
+        self._ends = array("q", [-1])
+
+    def extend(self, block: bytes) -> None:
+        """Append keys that are encoded as `os.fsencode` does, each followed by a zero byte."""
+        ends = np.flatnonzero(np.frombuffer(block, np.uint8) == 0) + len(self._block)
+        self._ends.frombytes(ends.astype(np.int64).tobytes())
+        self._block += block
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        return os.fsdecode(self.encoded(range(len(self))[index]))
+
+    def encoded(self, index: int) -> bytes:
+        """Return a key as bytes, by its number from 0."""
+        return bytes(self._block[self._ends[index] + 1 : self._ends[index + 1]])
+
+
+class Reader(Protocol):
+    """Bytes of images by place, in any thread, process or machine. A reader is small, and `pickle` can send it.
+
+    A reader opens files on first use. It does not send open files.
+    """
+
+    def locate(self, key: str) -> str:
+        """Return the full name of an image for messages, such as its path."""
+
+    def read(self, key: str, place: Sequence[int]) -> bytes:
+        """Return the content of an image.
+
+        Raises
+        ------
+        SourceError
+            If the source has changed since it was listed (`SourceChanged`), or cannot be read.
+        OSError
+            If only this image cannot be read. It is then a bad image.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The images of a source in the order of `sort_keys`.
+
+    Attributes
+    ----------
+    kind : str
+        Its name in ``ffcv_ops.sources.kinds.KINDS``.
+    address : str
+        The source as messages name it, such as the path of a folder.
+    classes : list of str
+        Class names. The position of a name is the class number.
+    keys : PackedKeys
+        The name of each image, relative to the address: class folder and file name, or a name like that.
+    labels : ndarray of int32, shape (len(keys),)
+        The class number of each image.
+    places : ndarray of int64, shape (len(keys), P)
+        What the reader needs to find each image, and to know that it is still the one that was listed.
+    sizes_bytes : ndarray of int64, shape (len(keys),), or None
+        The size of each image, if the listing knows it.
+    reader : Reader
+    identity : list
+        What `places` rest on, in JSON's types, such as name, size and time of change of archives. The journal of a file
+        holds a hash of this identity and of all keys, labels and places.
+    facts : dict
+        What the manifest tells about the source, in JSON's types.
+    remarks : list of Remark
+        What the listing left out, and what the user should know about it.
+    save_index : callable or None
+        Writes the listing to a path, for ``SourceSpec.index`` of a later run. None if it is listed quickly.
+    """
+
+    kind: str
+    address: str
+    classes: list[str]
+    keys: PackedKeys
+    labels: np.ndarray
+    places: np.ndarray
+    sizes_bytes: np.ndarray | None
+    reader: Reader
+    identity: list[Any] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    remarks: list[Remark] = field(default_factory=list)
+    save_index: Callable[[Path], None] | None = None
+
+    def locate(self, index: int) -> str:
+        """Return the full name of an image for messages."""
+        return self.reader.locate(self.keys[index])
+
+    def numbered_as(self, classes: Sequence[str]) -> "Source":
+        """Return the source with the positions in `classes` as class numbers. All of its classes must be there."""
+        numbers = {name: number for number, name in enumerate(classes)}
+        labels = np.array([numbers[name] for name in self.classes], np.int32)[self.labels]
+        return replace(self, classes=list(classes), labels=labels)
+
+
+def class_difference(expected: Sequence[str], found: Sequence[str]) -> str | None:
+    """Return how two lists of classes differ, in a few words; None if they are the same."""
+    if list(expected) == list(found):
+        return None
+    missing, added = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    parts = []
+    for what, names in (("lacks", missing), ("has also", added)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{what} {', '.join(names[:3])}{more}")
+    return "; ".join(parts) or "has them in another order"
