@@ -76,7 +76,9 @@ import glob, platform, re, sys
 
 python = "cp%d%d" % sys.version_info[:2]
 glibc = [int(part) for part in re.findall(r"\d+", platform.libc_ver()[1])[:2]]
-for path in glob.glob(f"dist/ffcv-*-{python}-{python}-manylinux_*_{platform.machine()}.whl"):
+# cp310-abi3 serves every version. Earlier versions of launch/ffcv_wheel.sh made a wheel for one.
+paths = [f"dist/ffcv-*-{tag}-manylinux_*_{platform.machine()}.whl" for tag in ("cp310-abi3", f"{python}-{python}")]
+for path in (path for pattern in paths for path in glob.glob(pattern)):
     if [int(part) for part in re.search(r"manylinux_(\d+)_(\d+)_", path).groups()] <= glibc:
         print(path)
         break
@@ -167,8 +169,8 @@ give_up() {
         printf '  conda  conda install -c conda-forge %s\n' "$(named 5 "$python" "$@")"
         printf 'setup: and run make setup again.\n'
         if [[ "$*" =~ compiler|headers|pkg-config|opencv|turbojpeg ]]; then
-            printf 'setup: Or have FFCV built elsewhere: run make ffcv-wheel on a machine that has these, with the same\n'
-            printf 'setup: Python and no newer C library, copy its dist/ here, and run make setup again.\n'
+            printf 'setup: Or have FFCV built elsewhere: run make ffcv-wheel on a machine that has these, with no newer\n'
+            printf 'setup: C library, copy its dist/ here, and run make setup again.\n'
         fi
     } >&2
     exit 1

@@ -74,15 +74,25 @@ def test_without_root_or_sudo_it_asks_only_for_what_is_missing(clone: Path) -> N
     assert "g++" not in done.stderr
 
 
-def wheel_name(glibc: str) -> str:
-    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    return f"ffcv-1.0.2-{python}-{python}-manylinux_{glibc}_{platform.machine()}.whl"
+def wheel_name(glibc: str, tag: str = "cp310-abi3") -> str:
+    return f"ffcv-1.0.2-{tag}-manylinux_{glibc}_{platform.machine()}.whl"
 
 
-@pytest.mark.parametrize(("glibc", "fits"), [("2_17", True), ("2_99", False)])
-def test_a_wheel_of_ffcv_that_fits_spares_what_building_needs(clone: Path, glibc: str, fits: bool) -> None:
+OWN = f"cp{sys.version_info.major}{sys.version_info.minor}"
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [
+        (wheel_name("2_17"), True),
+        (wheel_name("2_99"), False),
+        (wheel_name("2_17", f"{OWN}-{OWN}"), True),
+        (wheel_name("2_17", "cp39-cp39"), False),
+    ],
+)
+def test_a_wheel_of_ffcv_that_fits_spares_what_building_needs(clone: Path, name: str, fits: bool) -> None:
     (clone / "dist").mkdir()
-    (clone / "dist" / wheel_name(glibc)).touch()
+    (clone / "dist" / name).touch()
     asked = (
         f"source {clone}/launch/setup.sh; wheel=$(find_wheel {sys.executable}); echo [$wheel]; missing {sys.executable}"
     )
@@ -90,7 +100,7 @@ def test_a_wheel_of_ffcv_that_fits_spares_what_building_needs(clone: Path, glibc
         ["bash", "-c", asked], env={**os.environ, "CXX": "no-compiler"}, capture_output=True, text=True
     )
     wheel, _, needs = found.stdout.partition("\n")
-    assert wheel == (f"[dist/{wheel_name(glibc)}]" if fits else "[]")
+    assert wheel == (f"[dist/{name}]" if fits else "[]")
     assert ("compiler" in needs) is not fits
 
 
@@ -110,7 +120,8 @@ def test_the_wheel_of_ffcv_brings_its_libraries(clone: Path, tmp_path: Path) -> 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert Path(said.stdout.strip()).parent == tmp_path / "ffcv.libs"
-    (extension,) = tmp_path.glob("ffcv/_libffcv*.so")
+    assert wheel.name.startswith("ffcv-1.0.2-cp310-abi3-")
+    (extension,) = tmp_path.glob("ffcv/_libffcv.abi3.so")
     linked = subprocess.run(["ldd", extension], capture_output=True, text=True, check=True).stdout
     for library in ("opencv_core", "opencv_imgproc", "turbojpeg"):
         (line,) = (line for line in linked.splitlines() if library in line)
