@@ -120,6 +120,7 @@ def train_epochs(recipe: Recipe, run: Run, loaders: "Loaders", lock: "OwnerLock"
     from imagenet_training.failures import ending_with_status
     from imagenet_training.preemption import StopRequest
     from imagenet_training.run_folder import RunFolder
+    from imagenet_training.step_mode import prepare_step
 
     plan, trainer, state = run.plan, run.trainer, run.state
     folder = RunFolder(recipe, plan, run.data, trainer, state, run.point, run.model_on_paper, lock)
@@ -128,7 +129,7 @@ def train_epochs(recipe: Recipe, run: Run, loaders: "Loaders", lock: "OwnerLock"
     with ending_with_status(plan, run.world, log, folder.finish_failed), stopping as stop, folder:
         for epoch in range(state.epoch, plan.epochs):
             loaders.set_resolution(plan.resolution(epoch))
-            trainer.compile_for(plan.batch_size, plan.resolution(epoch), log)
+            state.step_mode = prepare_step(trainer, plan.batch_size, plan.resolution(epoch), log)
             trained = train_epoch(trainer, loaders.train, state, plan, log, stop=stop, save=folder.save)
             evaluated = NOT_EVALUATED
             if plan.evaluates(epoch):

@@ -95,6 +95,7 @@ def build_run(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from imagenet_training.logs import RunLog
     from imagenet_training.meters import EtaEstimator
     from imagenet_training.recipe import read_recipe
+    from imagenet_training.step_mode import prepare_step
 
     settings = {
         "model.arch": options.arch,
@@ -118,7 +119,7 @@ def build_run(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     recipe = read_recipe([f"--{key}={value}" for key, value in settings.items()])
     run = train_imagenet.build(recipe, *train_imagenet.meet(recipe))
     log = RunLog(Path(options.folder), is_main=True, eta=EtaEstimator([options.size], options.batches), log_every=50)
-    run.trainer.compile_for(options.batch_size, options.size, log)
+    prepare_step(run.trainer, options.batch_size, options.size, log)
     return run, build_loaders(recipe, run.plan, run.data, run.world).train, log
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.settings.fields import show
@@ -20,8 +21,6 @@ from imagenet_training.weights import Fit, Head, load_state, load_weights
 
 # Sections of the recipe's settings of a network that are not in ``model``.
 _SECTIONS = {"use_blurpool": "training"}
-# A compilation takes about a minute. A shorter run gains less than that.
-MIN_STEPS_TO_COMPILE = 2000
 # torchvision's published weights of these two expect another normalisation, which the models can make themselves.
 # Their weights do not show it, so all models of these names make it.
 TORCHVISION_OPTIONS: dict[str, dict[str, Any]] = {
@@ -310,13 +309,12 @@ def model_size(model: nn.Module, resolution: int) -> str:
     )
 
 
-def gains_from_compilation(device: torch.device, num_steps: int) -> bool:
-    """Return True if a run gains from compiling its model: it is long, and on a GPU that Triton supports."""
+def can_compile(device: torch.device) -> bool:
+    """Return True for a GPU that Triton supports."""
     return (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= (7, 0)
         and importlib.util.find_spec("triton") is not None
-        and num_steps >= MIN_STEPS_TO_COMPILE
     )
 
 
@@ -326,6 +324,13 @@ def compiled(model: nn.Module) -> nn.Module:
     The model itself is not changed: its state dict has the plain names, and a call of it compiles nothing.
     """
     return torch.compile(model, dynamic=False)  # type: ignore[return-value]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel and torch.compile, or the model itself."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    return getattr(model, "_orig_mod", model)
 
 
 class BlurPoolConv2d(nn.Conv2d):

@@ -106,10 +106,14 @@ class MovingAverage(AveragedModel):
         super().__init__(model, use_buffers=True)
         self.decay = decay
 
-    @torch.no_grad()
     def update_parameters(self, model: torch.nn.Module) -> None:
         """Update the average with the model as it is now, without waiting for its device."""
-        weight = 1.0 - self.decay if self.n_averaged else 1.0  # the count is in the host's memory
+        self.move_towards(model, 1.0 - self.decay if self.n_averaged else 1.0)  # the count is in the host's memory
+        self.n_averaged += 1
+
+    @torch.no_grad()
+    def move_towards(self, model: torch.nn.Module, weight: float) -> None:
+        """Give the model a weight in the average, from 0 to 1. Buffers of integers are copied."""
         averages, values = ([*module.parameters(), *module.buffers()] for module in (self.module, model))
         pairs = list(zip(averages, values, strict=True))
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
@@ -117,7 +121,6 @@ class MovingAverage(AveragedModel):
         torch._foreach_lerp_([pair[0] for pair in floats], [pair[1] for pair in floats], weight)
         if others:
             torch._foreach_copy_([pair[0] for pair in others], [pair[1] for pair in others])
-        self.n_averaged += 1
 
 
 def build_ema(model: torch.nn.Module, decay: float) -> MovingAverage | None:

@@ -37,6 +37,19 @@ class AutoAugment(Checker[str]):
         return "trivial, or timm's string such as rand-m7-mstd0.5-inc1"
 
 
+class StepModeName(Checker[bool | str]):
+    """The name of a mode of `imagenet_training.step_mode`, ``auto``, or a switch for ``torch.compile``."""
+
+    words = ("auto", "graph", "compiled-graph")
+
+    def check(self, value: Any) -> bool | str:
+        word = str(value).strip().lower()
+        return word if word in self.words else Switch().check(value)
+
+    def help(self) -> str:
+        return f"{', '.join(self.words)}, 1 or 0"
+
+
 @dataclass(frozen=True)
 class Model:
     """The network."""
@@ -205,8 +218,8 @@ class Training:
     """Floating-point numbers of the model: float16 or bfloat16 mixed with float32, or only float32."""
     tf32: bool = setting(Switch(), default=True)
     """Multiply float32 matrices in TF32 (10 bits of mantissa) on GPUs that can. It is faster."""
-    compile: bool | Literal["auto"] = setting(Auto(), default="auto")
-    """Use torch.compile. auto: on a GPU, if the run is long enough to gain more time than compiling takes."""
+    compile: bool | str = setting(StepModeName(), default="auto")
+    """1: use torch.compile. graph: record the step as CUDA graphs. auto: on a GPU, what is measured to be fastest."""
     grad_clip: float = setting(Number(min=0), default=0.0)
     """Largest norm of the gradient. 0: no limit."""
     agc: float = setting(Number(min=0), default=0.0)

@@ -30,6 +30,8 @@ class TrainState:
         Id of the W&B run; "" without one.
     numbered_batches : bool
         True for a run that an earlier version began: it seeds a batch by its number over the run.
+    step_mode : str
+        The mode of the step, which was chosen by the first process of the run; "" before that.
     """
 
     epoch: int = 0
@@ -42,6 +44,7 @@ class TrainState:
     run_name: str = ""
     wandb_id: str = ""
     numbered_batches: bool = False
+    step_mode: str = ""
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "TrainState":

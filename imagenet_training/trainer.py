@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,23 +11,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from imagenet_training import distributed
 from imagenet_training.distributed import World
 from imagenet_training.layers import freeze_body, lr_scales, set_training_mode
-from imagenet_training.logs import RunLog
 from imagenet_training.loss import Loss, main_logits, recipe_loss
-from imagenet_training.model import (
-    build_model,
-    compiled,
-    gains_from_compilation,
-    head_of,
-    reason_of,
-    recipe_model,
-)
+from imagenet_training.model import build_model, compiled, head_of, recipe_model, unwrapped
 from imagenet_training.optim import build_ema, build_optimizer
 from imagenet_training.plan import RunPlan
 from imagenet_training.recipe import Recipe
+from imagenet_training.recorded import RecordedStep
 from imagenet_training.state import TrainState
+from imagenet_training.step_mode import EAGER, StepMode, candidate_modes
 
 DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32": torch.float32}
 # PyTorch 2.14 renamed the option of DistributedDataParallel, and warns of the old name.
@@ -47,13 +39,6 @@ def allow_tf32(allowed: bool) -> None:
     # Both of PyTorch's interfaces can read a value set by the older one. Therefore the older one sets it.
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel and torch.compile, or the model itself."""
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
-    return getattr(model, "_orig_mod", model)
 
 
 @dataclass
@@ -86,12 +71,16 @@ class Trainer:
         Memory format of the images and the weights. Images that already have it are not copied.
     seed : int
         Seed of what the model itself draws (dropout, drop path): a function of (seed, place of the batch, rank).
-    compiles : bool
-        Compile the model in `compile_for`.
-    compiled_px : int
-        Side of the images that the model is compiled for; 0 for none yet.
+    num_classes : int
+        Width of the targets.
+    modes : tuple of StepMode
+        The mode of the step; several until `imagenet_training.step_mode.prepare_step` has chosen the fastest.
+    recorded : RecordedStep or None
+        The step that was recorded for the present size of images.
+    prepared_px : int
+        Side of the images that the step is prepared for; 0 for none yet.
     notices : tuple of str
-        Everything that was chosen, left out or not loaded of the weights that the model starts from.
+        Everything that was chosen, left out or not loaded of the weights that the model starts from, and of the modes.
     """
 
     model: nn.Module
@@ -109,14 +98,21 @@ class Trainer:
     ema_every: int = 1
     channels_last: bool = True
     seed: int = 0
-    compiles: bool = False
-    compiled_px: int = 0
+    num_classes: int = 0
+    modes: tuple[StepMode, ...] = (EAGER,)
+    recorded: RecordedStep | None = None
+    prepared_px: int = 0
     notices: tuple[str, ...] = ()
 
     @property
     def evaluated_model(self) -> nn.Module:
         """The model that is evaluated and exported: the moving average if there is one."""
         return self.ema.module if self.ema is not None else unwrapped(self.model)
+
+    @property
+    def image_dtype(self) -> torch.dtype:
+        """The type of the loader's images."""
+        return DTYPES[self.precision]
 
     def to_memory_format(self, images: torch.Tensor) -> torch.Tensor:
         """Return the images in the memory format of the weights; the same tensor if it has that format."""
@@ -145,16 +141,23 @@ class Trainer:
 
         Returns
         -------
-        tuple of torch.Tensor
-            Loss (scalar) and logits (N, K).
+        loss, logits : torch.Tensor
+            The loss (scalar) and the logits (N, K). They are valid until the next batch.
         """
         self._seed(place)
+        if self.recorded is not None:
+            loss, logits = self.recorded.backward(images, targets, number)
+            return loss, logits
         with self._no_exchange(number < self.accumulation - 1):
-            with autocast(self.world.device, self.precision):
-                outputs = self.model(self.to_memory_format(images))
-            loss, logits = self.loss(outputs, targets), main_logits(outputs)
-            self.scaler.scale(loss / self.accumulation).backward()
-        return loss, logits
+            return self.add_gradient(images, targets)
+
+    def add_gradient(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pass a batch forward and back; see `backward`. This works on tensors only, so it can be recorded."""
+        with autocast(self.world.device, self.precision):
+            outputs = self.model(self.to_memory_format(images))
+        loss, logits = self.loss(outputs, targets), main_logits(outputs)
+        self.scaler.scale(loss / self.accumulation).backward()
+        return loss.detach(), logits.detach()
 
     def optimizer_step(self, lr: float, *, step: int) -> None:
         """Change the weights by the gradient of the last batches.
@@ -168,6 +171,19 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+        if self.recorded is not None:
+            self.recorded.optimizer_step()
+        else:
+            self.update_weights()
+            self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None and (step + 1) % self.ema_every == 0:
+            self._update_average()
+
+    def update_weights(self) -> None:
+        """Change the weights by the gradient, with the learning rates of the optimizer's groups.
+
+        Unless the optimizer is LAMB, this works on tensors only, so it can be recorded.
+        """
         if self.grad_clip or self.agc:
             self.scaler.unscale_(self.optimizer)
         if self.agc:
@@ -179,32 +195,23 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None and (step + 1) % self.ema_every == 0:
-            self.ema.update_parameters(unwrapped(self.model))
+
+    def _update_average(self) -> None:
+        if self.recorded is None or self.recorded.average is None or not self.ema.n_averaged:
+            self.ema.update_parameters(unwrapped(self.model))  # the first update copies, so it is not the recorded one
+            return
+        self.recorded.average()
+        self.ema.n_averaged += 1
+
+    def move_average(self) -> None:
+        """Update the moving average, but for the first time; it can be recorded."""
+        self.ema.move_towards(unwrapped(self.model), 1.0 - self.ema.decay)
 
     def is_finite(self) -> bool:
         """Return True if all weights and statistics of the model are finite. This waits for the device."""
         values = [value.detach() for value in (*self.model.parameters(), *self.model.buffers())]
         norms = torch._foreach_norm([value for value in values if value.is_floating_point()])
         return bool(torch.stack(norms).isfinite().all())
-
-    def compile_for(self, batch_size: int, size_px: int, log: RunLog) -> None:
-        """Compile the model for one size of images before their first step. If that fails, train without compiling."""
-        if not self.compiles or size_px == self.compiled_px:
-            return
-        if self.compiled_px:
-            torch.compiler.reset()  # training never returns to an earlier size
-        started_s, self.compiled_px = time.perf_counter(), size_px
-        error = self.warm_up((batch_size, 3, size_px, size_px))
-        failures = distributed.sum_over_ranks(torch.tensor(int(error is not None), device=self.world.device))
-        if not failures:
-            log.print(f"compiled for {size_px} px in {time.perf_counter() - started_s:.0f} s")
-            return
-        self.compiles = False
-        torch.compiler.set_stance("force_eager")
-        reason = reason_of(error) if error else "on another rank"
-        log.print(f"note: torch.compile failed, training goes on without it ({reason})")
 
     def warm_up(self, shape: tuple[int, int, int, int]) -> Exception | None:
         """Pass a batch of zeros forward and back, and leave no trace. A compiled model is compiled here.
@@ -308,9 +315,8 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
         freeze_body(model, head)
     if training.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    compiles = training.compile
-    if compiles == "auto":
-        compiles = gains_from_compilation(world.device, plan.total_steps * plan.accumulation)
+    num_batches = plan.total_steps * plan.accumulation
+    modes, mode_notices = candidate_modes(False if training.eval_only else training.compile, world, num_batches)
     trainer = Trainer(
         model=model,
         ema=build_ema(model, plan.ema_decay),
@@ -336,8 +342,9 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
         ema_every=training.ema_every,
         channels_last=training.channels_last,
         seed=training.seed,
-        compiles=bool(compiles),
-        notices=tuple(notices),
+        num_classes=recipe.model.known_num_classes,
+        modes=modes,
+        notices=(*notices, *mode_notices),
     )
     trainer.model = _wrapped(model, trainer)
     return trainer
@@ -351,17 +358,17 @@ def _needs_head(recipe: Recipe) -> bool:
 
 
 def _wrapped(model: nn.Module, trainer: Trainer) -> nn.Module:
-    """Wrap the model as a step calls it: compiled if wanted, and exchanging gradients between ranks."""
-    if trainer.compiles:
-        model = compiled(model)
+    """Wrap the model as the steps of several ranks call it: compiled if wanted, and exchanging gradients."""
     if not dist.is_initialized():
-        return model
-    world = trainer.world
+        return model  # `prepare_step` compiles it
+    world, compiles = trainer.world, trainer.modes[0].compiled
+    if compiles:
+        model = compiled(model)
     return DistributedDataParallel(
         model,
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         # Incompatible with no_sync(), and with the way dynamo splits a graph at the buckets.
-        static_graph=trainer.accumulation == 1 and not trainer.compiles,
+        static_graph=trainer.accumulation == 1 and not compiles,
         **_LOCAL_BUFFERS,  # training reads no buffer of another rank, and evaluation takes rank 0's
     )

@@ -25,6 +25,7 @@ from imagenet_training.meters import EtaEstimator, PredictionRecorder
 from imagenet_training.preemption import PREEMPTED, StopRequest
 from imagenet_training.recipe import read_recipe
 from imagenet_training.state import TrainState
+from imagenet_training.step_mode import prepare_step
 
 ROOT = Path(__file__).parent.parent
 NUM_CLASSES = 4
@@ -107,6 +108,8 @@ class Guarded:
         ("16-mixed", ["--training.optimizer=adamw", "--training.grad_clip=1", "--training.accumulation=2"]),
         ("bf16-mixed", ["--training.optimizer=lamb", "--training.loss=bce", "--training.agc=0.01"]),
         ("32", ["--training.use_blurpool=1", "--training.compile=1"]),
+        ("16-mixed", ["--training.compile=graph", "--training.grad_clip=1", "--training.accumulation=2"]),
+        ("bf16-mixed", ["--training.compile=compiled-graph"]),
     ],
 )
 def test_steps_wait_for_nothing(beton, tmp_path, precision, options):
@@ -118,8 +121,9 @@ def test_steps_wait_for_nothing(beton, tmp_path, precision, options):
     run = train_imagenet.build(recipe, *train_imagenet.meet(recipe))
     loader = build_loaders(recipe, run.plan, run.data, run.world).train
     log = RunLog(tmp_path, True, eta=EtaEstimator([64], run.plan.steps_per_epoch))
-    run.trainer.compile_for(6, 64, log)
-    assert run.trainer.compiles == ("--training.compile=1" in options)
+    modes = {"1": "compiled", "graph": "graph", "compiled-graph": "compiled-graph"}
+    (wanted,) = {option.partition("compile=")[2] for option in options if "compile=" in option} or {"0"}
+    assert prepare_step(run.trainer, 6, 64, log) == modes.get(wanted, "eager")
     doing_nothing = {"stop": StopRequest(run.world), "save": lambda state: None}
     try:
         values = train_epoch(run.trainer, Guarded(loader), TrainState(), run.plan, log, **doing_nothing)

@@ -13,9 +13,9 @@ from imagenet_training.checkpoint import unwrapped
 from imagenet_training.model import (
     BlurPoolConv2d,
     build_model,
+    can_compile,
     compiled,
     find_library,
-    gains_from_compilation,
     model_size,
     pretrained_state,
 )
@@ -163,8 +163,8 @@ def test_a_compiled_model_is_the_model(tmp_path, monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "evaluation compiles nothing"
 
 
-def test_where_compilation_gains():
-    assert not gains_from_compilation(torch.device("cpu"), 10**6)
+def test_where_models_can_be_compiled():
+    assert not can_compile(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("raw", "averaged"), [("model", "ema"), ("state_dict", "state_dict_ema")])
