@@ -15,6 +15,7 @@ from stat import S_ISLNK, S_ISREG
 import numpy as np
 
 from ffcv_ops.errors import UserError
+from ffcv_ops.sources.labels import FLAT, assign, find_labels, number_remarks, read_labels
 from ffcv_ops.sources.remarks import (
     BESIDE,
     DEEPER,
@@ -26,7 +27,7 @@ from ffcv_ops.sources.remarks import (
     listing_remarks,
     similar_names,
 )
-from ffcv_ops.sources.source import PackedKeys, Source, SourceChanged, Stage
+from ffcv_ops.sources.source import PackedKeys, Source, SourceChanged, Stage, sort_keys
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # A network file system answers one question at a time slowly, and many questions at once quickly.
@@ -130,6 +131,46 @@ def scan(root: str | os.PathLike[str], stage: Stage = lambda what, count: None) 
     )
 
 
+def list_flat(root: str | os.PathLike[str], labels_path: str | None, stage: Stage = lambda what, count: None) -> Source:
+    """List the images of a folder whose classes are in a file of labels (see `ffcv_ops.sources.labels`).
+
+    Parameters
+    ----------
+    root : path
+        The images may lie in folders within it.
+    labels_path : str or None
+        If None, the labels of ILSVRC's validation images are looked for beside the folder.
+    stage : callable
+        See `Stage`.
+
+    Raises
+    ------
+    UserError
+        If there is no such folder, if it has no images, or if labels and images do not fit.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; it should have images")
+    (listing,) = _list_in_threads(root, [""], stage)
+    keys = PackedKeys()
+    keys.extend(listing.block)
+    if not len(keys):
+        raise UserError(f"{root}: has no class folders; it should have one subfolder of images a class")
+    is_ilsvrc = keys[0].rpartition("/")[2].startswith("ILSVRC2012_val_")
+    path = Path(labels_path) if labels_path else find_labels(str(root)) if is_ilsvrc else None
+    if path is None:
+        raise UserError(f"{root}: {FLAT}")
+    classes, labels = assign(keys, read_labels(path), str(root), str(path))
+    order = sort_keys(keys, labels)
+    places = np.frombuffer(listing.stats, np.int64).reshape(-1, 2)[order]
+    facts = {"folder": str(root.absolute()), "labels": str(path.absolute()), "num_images": len(keys)}
+    remarks = [*listing_remarks(listing.tally, listing.others), *similar_names(classes), *number_remarks(classes)]
+    return Source(
+        "folder", str(root), classes, keys.take(order), labels[order], places, places[:, 0], FolderReader(root),
+        facts=facts, remarks=remarks,
+    )  # fmt: skip
+
+
 def list_classes(root: Path, tally: Tally | None = None, extensions: Tally | None = None) -> list[str]:
     """Return the sorted names of the class folders. Count what lies beside them in `tally` and `extensions`."""
     tally, extensions = tally or Tally(), extensions or Tally()
@@ -191,10 +232,10 @@ def _await(future: Future[_ClassListing], report: Callable[[], None]) -> _ClassL
 def _list_class(
     root: Path, name: str, top: tuple[int, int], counts: list[int], number: int, stop: threading.Event
 ) -> _ClassListing:
-    """List a class, and keep ``counts[number]`` up to date for the progress."""
+    """List a class, and keep ``counts[number]`` up to date for the progress. Without a name, list the whole folder."""
     listing = _ClassListing(b"", array("q"), [], Tally(), Tally())
-    for folder, identity, files in sorted(_walk(root, name, top, listing.tally)):
-        inside = os.path.relpath(folder, root)
+    for folder, identity, files in sorted(_walk(root, name, (top,) if name else (), listing.tally)):
+        inside = os.path.relpath(folder, root) if name else os.path.relpath(folder, root).removeprefix(".")
         images = [file for file in files if _is_image(file)]
         if len(images) < len(files):
             for file in files:
@@ -204,9 +245,9 @@ def _list_class(
                 return listing
             listing.stats.extend(stat_image(os.path.join(folder, file)))
             counts[number] += 1
-        listing.block += os.fsencode("".join(f"{inside}{os.sep}{file}\0" for file in images))
+        listing.block += os.fsencode("".join(f"{os.path.join(inside, file)}\0" for file in images))
         listing.folders.append((identity, inside, len(images)))
-        if inside != name and images:
+        if name and inside != name and images:
             listing.tally.add(DEEPER, os.path.join(inside, images[0]), len(images))
     return listing
 
@@ -224,10 +265,10 @@ def _count_file(name: str, path: str, tally: Tally, extensions: Tally) -> None:
 
 
 def _walk(
-    root: Path, name: str, top: tuple[int, int], tally: Tally
+    root: Path, name: str, above: tuple[tuple[int, int], ...], tally: Tally
 ) -> Iterator[tuple[str, tuple[int, int], list[str]]]:
     """Yield path, identity and sorted files of each folder of a class. Links are followed, and circles refused."""
-    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [(os.path.join(root, name), (top,))]
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [(os.path.join(root, name), above)]
     while waiting:
         folder, above = waiting.pop()
         identity = _identify(folder)

@@ -6,8 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ffcv_ops.errors import UserError
-from ffcv_ops.sources.folder import list_classes, scan
+from ffcv_ops.sources.addresses import is_pattern
+from ffcv_ops.sources.folder import list_classes, list_flat, scan
 from ffcv_ops.sources.source import Source, Stage
+from ffcv_ops.sources.tar import SPLITS, open_tar
+from ffcv_ops.sources.webdataset import fits_shards, open_webdataset
 
 AUTO = "auto"
 
@@ -24,6 +27,13 @@ class SourceSpec:
         A name in `KINDS`, or ``auto``.
     split : str or None
         The split to write, for sources that hold several.
+    labels : str or None
+        A file with the class of each image, for images without class folders (see `ffcv_ops.sources.labels`).
+    class_names : str or None
+        A file with the names of the classes, one on each line, for sources that number classes.
+    image_column, label_column : str or None
+        Where samples have several parts, those with the image and with the class: extensions of shards, or a key of
+        their JSON.
     index : Path or None
         Where an interrupted run may have left its listing (``Source.save_index``).
     """
@@ -31,6 +41,10 @@ class SourceSpec:
     address: str
     kind: str = AUTO
     split: str | None = None
+    labels: str | None = None
+    class_names: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     index: Path | None = None
 
 
@@ -42,6 +56,8 @@ class Kind:
     ----------
     what : str
         What the kind is, for messages.
+    options : set of str
+        The fields of `SourceSpec` that the kind uses, besides address, kind and index.
     fits : callable
         Return whether an address is of this kind, from what is there. The first kind that fits is taken.
     open : callable
@@ -49,25 +65,41 @@ class Kind:
     """
 
     what: str
+    options: frozenset[str]
     fits: Callable[[SourceSpec], bool]
     open: Callable[[SourceSpec, Stage], Source]
 
 
+def _fits_folder(spec: SourceSpec) -> bool:
+    if not os.path.isdir(spec.address):
+        return False
+    has_folders = bool(list_classes(Path(spec.address)))
+    return has_folders or not any(name.endswith((".tar", ".tar.gz", ".tgz")) for name in os.listdir(spec.address))
+
+
 def _open_folder(spec: SourceSpec, stage: Stage) -> Source:
     root = Path(spec.address)
-    if root.is_dir():
-        inner = list_classes(root)
-        if inner and set(inner) <= {"train", "val", "test"}:
-            name = spec.split if spec.split in inner else inner[0]
-            raise UserError(f"{root}: holds the splits, not the classes of one; use --source {root / name}")
+    inner = list_classes(root) if root.is_dir() else []
+    if inner and set(inner) <= SPLITS and not spec.labels:
+        name = spec.split if spec.split in inner else inner[0]
+        raise UserError(f"{root}: holds the splits, not the classes of one; use --source {root / name}")
+    if spec.labels or (root.is_dir() and not inner):
+        return list_flat(root, spec.labels, stage)
     return scan(root, stage)
 
 
+def _fits_tar(spec: SourceSpec) -> bool:
+    return os.path.exists(spec.address) or is_pattern(spec.address)
+
+
 KINDS: dict[str, Kind] = {
-    "folder": Kind(
-        "folder with a subfolder of images for each class", lambda spec: os.path.isdir(spec.address), _open_folder
+    "folder": Kind("folder of images", frozenset(["split", "labels"]), _fits_folder, _open_folder),
+    "webdataset": Kind(
+        "WebDataset shards", frozenset(["class_names", "image_column", "label_column"]), fits_shards, open_webdataset
     ),
+    "tar": Kind("tar archives", frozenset(["split", "labels"]), _fits_tar, open_tar),
 }
+OPTIONS = ("labels", "class_names", "image_column", "label_column")
 
 
 def find_kind(spec: SourceSpec) -> str:
@@ -76,16 +108,22 @@ def find_kind(spec: SourceSpec) -> str:
     Raises
     ------
     UserError
-        If there is nothing at the address, or nothing that is known.
+        If there is nothing at the address, or nothing that is known. Also if an option is of no use for the kind.
     """
-    if spec.kind != AUTO:
-        if spec.kind not in KINDS:
-            raise UserError(f"source_kind must be {AUTO} or one of {', '.join(KINDS)}, not {spec.kind!r}")
-        return spec.kind
-    for name, kind in KINDS.items():
-        if kind.fits(spec):
-            return name
-    raise UserError(f"{spec.address}: no such folder; --source names the one with a subfolder of images for each class")
+    if spec.kind != AUTO and spec.kind not in KINDS:
+        raise UserError(f"source_kind must be {AUTO} or one of {', '.join(KINDS)}, not {spec.kind!r}")
+    kinds = KINDS if spec.kind == AUTO else [spec.kind]
+    found = next((name for name in kinds if spec.kind != AUTO or KINDS[name].fits(spec)), None)
+    if found is None:
+        raise UserError(
+            f"{spec.address}: no such folder; --source names the one with a subfolder of images for each class, or "
+            "archives"
+        )
+    unused = [f"--{name}" for name in OPTIONS if getattr(spec, name) is not None and name not in KINDS[found].options]
+    if unused:
+        what = KINDS[found].what
+        raise UserError(f"{spec.address}: is read as {what}, for which {unused[0]} has no use; see --source_kind")
+    return found
 
 
 def open_source(spec: SourceSpec, stage: Stage = lambda what, count: None) -> Source:

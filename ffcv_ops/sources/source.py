@@ -26,6 +26,9 @@ from ffcv_ops.sources.remarks import Remark
 Stage = Callable[[str, int], None]
 """Called with what is done, and with the number of images so far."""
 
+# As Python objects, all keys at once would take hundreds of MB.
+_KEYS_AT_ONCE = 4096
+
 
 class SourceError(UserError):
     """An error of a source while images are read, which is not the fault of one image. It always ends the run."""
@@ -65,6 +68,18 @@ class PackedKeys(Sequence[str]):
     def encoded(self, index: int) -> bytes:
         """Return a key as bytes, by its number from 0."""
         return bytes(self._block[self._ends[index] + 1 : self._ends[index + 1]])
+
+    def block(self) -> bytearray:
+        """Return all keys as `extend` takes them."""
+        return self._block
+
+    def take(self, order: np.ndarray, start: int = 0) -> "PackedKeys":
+        """Return the keys with these numbers, without their first bytes."""
+        taken = PackedKeys()
+        for first in range(0, len(order), _KEYS_AT_ONCE):
+            chosen = order[first : first + _KEYS_AT_ONCE].tolist()
+            taken.extend(b"".join(self.encoded(index)[start:] + b"\0" for index in chosen))
+        return taken
 
 
 class Reader(Protocol):
@@ -142,6 +157,37 @@ class Source:
         numbers = {name: number for number, name in enumerate(classes)}
         labels = np.array([numbers[name] for name in self.classes], np.int32)[self.labels]
         return replace(self, classes=list(classes), labels=labels)
+
+
+def sort_keys(keys: PackedKeys, labels: np.ndarray) -> np.ndarray:
+    """Return the order of images in a source: by class number, then by folder, then by file name.
+
+    This is the order of ``torchvision.datasets.ImageFolder``. Folders and names are compared as text, so the folder
+    ``a-b`` comes before ``a/b``, but behind ``a``.
+
+    Returns
+    -------
+    order : ndarray of uint32, shape (len(keys),)
+    """
+    order = np.argsort(labels, kind="stable").astype(np.uint32)
+    bounds = np.flatnonzero(np.diff(labels[order])) + 1
+    for part in np.split(order, bounds):
+        names = [keys[index].rpartition("/")[::2] for index in part.tolist()]
+        part[:] = part[sorted(range(len(names)), key=names.__getitem__)]
+    return order
+
+
+def find_twice(keys: PackedKeys) -> str | None:
+    """Return a key that several images have; None if there is no such key."""
+    hashes = np.fromiter((hash(keys.encoded(index)) for index in range(len(keys))), np.int64, len(keys))
+    ordered = np.sort(hashes)
+    repeated = np.isin(hashes, ordered[1:][ordered[1:] == ordered[:-1]])
+    seen: set[str] = set()
+    for index in np.flatnonzero(repeated).tolist():
+        if keys[index] in seen:
+            return keys[index]
+        seen.add(keys[index])
+    return None
 
 
 def class_difference(expected: Sequence[str], found: Sequence[str]) -> str | None:

@@ -12,7 +12,7 @@ from ffcv_ops.beton.layout import manifest_path
 from ffcv_ops.errors import UserError
 from ffcv_ops.settings import Flags, Settings, setting
 from ffcv_ops.settings.fields import Choice, Integer, Number, Switch, Text
-from ffcv_ops.sources.kinds import AUTO, KINDS, SourceSpec, find_kind
+from ffcv_ops.sources.kinds import AUTO, KINDS, OPTIONS, SourceSpec, find_kind
 from ffcv_ops.writing.plan import MODES, WriteSettings
 
 ROOT = Path("/fsx/ns1")
@@ -25,11 +25,21 @@ class Write:
     split: Literal["train", "val"] | None = setting(Choice("train", "val"))
     """Split to write. The classes of a val folder are numbered as in the train manifest, and may be fewer."""
     source: str | None = setting(Text())
-    """Folder with one subfolder of images for each class. None: /fsx/ns1/SPLIT."""
+    """Images: a folder with one subfolder for each class, a tar archive, or shards such as "train-{0000..1023}.tar" in
+    quotes. None: /fsx/ns1/SPLIT."""
     source_kind: str = setting(Choice(AUTO, *KINDS), default=AUTO)
-    """How the source is read. auto: as what is there tells."""
+    """How the source is read. auto: what is there decides."""
+    labels: str | None = setting(Text())
+    """Classes of a folder or archive without class folders: a file of lines "name class", ILSVRC2012_devkit_t12.tar.gz
+    or LOC_val_solution.csv."""
+    class_names: str | None = setting(Text())
+    """Names of the classes that shards number, one on each line. None: classes.txt beside the shards, if it exists."""
+    image_column: str | None = setting(Text())
+    """Extension of the images in shards. None: the one image of each sample."""
+    label_column: str | None = setting(Text())
+    """Extension, or key of .json, with the class in shards. None: cls, or label, cls or class in .json."""
     target: str | None = setting(Text())
-    """File to write. None: the path of the source folder with .beton after it."""
+    """File to write. None: the path of the source folder with .beton after it, or SPLIT.beton beside archives."""
     train_manifest: str | None = setting(Text())
     """With --split val: manifest whose class numbers the file gets. None: train.beton.json beside the target."""
     mode: str = setting(Choice(*MODES), default="jpg")
@@ -93,12 +103,20 @@ def choose_source(chosen: Write) -> tuple[SourceSpec, Path]:
     elif chosen.split:
         address = str(ROOT / chosen.split)
     else:
-        raise UserError("nothing to write: use --split train, --split val, or --source FOLDER")
-    spec = SourceSpec(address, chosen.source_kind, chosen.split)
+        raise UserError("nothing to write: use --split train, --split val, or --source with a folder or archive")
+    options = {name: getattr(chosen, name) for name in OPTIONS}
+    spec = SourceSpec(address, chosen.source_kind, chosen.split, **options)
     spec = replace(spec, kind=find_kind(spec))
-    absolute = Path(os.path.abspath(address))
-    target = Path(chosen.target) if chosen.target else absolute.parent / f"{absolute.name}.beton"
-    return spec, target
+    return spec, Path(chosen.target) if chosen.target else _beside(Path(os.path.abspath(address)), chosen.split)
+
+
+def _beside(source: Path, split: str | None) -> Path:
+    """Return the path of a file beside its source."""
+    if source.is_dir():
+        return source.parent / f"{source.name}.beton"
+    if split is None and not source.exists():
+        raise UserError(f"{source}: stands for several files; name the file to write with --target, or use --split")
+    return source.parent / f"{split or source.name.removesuffix('.tar')}.beton"
 
 
 def read_train_classes(chosen: Write, target: Path, notice: Callable[[str], None]) -> list[str] | None:

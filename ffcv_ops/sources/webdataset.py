@@ -1,0 +1,271 @@
+"""List WebDataset shards: tar archives in which files of one key are one sample.
+
+The key of a file is its path up to the first dot of its name, as in the package ``webdataset``. The rest is the
+extension, in lower case. A sample has one image and one class. The class is the content of the file ``.cls``, or a
+value in ``.json``. Unlike in ``webdataset``, the files of a sample may lie anywhere in a shard.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ffcv_ops.errors import UserError
+from ffcv_ops.sources.addresses import expand, is_pattern
+from ffcv_ops.sources.archives import Listing, Part, list_parts
+from ffcv_ops.sources.labels import number_remarks
+from ffcv_ops.sources.ranges import RangeReader, list_file
+from ffcv_ops.sources.remarks import listing_remarks
+from ffcv_ops.sources.source import Source, Stage
+from ffcv_ops.sources.tar import arrange, clean_name, is_image
+from ffcv_ops.sources.tar_headers import FILE, Member, check_not_compressed
+
+if TYPE_CHECKING:
+    from ffcv_ops.sources.kinds import SourceSpec
+
+_KEY = re.compile(rb"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+_META = re.compile(rb"__[^/]*__(/|$)")
+_NAMES_FILES = ("classes.txt", "classnames.txt", "class_names.txt")
+_JSON_KEYS = ("label", "cls", "class")
+_MOST_LABEL_BYTES = 1 << 20
+_FIRST_MEMBERS = 64
+_MOST_CLASSES = 1_000_000
+
+
+def has_labels(path: str) -> bool:
+    """Return whether one of the first files of an archive tells the class of a sample."""
+    try:
+        file = list_file(path)
+        reader = RangeReader([file])
+        check_not_compressed(reader.read(0, 0, 8), path)
+        for number, member in enumerate(Part(0, 0, file.size_bytes, path).walk(reader)):
+            if number == _FIRST_MEMBERS:
+                return False
+            if member.kind == FILE and member.name.lower().endswith((b".cls", b".json")):
+                return True
+    except UserError:
+        pass  # to be found again, and reported, when the archive is listed
+    return False
+
+
+def open_webdataset(spec: "SourceSpec", stage: Stage) -> Source:
+    """List the samples of shards.
+
+    Raises
+    ------
+    UserError
+        If a shard is compressed, damaged or cut, if a sample lacks its image or class, or if names of classes do not
+        fit.
+    """
+    files = [list_file(path) for path in expand(spec.address, (".tar",))]
+    reader = RangeReader(files)
+    for number, file in enumerate(files):
+        check_not_compressed(reader.read(number, 0, 8), file.path)
+    columns = [spec.image_column, spec.label_column]
+    identity: list[Any] = ["webdataset", [file.identity for file in files], columns]
+    listing = Listing.load(spec.index, identity)
+    if listing is None:
+        parts = [Part(number, 0, file.size_bytes, file.path) for number, file in enumerate(files)]
+        listing = list_parts(parts, lambda part, count: _ShardLister(part, reader, count, spec).run(), stage)
+    if not len(listing.names):
+        raise UserError(f"{spec.address}: has no images")
+    classes, table, names_file, is_text = _name_classes(listing.found, spec, files[0].path)
+    facts = {"path": os.path.abspath(spec.address), "num_archives": len(files)}
+    facts |= {"class_names": str(names_file)} if names_file else {}
+    remarks = listing_remarks(listing.tally, listing.extensions)
+    labels = table[np.frombuffer(listing.texts, np.int32)]
+    return arrange(
+        spec, listing, classes, labels, files, identity,
+        facts=facts, remarks=[*remarks, *(number_remarks(classes) if is_text else [])],
+    )  # fmt: skip
+
+
+class _Sample:
+    """What has been found of a sample so far."""
+
+    __slots__ = ("image", "is_json", "text")
+
+    def __init__(self) -> None:
+        self.image: Member | None = None
+        self.text: str | None = None
+        self.is_json = False
+
+
+class _ShardLister:
+    """The listing of one shard. Only samples that are not complete yet are kept as objects."""
+
+    def __init__(self, part: Part, reader: RangeReader, count: Callable[[], None], spec: "SourceSpec"):
+        self.listing = Listing()
+        self._part, self._count, self._walk = part, count, part.walk(reader)
+        self._image_column = (spec.image_column or "").lower().removeprefix(".")
+        self._label_column = spec.label_column
+        self._class_extension = (spec.label_column or "cls").removeprefix(".")
+        self._begun: dict[bytes, _Sample] = {}
+
+    def run(self) -> Listing:
+        """Return the samples of the shard."""
+        sample, key = _Sample(), b""
+        for member in self._walk:
+            name = clean_name(member.name)
+            if member.kind != FILE:
+                self._check_other(member, name)
+                continue
+            match = _KEY.fullmatch(name)
+            if match is None or _META.match(name):
+                self.listing.count_other(name)
+                continue
+            if match[1] != key:
+                self._finish(key, sample)
+                key = match[1]
+                sample = self._begun.pop(key) if key in self._begun else _Sample()
+            self._add(sample, member._replace(name=name), match[2].lower().decode("utf-8", "replace"))
+        self._finish(key, sample)
+        for key, sample in self._begun.items():
+            self._report(key, sample)
+        return self.listing
+
+    def _check_other(self, member: Member, name: bytes) -> None:
+        if is_image(name.rpartition(b"/")[2]):
+            raise self._error(f"{_text(name)} is a {member.kind}; make the shard again with files only")
+
+    def _finish(self, key: bytes, sample: _Sample) -> None:
+        """Note a sample that is complete. If it is not, the rest may follow elsewhere in the shard."""
+        image = sample.image
+        if image is not None and sample.text is not None:
+            self.listing.add(image.name, self._part, image.offset, image.size_bytes, sample.text)
+        elif image is not None or sample.text is not None:
+            self._begun[key] = sample
+
+    def _add(self, sample: _Sample, member: Member, extension: str) -> None:
+        """Add a file to its sample."""
+        is_wanted = extension == self._image_column if self._image_column else is_image(member.name)
+        if is_wanted:
+            self._count()
+            if sample.image is not None:
+                raise self._error(
+                    f"{_text(sample.image.name)} and {_text(member.name)} are images of one sample, because "
+                    "a key ends at the first dot; choose the extension of one with --image_column, or rename them"
+                )
+            sample.image = member
+            return
+        is_json = extension == "json" and self._class_extension != "json"
+        text = None
+        if is_json and sample.text is None:
+            text = self._json_label(member)
+        elif extension == self._class_extension:
+            if sample.text is not None and not sample.is_json:
+                raise self._error(f"{_text(member.name)} is the second class of its sample; give each sample its key")
+            text = self._label(member)
+        if text is not None:
+            sample.text, sample.is_json = text, is_json
+        elif not is_json or sample.text is None:
+            self.listing.tally.add(f"parts of samples left out with extension .{extension}", _text(member.name))
+
+    def _label(self, member: Member) -> str:
+        text = self._content(member).strip()
+        if not text or "\n" in text:
+            raise self._error(f"{_text(member.name)} is no class but {text[:40]!r}")
+        return text
+
+    def _json_label(self, member: Member) -> str | None:
+        """Return the class in a JSON file; None if there is none."""
+        try:
+            found = json.loads(self._content(member))
+        except ValueError as error:
+            raise self._error(f"{_text(member.name)} cannot be read as JSON ({error})") from error
+        if not isinstance(found, dict):
+            return None
+        for key in [self._label_column] if self._label_column else _JSON_KEYS:
+            value = found.get(key)
+            if isinstance(value, (int, str)) and not isinstance(value, bool) and str(value).strip():
+                return str(value).strip()
+        return None
+
+    def _content(self, member: Member) -> str:
+        if member.size_bytes > _MOST_LABEL_BYTES:
+            raise self._error(f"{_text(member.name)} is too large to be a label ({member.size_bytes} bytes)")
+        try:
+            return self._walk.content(member).decode()
+        except UnicodeDecodeError as error:
+            raise self._error(f"{_text(member.name)} cannot be read as a label ({error})") from error
+
+    def _report(self, key: bytes, sample: _Sample) -> None:
+        if sample.image is None:
+            raise self._error(f"the sample {_text(key)} has a class but no image")
+        where = f"no file .{self._label_column} or key of .json" if self._label_column else "no .cls, no label in .json"
+        raise self._error(
+            f"the sample {_text(key)} has an image but no class ({where}); name the extension or the key of .json with "
+            "--label_column"
+        )
+
+    def _error(self, message: str) -> UserError:
+        return UserError(f"{self._part.where}: {message}")
+
+
+def _text(name: bytes) -> str:
+    return os.fsdecode(name)
+
+
+def _name_classes(
+    found: dict[str, int], spec: "SourceSpec", first: str
+) -> tuple[list[str], np.ndarray, Path | None, bool]:
+    """Return the classes, the class number of each text, the file of names, and whether texts are names."""
+    names_file = Path(spec.class_names) if spec.class_names else _find_names(first)
+    names = read_class_names(names_file) if names_file else None
+    if all(text.isascii() and text.isdigit() for text in found):
+        numbers = np.array([int(text) for text in found], np.int64)
+        count = int(numbers.max()) + 1
+        if names is None:
+            if count > _MOST_CLASSES:
+                raise UserError(f"{spec.address}: has the class {count - 1}, which is no class number")
+            names = [str(number) for number in range(count)]
+        elif count > len(names):
+            raise UserError(f"{spec.address}: has the class {count - 1}, but {names_file} names {len(names)} classes")
+        return names, numbers.astype(np.int32), names_file, False
+    if names is None:
+        names = sorted(found)
+    elif not set(found) <= set(names):
+        raise UserError(
+            f"{spec.address}: has the class {min(set(found) - set(names))}, which {names_file} does not name"
+        )
+    places = {name: place for place, name in enumerate(names)}
+    return names, np.array([places[text] for text in found], np.int32), names_file, True
+
+
+def _find_names(first: str) -> Path | None:
+    found = [Path(first).parent / name for name in _NAMES_FILES]
+    return next((path for path in found if path.exists()), None)
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Return the names of classes from a file with one name on each line.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, or names a class twice.
+    """
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as names of classes, one on each line ({error})") from error
+    if len(set(names)) < len(names):
+        name = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path}: names the class {name} twice")
+    return names
+
+
+def fits_shards(spec: "SourceSpec") -> bool:
+    """Return whether an address names archives, of which the first one has labels."""
+    address = spec.address
+    if spec.labels or not (os.path.exists(address) or is_pattern(address)):
+        return False
+    try:
+        paths: Sequence[str] = expand(address, (".tar",))
+    except UserError:
+        return False
+    return has_labels(paths[0])
