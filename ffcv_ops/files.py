@@ -16,6 +16,10 @@ class SaveError(OSError):
     """A file could not be written: the disk is full, gone, or read-only."""
 
 
+class ReadError(OSError):
+    """A part of a file could not be read: storage failed, or the file was cut. The message names the file."""
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name to write to. Once all of it is on the disk, it becomes ``path`` in one move.
@@ -137,12 +141,20 @@ def write_all(descriptor: int, content: bytes | memoryview, offset: int | None =
         offset = None if offset is None else offset + written
 
 
+def size_of(path: str) -> int:
+    """Return the size of a file. Raise ReadError if it cannot be read."""
+    try:
+        return os.stat(path).st_size
+    except OSError as error:
+        raise ReadError(error.errno, error.strerror, path) from None
+
+
 def read_exactly(file: int, path: str, view: memoryview, offset: int) -> None:
     """Fill a view with the bytes of an open file from an offset on.
 
     Raises
     ------
-    OSError
+    ReadError
         If the file cannot be read, or ends too early. The message has the path and the place.
     """
     place = f"in the {len(view)} bytes from {offset} on"
@@ -150,7 +162,7 @@ def read_exactly(file: int, path: str, view: memoryview, offset: int) -> None:
         try:
             num_read = os.preadv(file, [view], offset)
         except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}, {place}", path) from None
+            raise ReadError(error.errno, f"{error.strerror}, {place}", path) from None
         if not num_read:
-            raise OSError(f"{path}: ends at byte {offset}, {place}: it was cut or replaced while in use")
+            raise ReadError(f"{path}: ends at byte {offset}, {place}: it was cut or replaced while in use")
         view, offset = view[num_read:], offset + num_read

@@ -12,7 +12,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from ffcv_ops import SampleError, UserError
-from ffcv_ops.files import SaveError
+from ffcv_ops.files import ReadError, SaveError
 from imagenet_training import distributed
 from imagenet_training.distributed import Failure, World
 from imagenet_training.logs import RunLog
@@ -56,13 +56,13 @@ def ending_with_status(
 
 def _end_failed(error: Exception, plan: RunPlan, world: World, log: RunLog, finish: Callable[[], None]) -> NoReturn:
     """Exit with status 1. Only the rank that failed first prints its error; torchrun ends the others."""
-    message, is_known = _explain(error, plan)
+    message, is_final = _explain(error, plan)
     if world.world_size == 1:
         log.print(f"error: {message}")
     else:
         _report_first_failure(error, message, world, log)
-    if is_known:
-        world.store.write("given up", message)  # torchrun need not restart a run that fails again
+    if is_final:
+        world.store.write("given up", message)  # torchrun need not restart the run
     try:
         finish()
     except Exception as other:
@@ -76,11 +76,12 @@ def _end_failed(error: Exception, plan: RunPlan, world: World, log: RunLog, fini
 
 
 def _explain(error: Exception, plan: RunPlan) -> tuple[str, bool]:
-    """Return the text for an error, and True if its cause is known and needs no traceback."""
+    """Return the text for an error, and True if the run would fail again. A known cause needs no traceback."""
     if isinstance(error, torch.OutOfMemoryError):
         return out_of_memory_message(plan), True
-    if isinstance(error, SaveError):
-        return f"{error}. Put that right and start again; a run goes on with --resume auto", True
+    if isinstance(error, (SaveError, ReadError)):
+        remedy = "Put that right and start again; a run goes on with --resume auto"
+        return f"{error}. {remedy}", isinstance(error, SaveError)
     if isinstance(error, (RunError, SampleError, UserError)):
         return str(error), True
     return traceback.format_exc().rstrip(), False

@@ -10,6 +10,7 @@ import pytest
 from betons import photographs, write_images
 
 from ffcv_ops import CenterCrop, Label, Loader, OrderOption, read_beton
+from ffcv_ops.files import ReadError
 from ffcv_ops.loading import read_ahead
 from ffcv_ops.loading.read_ahead import ReadAhead, values_of
 
@@ -99,15 +100,49 @@ def test_the_threads_double_while_that_makes_reading_faster(beton, file, monkeyp
 def test_the_error_of_a_read_names_file_place_and_reason(tmp_path):
     folder = os.open(tmp_path, os.O_RDONLY)
     one = np.array([4096]), np.array([100])
-    with pytest.raises(IsADirectoryError, match=r"Is a directory, in the 100 bytes from 4096 on: 'here.beton'"):
+    with pytest.raises(ReadError, match=r"Is a directory, in the 100 bytes from 4096 on: 'here.beton'"):
         ReadAhead(folder, "here.beton", lambda number: one, 1).begin_batch(0)
     os.close(folder)
 
 
+def test_a_batch_is_not_ended_by_the_error_of_a_later_one(beton, file):
+    sizes = np.array([100])
+    ahead = ReadAhead(file, "here.beton", lambda number: (np.array([beton.size_bytes * number]), sizes), 2)
+    ahead.begin_batch(0)
+    wait_until_idle(ahead)
+    with pytest.raises(ReadError, match="here.beton: ends at byte"):
+        ahead.begin_batch(1)
+    ahead.close()
+
+
 def test_a_file_that_ends_before_a_value_is_an_error(beton, file):
     beyond = np.array([beton.size_bytes - 10]), np.array([100])
-    with pytest.raises(OSError, match=rf"here.beton: ends at byte {beton.size_bytes}, in the 100 .*: it was cut"):
+    with pytest.raises(ReadError, match=rf"here.beton: ends at byte {beton.size_bytes}, in the 100 .*: it was cut"):
         ReadAhead(file, "here.beton", lambda number: beyond, 1).begin_batch(0)
+
+
+def test_after_a_read_that_fails_once_the_rest_is_read_ahead(beton, file, monkeypatch):
+    monkeypatch.setattr(read_ahead, "_CACHED_NS", -1 << 40)
+    monkeypatch.setattr(read_ahead, "_CHUNK", BATCH)
+    drop_from_cache(file)
+    values = values_in_order(beton, np.arange(128))
+    if resident(file, *map(int, (part[-1] for part in values(0)))):
+        pytest.skip("this file system keeps its files in memory")
+    read_values, failures = read_ahead._read_values, [3, 0]
+
+    def fail_twice(descriptor, offsets, sizes, *rest):
+        if not failures:
+            return read_values(descriptor, offsets, sizes, *rest)
+        failed = failures.pop(0)
+        return read_values(descriptor, offsets[:failed], sizes[:failed], *rest)[0], failed
+
+    monkeypatch.setattr(read_ahead, "_read_values", fail_twice)
+    ahead = ReadAhead(file, "file.beton", values, 1)
+    ahead._is_cold = True
+    ahead.begin_batch(0)
+    assert not failures, "the second failure was in the values behind the first one"
+    assert all(resident(file, int(offset), int(size)) for offset, size in zip(*values(0), strict=True))
+    ahead.close()
 
 
 def test_stopping_wakes_the_thread_that_waits(beton, file):

@@ -57,6 +57,7 @@ class EpochProducer:
         self.ids = ids
         self.copies = copies
         self.stopping = False
+        self.num_prepared = 0
         self._num_done = itertools.count()
         self.ready: SimpleQueue = SimpleQueue()
         self.free: SimpleQueue = SimpleQueue()
@@ -104,7 +105,10 @@ class EpochProducer:
                 slot_and_event = self.free.get()
                 if slot_and_event is None or self.stopping:
                     break
-                self.ready.put(self._prepare(number, *slot_and_event))
+                prepared = self._prepare(number, *slot_and_event)
+                self.num_prepared = number + 1
+                self.ready.put(prepared)
+                del prepared
         except BaseException as error:  # the consumer raises it
             last = error
         try:
@@ -121,9 +125,12 @@ class EpochProducer:
         if released is not None:
             # The host writes into the slot next. So the host has to wait for copies out of the slot, not a stream.
             released.synchronize()
-        started_s = time.perf_counter()
-        self.storage.begin_batch(number)
-        self.loader.storage_wait_s += time.perf_counter() - started_s
+        total_s, since_s = self.loader.storage_wait_s, time.perf_counter()
+        self.loader._storage_wait = total_s, since_s
+        try:
+            self.storage.begin_batch(number)
+        finally:
+            self.loader._storage_wait = total_s + time.perf_counter() - since_s, None
         with self.buffers.on_stream(slot):
             part = slice(number * self.loader.batch_size, (number + 1) * self.loader.batch_size)
             wanted = self.ids[part].astype(np.int64)
@@ -230,6 +237,11 @@ class EpochIterator(Iterator):
 
     def __len__(self) -> int:
         return len(self._producer)
+
+    @property
+    def num_prepared(self) -> int:
+        """The number of batches that are prepared, including those that were returned."""
+        return self._producer.num_prepared
 
     def __iter__(self) -> EpochIterator:
         return self

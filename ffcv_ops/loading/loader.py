@@ -6,6 +6,7 @@ epoch's thread, the orders, the reading of the file and the checks before it are
 """
 
 import os
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from ffcv_ops._ffcv import (
 from ffcv_ops.beton.reading import Beton, read_beton
 from ffcv_ops.cgroups import available_bytes
 from ffcv_ops.errors import UserError
+from ffcv_ops.files import size_of
 from ffcv_ops.loading.arguments import allowed_workers, at_least, checked_ids, chosen_seed, pipeline_spec, topology
 from ffcv_ops.loading.epoch import EpochIterator, EpochProducer
 from ffcv_ops.loading.epoch_length import batches_per_rank
@@ -102,7 +104,7 @@ class Loader(StockLoader):
     wait_s : float
         Seconds that the consumer waited for batches; see `take_wait_s`.
     storage_wait_s : float
-        Seconds that the preparation of batches waited for storage. The consumer need not have waited then.
+        Seconds that the preparation of batches waited for storage, up to now. The consumer need not have waited then.
 
     Raises
     ------
@@ -157,7 +159,7 @@ class Loader(StockLoader):
         self.skipped: dict[int, str] = {}
         self.num_skipped = 0
         self.wait_s = 0.0
-        self.storage_wait_s = 0.0
+        self._storage_wait: tuple[float, float | None] = (0.0, None)
         self.next_epoch = 0
         self._spare: Buffers | None = None
         self._producers: weakref.WeakSet[EpochProducer] = weakref.WeakSet()
@@ -277,6 +279,8 @@ class Loader(StockLoader):
         UserError
             If the epoch has fewer batches than `skip` or fewer samples than `skip_samples`, or the size of the file has
             changed.
+        ReadError
+            If storage does not give the size of the file.
         ValueError
             If the loader is closed.
         """
@@ -293,7 +297,7 @@ class Loader(StockLoader):
             if not 0 <= skip_samples <= len(ids):
                 raise UserError(f"skip_samples is {skip_samples}; this rank has {len(ids)} samples in epoch {epoch}")
             start = skip_samples
-        if os.stat(self.fname).st_size != self.beton.size_bytes:
+        if size_of(self.fname) != self.beton.size_bytes:
             raise UserError(f"{self.fname}: its size has changed since the loader was made: it was replaced or cut")
         for producer in list(self._producers):
             if producer.stopping:  # wait until it has given its buffers back, or new ones would be made
@@ -365,6 +369,12 @@ class Loader(StockLoader):
             )
 
     # ------------------------------------------------------------------ the rest
+
+    @property
+    def storage_wait_s(self) -> float:
+        """Return the seconds that the preparation of batches waited for storage, with the wait that is not over."""
+        total_s, since_s = self._storage_wait
+        return total_s if since_s is None else total_s + time.perf_counter() - since_s
 
     def take_wait_s(self) -> float:
         """Return the seconds that the consumer has waited for batches since the last call."""

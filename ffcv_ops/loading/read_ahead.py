@@ -84,6 +84,8 @@ class _Reads:
         The values that are read only if those tried are slow; None if there are none.
     num_pending, num_slow : int
         Chunks that were asked for and are not read yet, and slow reads.
+    is_bad : bool
+        A read has failed. The batch reads its values again when it begins, and raises an error only if that fails too.
     """
 
     offsets: np.ndarray
@@ -91,6 +93,7 @@ class _Reads:
     rest: np.ndarray | None = None
     num_pending: int = 0
     num_slow: int = 0
+    is_bad: bool = False
 
 
 class ReadAhead:
@@ -114,7 +117,7 @@ class ReadAhead:
         self._lock = threading.Condition()
         self._wanted: SimpleQueue[tuple[_Reads, np.ndarray] | None] = SimpleQueue()
         self._batches: dict[int, _Reads] = {}
-        self._next = 0
+        self._next = self._current = 0
         self._is_cold = False
         self._error: BaseException | None = None
         self._threads: list[threading.Thread] = []
@@ -125,9 +128,10 @@ class ReadAhead:
 
         Raises
         ------
-        OSError
+        ReadError
             If a value cannot be read.
         """
+        self._current = number
         with self._lock:
             self._ask(number)
             reads = self._batches.pop(number)
@@ -138,6 +142,8 @@ class ReadAhead:
                 raise self._error
             if waited and self._is_cold:
                 self._adapt()
+        if reads.is_bad:
+            self.read_again()
 
     def _ask(self, number: int) -> None:
         """Ask for the values of a batch, and of as many batches behind it as fit into the window."""
@@ -190,21 +196,26 @@ class ReadAhead:
             while (task := self._wanted.get()) is not None and self._error is None:
                 reads, positions = task
                 offsets, sizes = reads.offsets[positions], reads.sizes[positions]
-                num_slow, failed = _read_values(file, offsets, sizes, scratch, clock, _CACHED_NS)
-                if failed >= 0:
-                    # Read it again, for the error.
-                    read_exactly(file, self.path, memoryview(bytearray(sizes[failed])), int(offsets[failed]))
-                self._finish(reads, len(positions), num_slow)
+                num_slow = start = 0
+                is_bad = False
+                while start < len(offsets):
+                    slow, failed = _read_values(file, offsets[start:], sizes[start:], scratch, clock, _CACHED_NS)
+                    num_slow += slow
+                    if failed < 0:
+                        break
+                    is_bad, start = True, start + failed + 1
+                self._finish(reads, len(positions), num_slow, is_bad)
         except BaseException as error:  # the thread of the epoch raises it
             self._fail(error)
         finally:
             os.close(file)
 
-    def _finish(self, reads: _Reads, num_read: int, num_slow: int) -> None:
+    def _finish(self, reads: _Reads, num_read: int, num_slow: int, is_bad: bool) -> None:
         """Count a chunk that was read. If the file turns out not to be in the page cache, ask for the rest."""
         with self._lock:
             self._num_read += num_read
             reads.num_slow += num_slow
+            reads.is_bad |= is_bad
             if reads.num_slow >= _NUM_SLOW and not self._is_cold:
                 self._is_cold, self._num_read, self._since_s = True, 0, time.perf_counter()
             if self._is_cold:
@@ -223,6 +234,17 @@ class ReadAhead:
         with self._lock:
             self._error = self._error or error
             self._lock.notify_all()
+
+    def read_again(self) -> None:
+        """Read the values of the present batch once more, for the error of a value that cannot be read.
+
+        Raises
+        ------
+        ReadError
+            If there is one.
+        """
+        for offset, size in zip(*map(np.ndarray.tolist, self._values(self._current)), strict=True):
+            read_exactly(self._file, self.path, memoryview(bytearray(size)), offset)
 
     def stop(self) -> None:
         """End the reading. A thread that waits in `begin_batch` gets an error. Reads in flight are not waited for."""

@@ -10,7 +10,8 @@ import os
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -19,7 +20,7 @@ import numpy as np
 from ffcv_ops import _sigbus
 from ffcv_ops._ffcv import read_mapped
 from ffcv_ops.beton.allocations import AllocationTable
-from ffcv_ops.files import read_exactly
+from ffcv_ops.files import ReadError, read_exactly
 from ffcv_ops.loading.read_ahead import ReadAhead
 
 # The numbers of the stock loader: twelve threads read pages up to three batches ahead of their use.
@@ -31,7 +32,7 @@ class MappedFile:
     """A file that is mapped into memory. Its pages are in the operating system's cache, which all processes share.
 
     If another process cuts the file, reading the map raises SIGBUS. The handler of `ffcv_ops._sigbus` then puts zeros
-    there, and `check` raises OSError before the batch is used.
+    there, and `check` raises ReadError before the batch is used.
 
     Parameters
     ----------
@@ -66,11 +67,19 @@ class MappedFile:
         return read_mapped
 
     def check(self) -> None:
-        """Raise OSError if the file has become shorter or could not be read: a sample may have zeros in its place."""
-        if self._map.size() < self.data.size:
-            raise OSError(f"{self.path}: has less than its {self.data.size} bytes: it was cut or replaced while in use")
+        """Raise ReadError if the file has become shorter or could not be read: a sample may have zeros in its place."""
+        if self._size() < self.data.size:
+            raise ReadError(
+                f"{self.path}: has less than its {self.data.size} bytes: it was cut or replaced while in use"
+            )
         if _sigbus.was_cut(self._number):
-            raise OSError(f"{self.path}: a part of it could not be read: storage failed, or the file was cut")
+            raise ReadError(f"{self.path}: a part of it could not be read: storage failed, or the file was cut")
+
+    def _size(self) -> int:
+        try:
+            return self._map.size()
+        except OSError as error:
+            raise ReadError(error.errno, error.strerror, self.path) from None
 
 
 class MappedEpoch:
@@ -84,8 +93,16 @@ class MappedEpoch:
 
     def __init__(self, mapped: MappedFile, read_ahead: ReadAhead):
         self._mapped, self._read_ahead = mapped, read_ahead
-        self.locate, self.storage_state, self.check = mapped.locate, mapped.storage_state, mapped.check
+        self.locate, self.storage_state = mapped.locate, mapped.storage_state
         self.begin_batch, self.stop, self.close = read_ahead.begin_batch, read_ahead.stop, read_ahead.close
+
+    def check(self) -> None:
+        """Raise ReadError if the file was cut or could not be read; see `MappedFile.check`."""
+        try:
+            self._mapped.check()
+        except ReadError:
+            self._read_ahead.read_again()  # its error has the place and the reason
+            raise
 
 
 @dataclass(frozen=True)
@@ -201,6 +218,7 @@ class PagedFile:
         for page, slot in schedule.slots.items():
             self.slot_of_page[page] = slot
         self._present: set[int] = set()
+        self._failed: set[int] = set()
         self._wanted: SimpleQueue = SimpleQueue()
         self._read: SimpleQueue = SimpleQueue()
         self._unscheduled: list[np.ndarray] = []
@@ -212,7 +230,7 @@ class PagedFile:
 
         Raises
         ------
-        OSError
+        ReadError
             If a page cannot be read, or the file has become shorter.
         """
         if not self._threads:
@@ -224,9 +242,15 @@ class PagedFile:
         for page in self.schedule.needs.get(number, ()):
             while page not in self._present:
                 arrived, error = self._read.get()
-                if error is not None:
+                if arrived is None:
                     raise error
                 self._present.add(arrived)
+                if error is not None:
+                    self._failed.add(arrived)
+            if page in self._failed:  # only the batch that needs the page raises its error, if there still is one
+                self._failed.discard(page)
+                with _opened(self.path) as file:
+                    self._fill(file, page)
 
     def _start(self) -> None:
         for number in range(min(_NUM_READERS, max(1, len(self.schedule.slots)))):
@@ -237,13 +261,20 @@ class PagedFile:
     def _read_pages(self) -> None:
         """Read wanted pages until None is wanted. The thread that waits for pages raises the errors."""
         try:
-            with open(self.path, "rb", buffering=0) as file:
+            with _opened(self.path) as file:
                 while (page := self._wanted.get()) is not None and not self._stopping:
-                    slot = memoryview(self.slots[self.schedule.slots[page]])
-                    read_exactly(file.fileno(), self.path, slot, page * self.page_size)
-                    self._read.put((page, None))
+                    failure = None
+                    try:
+                        self._fill(file, page)
+                    except ReadError as error:
+                        failure = error
+                    self._read.put((page, failure))
         except BaseException as error:  # the thread of the epoch raises it
             self._read.put((None, error))
+
+    def _fill(self, file: int, page: int) -> None:
+        """Read a page into its slot."""
+        read_exactly(file, self.path, memoryview(self.slots[self.schedule.slots[page]]), page * self.page_size)
 
     def check(self) -> None:
         """Do nothing: a read of too few bytes has raised an error."""
@@ -259,8 +290,8 @@ class PagedFile:
         addresses = slots * np.uint64(self.page_size) + offsets + np.uint64(self.slots.ctypes.data)
         for i in np.flatnonzero(~present):
             sample = np.empty(int(sizes[i]), dtype=np.uint8)
-            with open(self.path, "rb", buffering=0) as file:
-                read_exactly(file.fileno(), self.path, memoryview(sample), int(data_ptrs[i]))  # type: ignore[arg-type]
+            with _opened(self.path) as file:
+                read_exactly(file, self.path, memoryview(sample), int(data_ptrs[i]))  # type: ignore[arg-type]
             self._unscheduled.append(sample)
             addresses[i] = sample.ctypes.data
         return addresses, sizes
@@ -283,6 +314,19 @@ class PagedFile:
         for thread in self._threads:
             thread.join()
         self._threads = []
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    """Open a file to read it without a buffer. Raise ReadError if it cannot be opened."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise ReadError(error.errno, error.strerror, path) from None
+    try:
+        yield file
+    finally:
+        os.close(file)
 
 
 def paged_reader(page_size: int) -> Callable:
