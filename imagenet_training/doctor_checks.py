@@ -33,7 +33,9 @@ _MIN_MEMORY_BYTES = 4e9
 _MIN_SHARED_BYTES_PER_GPU = 1 << 28
 # The rate of a smaller file says nothing about a disk.
 _MIN_MEASURED_BYTES = 1 << 26
-# If a file does not fit into memory, the loader reads pages of this size with this many threads.
+# The loader reads ahead with at most this many threads. If a file does not fit into memory, it reads pages of this size
+# with this many threads.
+_NUM_READERS = 64
 _PAGE_BYTES, _NUM_PAGE_READERS = 1 << 23, 12
 _MAX_JPEG_DIFFERENCE = 8
 _UPDATE_DRIVER = "update the driver, or install a PyTorch for its CUDA: https://pytorch.org/get-started"
@@ -288,7 +290,7 @@ def check_data(options: Options) -> Iterator[Finding]:
     fits = size_bytes <= available_bytes()
     for beton in betons:
         if beton.size_bytes >= _MIN_MEASURED_BYTES:
-            yield rates(beton, min(options.num_workers, allowed_cpus()), fits)
+            yield from rates(beton, min(options.num_workers, allowed_cpus()), fits)
     if not fits:
         text = f"together {show_bytes(size_bytes)}, more than the memory available"
         yield Finding("warning", text, "--data.in_memory=0 --data.order=quasi_random")
@@ -305,20 +307,28 @@ def file_system(path: Path) -> str:
     return f"{mount.fstype} ({mount.mountpoint})"
 
 
-def rates(beton: Any, num_workers: int, fits: bool) -> Finding:
-    """Compare how fast the disk gives images with how fast the CPUs decode them."""
-    name, image_bytes = f"{beton.path.stem} rate", beton.size_bytes // beton.num_samples
-    block_bytes, num_threads = (image_bytes, num_workers) if fits else (_PAGE_BYTES, _NUM_PAGE_READERS)
-    read = cold_read_rate(beton.path, block_bytes, num_threads) / image_bytes
-    decoded = _load_rate(beton, num_workers)
+def rates(beton: Any, num_workers: int, fits: bool) -> Iterator[Finding]:
+    """Measure the storage, and compare how fast it gives images with how fast the CPUs decode them."""
+    name, image_bytes = beton.path.stem, beton.size_bytes // beton.num_samples
+    block_bytes, num_threads = (image_bytes, _NUM_READERS) if fits else (_PAGE_BYTES, _NUM_PAGE_READERS)
+    read_s = block_bytes / cold_read_rate(beton.path, block_bytes, 1, time_s=0.5)
+    bytes_per_s = cold_read_rate(beton.path, block_bytes, num_threads)
+    read, decoded = bytes_per_s / image_bytes, _load_rate(beton, num_workers)
+    num_fed = int(read / decoded * num_workers)
+    text = f"{1e3 * read_s:.2g} ms for a read of {block_bytes / 1e3:,.0f} kB; {num_threads} reads at a time give "
+    text += f"{show_bytes(int(bytes_per_s))}/s, enough for {num_fed} workers like these"
+    if num_fed < num_workers:
+        text += f": more than --num_workers {max(1, num_fed)} are of no use while the file is not in memory"
+    yield Finding("ok", text, name=f"{name} storage")
     text = f"images/s: {decoded:,.0f} decoded by {num_workers} CPUs; {read:,.0f} read from the disk, past the cache"
     if read >= decoded:
-        return Finding("ok", text, name=name)
+        yield Finding("ok", text, name=f"{name} rate")
+        return
     if fits:
         text, remedy = f"{text}: the first epoch waits for the disk", f"cat {beton.path} >/dev/null  # into memory"
     else:
         text, remedy = f"{text}: every epoch waits for the disk", "a faster disk, or write_beton.py --max_side 400"
-    return Finding("warning", text, remedy, name)
+    yield Finding("warning", text, remedy, f"{name} rate")
 
 
 def cold_read_rate(path: Path, block_bytes: int, num_threads: int, time_s: float = 1.0) -> float:

@@ -140,6 +140,7 @@ class StepClock:
         self.images_per_step, self.earlier = images_per_step, list(earlier)
         self.num_images = self.num_steps = 0
         self.wait_s = 0.0
+        self.host_wait_s = self.storage_wait_s = 0.0
         self.first: tuple[int, float] | None = None
         self.waits: collections.deque[tuple[Any, Any]] = collections.deque()
         if self.on_gpu:
@@ -153,14 +154,24 @@ class StepClock:
         event.record()
         return event
 
-    def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yield the batches as they come, and mark the waits for them."""
+    def watch(self, batches: Iterable[Any], loader: Any) -> Iterator[Any]:
+        """Yield the batches as they come, and mark the waits for them.
+
+        Parameters
+        ----------
+        batches : iterable
+        loader : Loader
+            Its ``storage_wait_s`` shows which part of the host's waits was for storage. The other part was for the CPU.
+        """
         iterator = iter(batches)
         while True:
-            asked = self._mark()
+            asked, asked_s, storage_wait_s = self._mark(), time.perf_counter(), loader.storage_wait_s
             batch = next(iterator, None)
             if batch is None:
                 return
+            waited_s = time.perf_counter() - asked_s
+            self.host_wait_s += waited_s
+            self.storage_wait_s += min(waited_s, loader.storage_wait_s - storage_wait_s)
             self.waits.append((asked, self._mark()))
             self._add_waits()
             yield batch
@@ -172,23 +183,29 @@ class StepClock:
             self.wait_s += asked.elapsed_time(came) / 1000 if self.on_gpu else came - asked
 
     def sums(self) -> list[float]:
-        """Return images, seconds, and seconds of waiting, of this process or else of the earlier one; [] if none."""
+        """Return images, seconds, seconds of waiting, and those of waiting for storage; [] if there are none.
+
+        They are those of this process, or else of the earlier one. Old checkpoints lack the last one.
+        """
         if not self.num_images:
             return self.earlier
         self._add_waits()
-        return [self.num_images, max(time.perf_counter() - self.start_s, 1e-9), self.wait_s]
+        storage_s = self.wait_s * self.storage_wait_s / max(self.host_wait_s, 1e-9)
+        return [self.num_images, max(time.perf_counter() - self.start_s, 1e-9), self.wait_s, storage_s]
 
     def rates(self) -> dict[str, float]:
         """Return ``images_per_s``, ``data_wait`` in [0, 1] and ``step_s``; exact right after a wait for the device.
 
-        If no image was measured, nothing is returned.
+        ``data_wait_storage`` is the part of ``data_wait`` that was for storage. If no image was measured, nothing is
+        returned.
         """
         if not (sums := self.sums()):
             return {}
-        num_images, elapsed_s, wait_s = sums
+        num_images, elapsed_s, *waits_s = sums
+        waits = zip(("data_wait", "data_wait_storage"), waits_s, strict=False)
         return {
             "images_per_s": num_images / elapsed_s,
-            "data_wait": min(wait_s / elapsed_s, 1.0),
+            **{name: min(wait_s / elapsed_s, 1.0) for name, wait_s in waits},
             "step_s": elapsed_s / num_images * self.images_per_step,
         }
 

@@ -87,6 +87,7 @@ def key_figures(records: Records) -> dict[str, Any]:
     medians = {
         "images_per_s": finite_values(records, "images_per_s"),
         "data_wait": finite_values(records, "data_wait"),
+        "data_wait_storage": finite_values(records, "data_wait_storage"),
         "epoch_s": [b - a for a, b in zip(times, times[1:], strict=False)],
     }
     return {

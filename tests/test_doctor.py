@@ -176,8 +176,10 @@ def test_data_that_is_cut_missing_or_not_there_yet(data, tmp_path):
 @pytest.mark.parametrize("fits", [True, False])
 @pytest.mark.parametrize("disk", [1.0, 1e12])
 def test_the_disk_is_compared_with_the_cpus(monkeypatch, data, fits, disk):
-    monkeypatch.setattr(checks, "cold_read_rate", lambda *arguments: disk)
-    finding = checks.rates(read_beton(data), 1, fits)
+    monkeypatch.setattr(checks, "cold_read_rate", lambda *arguments, **options: disk)
+    storage, finding = checks.rates(read_beton(data), 1, fits)
+    assert storage.name == "train storage" and " ms for a read of " in storage.text
+    assert ("are of no use" in storage.text) == (disk == 1.0)
     rates = re.match(r"images/s: (\S+) decoded by 1 CPUs; (\S+) read from the disk, past the cache(.*)", finding.text)
     decoded, read = (int(rate.replace(",", "")) for rate in rates.groups()[:2])
     assert finding.name == "train rate" and decoded > 0

@@ -67,6 +67,8 @@ def data_of(plan, digest="a"):
 class Part:
     """One process's part of a run on random tensors, from a state to a stop after so many steps or to an epoch."""
 
+    storage_wait_s = 0.0
+
     def __init__(self, plan, state, folder, **options):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(12, 3))
@@ -397,7 +399,7 @@ def test_after_a_stop_in_validation_the_line_of_the_epoch_has_the_pace_of_its_tr
     log = RunLog(tmp_path, True, eta=EtaEstimator([8] * 6, plan.steps_per_epoch))
     whole = train_epoch(first.trainer, first, first.state, plan, log, stop=stop, save=lambda state: None)
     content = content_of(recipe_of(), plan, first.state)
-    num_images, elapsed_s, _ = first.state.pace
+    num_images, elapsed_s, *_ = first.state.pace
     assert num_images == 100 and elapsed_s > 0
     half = plan_of(recipe_of("--batch_size=5"), resumed=content)
     for resumed_plan, steps in ((plan, 1), (half, 0.5)):
