@@ -24,6 +24,7 @@ anything was created. Status 1: the run failed.
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ffcv_ops.console import protect_output
@@ -130,9 +131,14 @@ def train_epochs(recipe: Recipe, run: Run, loaders: "Loaders", lock: "OwnerLock"
         for epoch in range(state.epoch, plan.epochs):
             loaders.set_resolution(plan.resolution(epoch))
             state.step_mode = prepare_step(trainer, plan.batch_size, plan.resolution(epoch), log)
-            trained = train_epoch(trainer, loaders.train, state, plan, log, stop=stop, save=folder.save)
+            evaluates = plan.evaluates(epoch)
+            begin_training = partial(loaders.begin_training, epoch + 1, plan)
+            begin_next = loaders.val.begin if evaluates else None
+            trained = train_epoch(
+                trainer, loaders.train, state, plan, log, stop=stop, save=folder.save, begin_next=begin_next
+            )
             evaluated = NOT_EVALUATED
-            if plan.evaluates(epoch):
+            if evaluates:
                 evaluated = evaluate(
                     trainer,
                     loaders.val,
@@ -141,7 +147,10 @@ def train_epochs(recipe: Recipe, run: Run, loaders: "Loaders", lock: "OwnerLock"
                     settings=recipe.validation,
                     classes=run.data.classes,
                     stop=stop,
+                    begin_next=begin_training,
                 )
+            else:
+                begin_training()
             state.finish_epoch(evaluated.values)
             log.epoch(state, trained | evaluated.values)
             folder.save_epoch(state, evaluated.predictions)

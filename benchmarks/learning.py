@@ -71,6 +71,8 @@ class StockBatches:
         Random crops, flips and dense targets; else centre crops and labels, in order.
     """
 
+    storage_wait_s, num_prepared = 0.0, 0
+
     def __init__(self, recipe: Recipe, *, train: bool):
         self.smoothing, self.num_classes = (
             recipe.training.label_smoothing if train else None,
@@ -115,8 +117,11 @@ class StockBatches:
                 targets = F.one_hot(labels.long(), self.num_classes) * (1.0 - self.smoothing)
                 yield images, targets + self.smoothing / self.num_classes
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(self, epoch: int, *, skip_samples: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return iter(self)
+
+    def begin(self, epoch: int | None = None) -> None:
+        """Do nothing: stock FFCV's loader begins when it is asked for batches."""
 
 
 def train(name: str, data: Path, folder: Path, seed: int, options: argparse.Namespace) -> float:

@@ -1,5 +1,7 @@
 """Work that training does not wait for: a thread does it while the next steps go on."""
 
+import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -21,3 +23,28 @@ class BackgroundTask:
         task, self._task = self._task, None
         if task is not None:
             task.result()
+
+
+class BackgroundQueue:
+    """Short tasks that one thread does in order, such as writes to slow storage. Any thread may add one."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="background queue")
+        self._tasks: deque[Future[None]] = deque()
+        self._lock = threading.Lock()
+
+    def put(self, task: Callable[[], None]) -> None:
+        """Add a task. Raise what an earlier task raised, if that has ended."""
+        with self._lock:
+            while self._tasks and self._tasks[0].done():
+                self._tasks.popleft().result()
+            self._tasks.append(self._executor.submit(task))
+
+    def finish(self) -> None:
+        """Wait until all tasks have ended. Raise what one of them raised."""
+        while True:
+            with self._lock:
+                if not self._tasks:
+                    return
+                task = self._tasks.popleft()
+            task.result()  # without the lock, since the task itself may add one

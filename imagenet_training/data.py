@@ -1,6 +1,8 @@
 """The data of a recipe: its two files, and the loaders that turn them into batches."""
 
+import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +27,7 @@ from ffcv_ops import (
     UserError,
     read_beton,
 )
+from ffcv_ops.loading.epoch import EpochIterator
 from ffcv_ops.machine import cpus_per_rank
 from imagenet_training.classes import ClassMatch, imagenet_names, match_classes
 from imagenet_training.contact_sheet import denormalized
@@ -69,9 +72,44 @@ class TrainingData:
         return self.train.num_samples if self.train is not None else self.val.num_samples
 
 
+class EarlyLoader(Loader):
+    """A loader whose next epoch can begin before it is asked for. The arguments are those of `Loader`."""
+
+    _begun: tuple[int, EpochIterator] | None = None
+    _latest: weakref.ref[EpochIterator] | None = None
+
+    def begin(self, epoch: int | None = None) -> None:
+        """Begin to prepare the next epoch, or that of a number. If that fails, `epoch` tries it again."""
+        next_epoch = self.next_epoch
+        epoch = next_epoch if epoch is None else epoch
+        with suppress(OSError, UserError), torch.inference_mode(False):
+            self._begun = epoch, self.epoch(epoch)
+        self.next_epoch = next_epoch
+
+    def epoch(self, epoch: int, skip: int = 0, *, skip_samples: int | None = None) -> EpochIterator:
+        """Return the batches of an epoch, as `Loader.epoch` does. If it has begun, some of them may be ready."""
+        begun, self._begun = self._begun, None
+        if begun is not None and begun[0] == epoch and not skip and not skip_samples:
+            self.next_epoch, batches = epoch + 1, begun[1]
+        else:
+            if begun is not None:
+                begun[1].close()
+            batches = super().epoch(epoch, skip, skip_samples=skip_samples)
+        self._latest = weakref.ref(batches)
+        return batches
+
+    @property
+    def num_prepared(self) -> int:
+        """The number of batches that are prepared of the latest epoch, including those that were returned."""
+        batches = self._latest() if self._latest is not None else None
+        return 0 if batches is None else batches.num_prepared
+
+
 @dataclass
 class Loaders:
     """The loaders of a run that trains.
+
+    While one of them has no more to prepare, the other one begins. Both keep the buffers of their batches in any case.
 
     Attributes
     ----------
@@ -81,13 +119,21 @@ class Loaders:
         Normalised images, float (N, 3, H, W), and labels, int64 (N,): this rank's share, each sample once.
     """
 
-    train: Loader
-    val: Loader
+    train: EarlyLoader
+    val: EarlyLoader
     train_crop: RandomResizedCrop
 
     def set_resolution(self, size_px: int) -> None:
         """Set the side of the training crops for the epochs that begin from now on."""
         self.train_crop.size = size_px
+
+    def begin_training(self, epoch: int, plan: RunPlan) -> None:
+        """Begin to prepare an epoch of training, if the run has it and its images have the same size as the last ones.
+
+        For another size, the step is compiled or recorded first, and nothing should use the device meanwhile.
+        """
+        if epoch < plan.epochs and plan.resolution(epoch) == self.train_crop.size:
+            self.train.begin(epoch)
 
 
 def open_training_data(recipe: Recipe) -> TrainingData:
@@ -245,7 +291,7 @@ def build_augmentations(recipe: Recipe) -> list[Any]:
 
 def train_loader(
     recipe: Recipe, file: Beton, world: World, dtype: torch.dtype, crop: RandomResizedCrop, *, batch_size: int
-) -> Loader:
+) -> EarlyLoader:
     """Build the loader of `Loaders.train`."""
     augmentation = recipe.augmentation
     mix = Mix(
@@ -259,7 +305,7 @@ def train_loader(
     )
     normalize = Normalize(*pixel_statistics(recipe), dtype)
     to_device = _to_device(world)
-    return Loader(
+    return EarlyLoader(
         file,
         batch_size=batch_size,
         num_workers=_num_workers(recipe),
@@ -286,7 +332,7 @@ def val_loader(
     *,
     indices: Sequence[int] | None = None,
     num_workers: int | None = None,
-) -> Loader:
+) -> EarlyLoader:
     """Build the loader of `Loaders.val`, of all samples or of those whose ids are given."""
     validation, to_device = recipe.validation, _to_device(world)
     crop = CenterCrop(
@@ -295,7 +341,7 @@ def val_loader(
         resize=validation.resize,
         interpolation=validation.interpolation,
     )
-    return Loader(
+    return EarlyLoader(
         file,
         batch_size=validation.batch_size,
         num_workers=num_workers or _num_workers(recipe),

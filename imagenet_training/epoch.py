@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from imagenet_training.preemption import StopRequest
 from imagenet_training.sections import Validation
 from imagenet_training.state import TrainState
 from imagenet_training.trainer import Trainer, autocast, batch_place
+
+Batch = TypeVar("Batch")
 
 
 class EpochMeters:
@@ -49,9 +51,10 @@ class EpochMeters:
         state.totals, state.pace = [], []
         self.lr = trainer.lr(max(plan.step_at(state.epoch, state.samples) - 1, 0))
 
-    def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def watch(self, batches: Iterable[Any], loader: Any) -> Iterator[Any]:
         """Yield the batches that are left of the epoch's full steps, and measure the waits for them."""
-        return self.clock.watch(islice(batches, self.plan.steps_left(self.state.samples) * self.plan.accumulation))
+        num_left = self.plan.steps_left(self.state.samples) * self.plan.accumulation
+        return self.clock.watch(islice(batches, num_left), loader)
 
     def add_batch(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """Count a batch: its loss (scalar), logits (N, K) and targets (N, K)."""
@@ -86,6 +89,7 @@ def train_epoch(
     *,
     stop: StopRequest,
     save: Callable[[TrainState], None],
+    begin_next: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Train one epoch, or the rest of an epoch that was interrupted.
 
@@ -104,13 +108,16 @@ def train_epoch(
         ``stop.agreed()`` is called after every step.
     save : callable
         Called with the state every ``plan.save_every_steps`` steps, on all ranks.
+    begin_next : callable, optional
+        Called once the loader has prepared the last batch of this epoch.
 
     Returns
     -------
     dict
         ``train/loss``, ``train/acc1``, ``train/acc5`` (against each image's heavier label if images are mixed),
         ``lr``, ``images_per_s``, ``data_wait`` (share of the time spent waiting for batches, by the GPU if there is
-        one), ``step_s``; ``global_batch_size``; on a GPU ``gpu_peak_allocated_bytes``, ``gpu_peak_reserved_bytes``.
+        one), ``data_wait_storage`` (the part of it that was for storage), ``step_s``; ``global_batch_size``; on a GPU
+        ``gpu_peak_allocated_bytes``, ``gpu_peak_reserved_bytes``.
 
     Raises
     ------
@@ -121,10 +128,11 @@ def train_epoch(
     """
     trainer.train_mode()
     meters = EpochMeters(trainer, plan, state)
-    batches = meters.watch(loader.epoch(state.epoch, skip_samples=state.samples // plan.world_size))
+    batches = meters.watch(loader.epoch(state.epoch, skip_samples=state.samples // plan.world_size), loader)
     done = (plan.steps_per_epoch - plan.steps_left(state.samples)) * plan.accumulation
     bar = log.track(batches, f"epoch {state.epoch}", total=plan.batches_per_epoch, done=done)
-    for count, (images, targets) in enumerate(bar):
+    num_left = plan.batches_per_epoch - done
+    for count, (images, targets) in enumerate(calling_once_prepared(bar, loader, num_left, begin_next)):
         number = count % plan.accumulation
         loss, logits = trainer.backward(images, targets, number=number, place=batch_place(state, plan, number))
         meters.add_batch(loss, logits, targets)
@@ -147,6 +155,20 @@ def train_epoch(
     log.eta.start_pause()
     size = {"global_batch_size": plan.global_batch_size}
     return {**meters.values(state.totals), **size, **meters.clock.peak_memory()}
+
+
+def calling_once_prepared(
+    batches: Iterable[Batch], loader: Any, num_batches: int, action: Callable[[], None] | None
+) -> Iterator[Batch]:
+    """Yield the batches of a loader. Call `action` once so many are prepared: the loader's workers are idle then.
+
+    The call comes before a batch is used, so that a GPU still has the work of the batches before.
+    """
+    for batch in batches:
+        if action is not None and loader.num_prepared >= num_batches:
+            action()
+            action = None
+        yield batch
 
 
 def non_finite_message(state: TrainState, lr: float, precision: str) -> str:
@@ -188,6 +210,7 @@ def evaluate(
     settings: Validation,
     classes: ClassMatch,
     stop: StopRequest | None = None,
+    begin_next: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Evaluate the trainer's model on the whole validation split.
 
@@ -205,6 +228,8 @@ def evaluate(
         The model's numbers for the classes of the split.
     stop : StopRequest, optional
         Leave the evaluation with `Stopped` if the ranks agree to.
+    begin_next : callable, optional
+        Called once the loader has prepared the last batch.
 
     Returns
     -------
@@ -217,6 +242,7 @@ def evaluate(
     if stop is not None:
         fewest = math.ceil(beton.num_samples // world.world_size / loader.batch_size)
         batches = stop.watched(loader, fewest)
+    batches = calling_once_prepared(batches, loader, len(loader), begin_next)
     values = measure(
         trainer.evaluated_model,
         log.track(batches, "validation", total=len(loader)),

@@ -6,7 +6,9 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from tqdm import tqdm
@@ -14,8 +16,9 @@ from tqdm import tqdm
 from ffcv_ops.console import open_text
 from ffcv_ops.files import SaveError, replace_text, replacing
 from ffcv_ops.units import show_duration
+from imagenet_training.background import BackgroundQueue
 from imagenet_training.charts import draw_curve
-from imagenet_training.metrics import ExpectedAccuracy, pace
+from imagenet_training.metrics import ExpectedAccuracy, Records, finite_values, pace
 from imagenet_training.state import TrainState
 
 if TYPE_CHECKING:  # reading a run's record does not need torch
@@ -24,12 +27,15 @@ if TYPE_CHECKING:  # reading a run's record does not need torch
 
 Batch = TypeVar("Batch")
 
+# From this share of the time on, the line of an epoch names the cause of waits for data, and the end of a run a remedy.
+_NAMED_DATA_WAIT, _MUCH_DATA_WAIT = 0.01, 0.05
+
 
 class RunLog:
     """The one place that prints and records a run. It is silent on every rank but 0.
 
     On a terminal, a bar shows the progress of an epoch. If the output is piped, lines do. The log file gets the lines
-    either way.
+    either way. A thread writes the files, so that no step waits for their storage.
 
     Parameters
     ----------
@@ -65,6 +71,7 @@ class RunLog:
         self._run_name = ""
         self._wandb: Any = None
         self._unwritten: list[str] = []
+        self._writes = BackgroundQueue()
         self._records: list[dict[str, Any]] = []
         self._failed_files: set[Path] = set()
         self._bar: tqdm | None = None
@@ -91,7 +98,7 @@ class RunLog:
         if self._file is None:
             self._unwritten.append(text)
         else:
-            print(text, file=self._file, flush=True)
+            self._writes.put(partial(print, text, file=self._file, flush=True))
 
     def failure(self, rank: int, message: str) -> None:
         """Print once that another rank has failed, and why."""
@@ -135,7 +142,7 @@ class RunLog:
         self._progress(
             f"epoch {state.epoch}  step {done}/{steps_per_epoch}  loss {now['train/loss']:.4f}  "
             f"top-1 {now['train/acc1']:.2%}  lr {now['lr']:.5g}  {now['images_per_s']:,.0f} images/s  "
-            f"data wait {now['data_wait']:.1%}  {show_duration(remaining_s)} to go",
+            f"{data_wait(now)}  {show_duration(remaining_s)} to go",
             f"run {show_duration(remaining_s)} to go, loss {now['train/loss']:.3f}, top-1 {now['train/acc1']:.1%}, "
             f"{now['images_per_s']:,.0f} images/s",
         )
@@ -190,7 +197,7 @@ class RunLog:
         if earlier is not None and earlier.is_dir() and not earlier.samefile(self.folder):
             self._copy_records(earlier, state)
         self._records = [record for record in self._read_records() if record["epoch"] < state.epoch]
-        self._write_records()
+        self._write_records(self.records())
         replace_text(self.folder / f"{state.run_name}.recipe.json", json.dumps(provenance, indent=1) + "\n")
         if provenance["recipe"]["wandb"]["enable"]:
             from imagenet_training.wandb import start_wandb
@@ -236,10 +243,10 @@ class RunLog:
             self.print(f"note: {num_bad} lines of {self._records_path} are no records of epochs, and were left out")
         return records
 
-    def _write_records(self) -> None:
-        """Write all records, also those that an earlier call could not write."""
+    def _write_records(self, records: Records) -> None:
+        """Write all records so far, also those that an earlier call could not write."""
         try:
-            replace_text(self._records_path, "".join(json.dumps(record) + "\n" for record in self._records))
+            replace_text(self._records_path, "".join(json.dumps(record) + "\n" for record in records))
         except SaveError as error:
             self._note_unwritten(self._records_path, str(error))
 
@@ -271,9 +278,13 @@ class RunLog:
         self.print(epoch_line(values, epoch, len(resolutions), resolutions[epoch], expected))
         self.last = {"epoch": epoch, **values, "resolution": resolutions[epoch]}
         self._records.append({**self.last, "step": state.step, "time": time.time()})
-        self._write_records()
+        self._writes.put(partial(self._write_records, self.records()))
         if self._wandb is not None:
             self._wandb.log_epoch({**self.last, "position": state.epoch}, state.step)
+
+    def finish_writes(self) -> None:
+        """Wait until all lines and records are in their files."""
+        self._writes.finish()
 
     def draw(self) -> None:
         """Draw the curve of the epochs so far."""
@@ -286,6 +297,7 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.finish(exit_code)
             self._wandb = None
+        self.finish_writes()
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -305,6 +317,26 @@ def pace_line(resolution: int, epoch_s: float, remaining_s: float) -> str:
     )
 
 
+def data_wait(values: Mapping[str, float]) -> str:
+    """Return the share of the time that training waited for data. From 1 % on, name what it waited for."""
+    total = values["data_wait"]
+    storage = values.get("data_wait_storage")
+    if storage is None or total < _NAMED_DATA_WAIT:
+        return f"data wait {total:.1%}"
+    return f"data wait {total:.1%} (storage {storage:.1%}, CPU {total - storage:.1%})"
+
+
+def data_wait_advice(records: Records) -> str:
+    """Return what kept training waiting for data in most epochs, with the place of the remedies; "" if little did."""
+    waits, storage = finite_values(records, "data_wait"), finite_values(records, "data_wait_storage")
+    if not waits or not storage or median(waits) < _MUCH_DATA_WAIT:
+        return ""
+    cause, remedy = "the CPU", "more cores or smaller images help"
+    if median(storage) > median(waits) / 2:
+        cause, remedy = "storage", "a copy of the files on a local disk helps"
+    return f"training waited {median(waits):.0%} of its time for data, mostly for {cause}: {remedy}, see docs/TUNING.md"
+
+
 def epoch_line(values: Mapping[str, float], epoch: int, epochs: int, resolution: int, expected: str) -> str:
     """Return one line on a finished epoch, and its distance from what the recipe expects."""
     line = (
@@ -314,7 +346,7 @@ def epoch_line(values: Mapping[str, float], epoch: int, epochs: int, resolution:
     if "val/acc1" in values:
         line += f"  val loss {values['val/loss']:.4f}  top-1 {values['val/acc1']:.2%}  top-5 {values['val/acc5']:.2%}"
     if "images_per_s" in values:
-        line += f"  {values['images_per_s']:,.0f} images/s  data wait {values['data_wait']:.1%}"
+        line += f"  {values['images_per_s']:,.0f} images/s  {data_wait(values)}"
     if "gpu_peak_allocated_bytes" in values:
         allocated, reserved = (values[f"gpu_peak_{kind}_bytes"] / 2**30 for kind in ("allocated", "reserved"))
         line += f"  GPU memory {allocated:.1f} GiB ({reserved:.1f} reserved)"

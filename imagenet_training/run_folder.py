@@ -27,7 +27,7 @@ from imagenet_training.contact_sheet import class_names
 from imagenet_training.data import TrainingData, validation_images
 from imagenet_training.distributed import World, decided_by_main, wait_for_all
 from imagenet_training.export import use_of_weights
-from imagenet_training.logs import RunLog
+from imagenet_training.logs import RunLog, data_wait_advice
 from imagenet_training.meters import EtaEstimator
 from imagenet_training.model import model_size, recipe_model
 from imagenet_training.outputs import LOCK_NAME
@@ -152,13 +152,12 @@ class RunFolder:
             self.lock.release()
 
     def _start(self, work: Callable[[], None]) -> None:
-        """Start a task that writes files, if the folder is still this run's."""
+        """Start a task that writes files, if the folder is still this run's. No step waits for the check."""
 
         def checked() -> None:
             self.lock.check()
             work()
 
-        self.lock.check()
         self._background.start(checked)
 
     def _content(self, state: TrainState) -> dict[str, Any]:
@@ -246,6 +245,8 @@ class RunFolder:
             log.print(f"  exported weights  {checkpoints.weights}")
         log.print(f"  logs              {log.folder / state.run_name}.log .jsonl .png .recipe.json .predictions.npz")
         log.print(f"  report            {self.report}")
+        if advice := data_wait_advice(log.records()):
+            log.print(f"note: {advice}")
         log.print("next")
         train_on = {"training.resume": str(checkpoints.last), "training.epochs": str(2 * self.plan.epochs)}
         evaluated = best if best.exists() else checkpoints.last  # it brings the settings of the run

@@ -1,6 +1,7 @@
 """One epoch on tensors: gradients, accumulation, metrics, faults."""
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from plans import make_plan
 from torch import nn
 
 from imagenet_training.distributed import World
-from imagenet_training.epoch import measure, train_epoch
+from imagenet_training.epoch import calling_once_prepared, measure, train_epoch
 from imagenet_training.failures import RunError
 from imagenet_training.logs import RunLog
 from imagenet_training.loss import soft_target_cross_entropy
@@ -34,6 +35,8 @@ WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=tor
 
 class Batches:
     """A loader over tensors, with the interface of the real one."""
+
+    storage_wait_s = 0.0
 
     def __init__(self, images, targets, batch_size):
         self.images, self.targets, self.batch_size = images, targets, batch_size
@@ -276,8 +279,8 @@ def test_waits_are_those_between_batches():
             time.sleep(0.1)
             yield number
 
-    clock = StepClock(torch.device("cpu"), images_per_step=10)
-    for number in clock.watch(slow()):
+    clock, loader = StepClock(torch.device("cpu"), images_per_step=10), SimpleNamespace(storage_wait_s=0.0)
+    for number in clock.watch(slow(), loader):
         clock.num_images, clock.num_steps = 10 * (number + 1), number + 1
         time.sleep(0.2)
     rates = clock.rates()
@@ -285,6 +288,41 @@ def test_waits_are_those_between_batches():
     assert rates["data_wait"] == pytest.approx(clock.wait_s / (3 * rates["step_s"]), rel=0.01)
     assert rates["images_per_s"] == pytest.approx(10 / rates["step_s"])
     assert clock.peak_memory() == {}
+
+
+def test_the_part_of_a_wait_in_which_the_loader_waited_for_storage_is_named():
+    loader = SimpleNamespace(storage_wait_s=7.0)
+
+    def slow():
+        for for_storage in (0.0, 0.1, 0.1):
+            time.sleep(0.1)
+            loader.storage_wait_s += for_storage
+            yield 1
+        time.sleep(0.1)
+
+    clock = StepClock(torch.device("cpu"), images_per_step=1)
+    for _ in clock.watch(slow(), loader):
+        loader.storage_wait_s += 5  # while nobody waited
+        clock.num_images = clock.num_steps = clock.num_steps + 1
+    rates = clock.rates()
+    assert 0.2 <= clock.storage_wait_s <= 0.3 and clock.wait_s == pytest.approx(clock.host_wait_s, abs=0.01)
+    assert rates["data_wait_storage"] / rates["data_wait"] == pytest.approx(2 / 3, abs=0.15)
+    assert len(clock.sums()) == 4
+    resumed = StepClock(torch.device("cpu"), 1, [10, 2.0, 1.0])  # as a checkpoint from before
+    assert resumed.rates() == {"images_per_s": 5.0, "data_wait": 0.5, "step_s": 0.2}
+
+
+def test_the_next_pipeline_begins_once_the_last_batch_is_prepared():
+    loader, called = SimpleNamespace(num_prepared=0), []
+
+    def batches():
+        for number, loader.num_prepared in enumerate((1, 3, 4, 4)):
+            yield number
+
+    used = []
+    for number in calling_once_prepared(batches(), loader, 4, lambda: called.append(len(used))):
+        used.append(number)
+    assert used == [0, 1, 2, 3] and called == [2], "before the third batch is used"
 
 
 def test_the_estimate_counts_evaluations_and_larger_images():

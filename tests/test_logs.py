@@ -13,7 +13,7 @@ import cv2
 import pytest
 from terminals import run_on_terminal, screen
 
-from imagenet_training.logs import RunLog, draw_curve, pace
+from imagenet_training.logs import RunLog, data_wait, data_wait_advice, draw_curve, pace
 from imagenet_training.meters import EtaEstimator
 from imagenet_training.state import TrainState
 
@@ -48,20 +48,33 @@ def test_the_curve_draws_what_is_expected(tmp_path):
     assert without.shape == expected.shape and (without != expected).any()
 
 
+def test_a_wait_for_data_names_its_causes():
+    values = {"data_wait": 0.123, "data_wait_storage": 0.101}
+    assert data_wait(values) == "data wait 12.3% (storage 10.1%, CPU 2.2%)"
+    assert data_wait({"data_wait": 0.009, "data_wait_storage": 0.009}) == "data wait 0.9%"
+    assert data_wait({"data_wait": 0.5}) == "data wait 50.0%", "a run that an earlier version began"
+    assert data_wait_advice([values]).startswith("training waited 12% of its time for data, mostly for storage: a copy")
+    assert "mostly for the CPU: more cores" in data_wait_advice([{"data_wait": 0.06, "data_wait_storage": 0.0}])
+    assert data_wait_advice([{"data_wait": 0.04, "data_wait_storage": 0.0}]) == data_wait_advice([]) == ""
+
+
 def test_a_full_disk_leaves_the_record_of_every_epoch_whole_and_the_run_goes_on(tmp_path, capsys):
     log = RunLog(tmp_path, is_main=True, eta=EtaEstimator([8, 8, 8], steps_per_epoch=1))
     log.open(TrainState(run_name="run"), {"recipe": {"wandb": {"enable": False}}})
     values = {"train/loss": 2.0, "train/acc1": 0.5, "step_s": 1.0, "images_per_s": 8.0, "data_wait": 0.0}
     log.epoch(TrainState(epoch=1, step=1), values)
+    log.finish_writes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "run.jsonl").stat().st_size + 10, limits[1]))
     try:
         log.epoch(TrainState(epoch=2, step=2), values)
         log.print("a line" * 1000)
+        log.finish_writes()
         assert [json.loads(line)["epoch"] for line in (tmp_path / "run.jsonl").read_text().splitlines()] == [0]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     log.epoch(TrainState(epoch=3, step=3), values)
+    log.finish_writes()
     assert [json.loads(line)["epoch"] for line in (tmp_path / "run.jsonl").read_text().splitlines()] == [0, 1, 2]
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert [Path(note.split()[1]).name for note in notes] == ["run.jsonl", "run.log"]
