@@ -158,6 +158,7 @@ def boundary(tree: str, path: Path, kind: str, num_workers: int) -> dict[str, fl
         world, paper = train_imagenet.meet(recipe)
         with locked_folder(recipe, world) as lock:
             run = train_imagenet.build(recipe, world, paper)
+            recipe = getattr(run, "recipe", recipe)
             train_imagenet.train_epochs(recipe, run, build_loaders(recipe, run.plan, run.data, world), lock)
     num_steps = len(ended_s) // NUM_BOUNDARY_EPOCHS
     ends = range(num_steps, len(ended_s), num_steps)

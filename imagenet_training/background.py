@@ -34,17 +34,17 @@ class BackgroundQueue:
         self._lock = threading.Lock()
 
     def put(self, task: Callable[[], None]) -> None:
-        """Add a task. Raise what an earlier task raised, if that has ended."""
+        """Add a task. Raise what an earlier task raised."""
         with self._lock:
-            while self._tasks and self._tasks[0].done():
-                self._tasks.popleft().result()
+            self._raise_errors()
             self._tasks.append(self._executor.submit(task))
 
     def finish(self) -> None:
-        """Wait until all tasks have ended. Raise what one of them raised."""
-        while True:
-            with self._lock:
-                if not self._tasks:
-                    return
-                task = self._tasks.popleft()
-            task.result()  # without the lock, since the task itself may add one
+        """Wait until all tasks so far have ended. Raise what one of them raised."""
+        self._executor.submit(lambda: None).result()  # without the lock, since a task may add another one
+        with self._lock:
+            self._raise_errors()
+
+    def _raise_errors(self) -> None:
+        while self._tasks and self._tasks[0].done():
+            self._tasks.popleft().result()

@@ -171,7 +171,7 @@ class StepClock:
                 return
             waited_s = time.perf_counter() - asked_s
             self.host_wait_s += waited_s
-            self.storage_wait_s += min(waited_s, loader.storage_wait_s - storage_wait_s)
+            self.storage_wait_s += max(0.0, min(waited_s, loader.storage_wait_s - storage_wait_s))
             self.waits.append((asked, self._mark()))
             self._add_waits()
             yield batch

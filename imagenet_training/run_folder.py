@@ -156,6 +156,7 @@ class RunFolder:
 
         def checked() -> None:
             self.lock.check()
+            self.log.finish_writes()  # a checkpoint never is further than the records
             work()
 
         self._background.start(checked)

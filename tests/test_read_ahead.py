@@ -69,7 +69,7 @@ def test_the_values_of_a_batch_are_in_the_cache_when_it_begins(beton, file, monk
     ahead.begin_batch(0)
     assert all(resident(file, int(offset), int(size)) for offset, size in zip(*values(0), strict=True))
     wait_until_idle(ahead)
-    assert ahead._is_cold and not resident(file, *map(int, (part[-1] for part in values(3))))
+    assert ahead.is_cold and not resident(file, *map(int, (part[-1] for part in values(3))))
     for number in range(1, 4):
         ahead.begin_batch(number)
     assert all(resident(file, int(offset), int(size)) for offset, size in zip(*values(3), strict=True))
@@ -82,7 +82,7 @@ def test_of_a_file_in_the_cache_only_a_few_values_are_read(beton, file, monkeypa
     ahead = ReadAhead(file, "file.beton", values_in_order(beton, np.arange(128)), 4)
     for number in range(4):
         ahead.begin_batch(number)
-    assert not ahead._is_cold and ahead._num_read == 4 * read_ahead._NUM_TRIED
+    assert not ahead.is_cold and ahead._num_read == 4 * read_ahead._NUM_TRIED
     ahead.close()
 
 
@@ -138,7 +138,7 @@ def test_after_a_read_that_fails_once_the_rest_is_read_ahead(beton, file, monkey
 
     monkeypatch.setattr(read_ahead, "_read_values", fail_twice)
     ahead = ReadAhead(file, "file.beton", values, 1)
-    ahead._is_cold = True
+    ahead.is_cold = True
     ahead.begin_batch(0)
     assert not failures, "the second failure was in the values behind the first one"
     assert all(resident(file, int(offset), int(size)) for offset, size in zip(*values(0), strict=True))

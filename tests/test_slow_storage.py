@@ -150,14 +150,19 @@ def run(script, *arguments, **options):
 
 
 def finished(process):
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=900)
     return process.returncode, output
 
 
 def train(data, folder, *arguments):
     settings = {
         **{"data.train_dataset": data / "file.beton", "data.val_dataset": data / "file.beton", "data.num_workers": 1},
-        **{"model.arch": "resnet18", "model.num_classes": NUM_IMAGES, "training.precision": 32, "wandb.enable": 0},
+        **{
+            "model.arch": "shufflenet_v2_x0_5",
+            "model.num_classes": NUM_IMAGES,
+            "training.precision": 32,
+            "wandb.enable": 0,
+        },
         **{"resolution.min_res": 32, "resolution.max_res": 32, "validation.resolution": 32, "training.epochs": 2},
         **{"training.batch_size": 16, "validation.batch_size": 64, "lr.lr": 0.01, "lr.lr_peak_epoch": 0},
         **{"training.save_every_steps": 2, "logging.log_every": 1, "logging.folder": folder},
@@ -349,7 +354,7 @@ def test_a_process_whose_page_cache_is_smaller_than_the_file_reads_each_byte_onc
     with slow.mounted(*NEAR) as data:
         inside = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', group, sys.executable, "-c", LIMITED]
         command = [*inside, group / limit_file, data / path.name]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     num_bytes = path.stat().st_size
     path.unlink()
     assert done.returncode == 0, done.stderr

@@ -130,7 +130,9 @@ class EpochProducer:
         try:
             self.storage.begin_batch(number)
         finally:
-            self.loader._storage_wait = total_s + time.perf_counter() - since_s, None
+            # A file in the page cache keeps nobody waiting: threads that try it may only wait for a CPU.
+            waited_s = time.perf_counter() - since_s if self.storage.is_cold else 0.0
+            self.loader._storage_wait = total_s + waited_s, None
         with self.buffers.on_stream(slot):
             part = slice(number * self.loader.batch_size, (number + 1) * self.loader.batch_size)
             wanted = self.ids[part].astype(np.int64)

@@ -108,6 +108,11 @@ class ReadAhead:
     values : callable
         Returns the offsets and sizes, each int64 (N,), of the values of a batch, for the batch's number.
     num_batches : int
+
+    Attributes
+    ----------
+    is_cold : bool
+        True if the file was not in the page cache lately, so that all values are read.
     """
 
     def __init__(self, file: int, path: str, values: Callable[[int], tuple[np.ndarray, np.ndarray]], num_batches: int):
@@ -118,10 +123,12 @@ class ReadAhead:
         self._wanted: SimpleQueue[tuple[_Reads, np.ndarray] | None] = SimpleQueue()
         self._batches: dict[int, _Reads] = {}
         self._next = self._current = 0
-        self._is_cold = False
+        self.is_cold = False
         self._error: BaseException | None = None
         self._threads: list[threading.Thread] = []
         self._num_read, self._since_s, self._best_rate = 0, 0.0, 0.0
+        nothing = np.empty(0, np.int64)
+        _read_values(file, nothing, nothing, np.empty(0, np.uint8), nothing, 0)  # to load it is no wait for storage
 
     def begin_batch(self, number: int) -> None:
         """Wait for the values of a batch, and ask for those of the following batches. Batches begin in order.
@@ -140,7 +147,7 @@ class ReadAhead:
                 self._lock.wait()
             if self._error is not None:
                 raise self._error
-            if waited and self._is_cold:
+            if waited and self.is_cold:
                 self._adapt()
         if reads.is_bad:
             self.read_again()
@@ -156,7 +163,7 @@ class ReadAhead:
             reads = _Reads(*self._values(self._next))
             window_bytes += int(reads.sizes.sum())
             everything = np.arange(len(reads.offsets))
-            if self._is_cold or len(everything) <= _NUM_TRIED:
+            if self.is_cold or len(everything) <= _NUM_TRIED:
                 self._put(reads, everything)
             else:
                 tried = np.linspace(0, len(everything) - 1, _NUM_TRIED).astype(np.int64)
@@ -216,9 +223,9 @@ class ReadAhead:
             self._num_read += num_read
             reads.num_slow += num_slow
             reads.is_bad |= is_bad
-            if reads.num_slow >= _NUM_SLOW and not self._is_cold:
-                self._is_cold, self._num_read, self._since_s = True, 0, time.perf_counter()
-            if self._is_cold:
+            if reads.num_slow >= _NUM_SLOW and not self.is_cold:
+                self.is_cold, self._num_read, self._since_s = True, 0, time.perf_counter()
+            if self.is_cold:
                 for waiting in (reads, *self._batches.values()):
                     if waiting.rest is not None:
                         self._put(waiting, waiting.rest)
@@ -226,8 +233,8 @@ class ReadAhead:
             reads.num_pending -= 1
             if not reads.num_pending:
                 # A whole batch without slow reads: from now on only a few values are tried.
-                if self._is_cold and reads.num_slow < _NUM_SLOW and len(reads.offsets) > _NUM_TRIED:
-                    self._is_cold = False
+                if self.is_cold and reads.num_slow < _NUM_SLOW and len(reads.offsets) > _NUM_TRIED:
+                    self.is_cold = False
                 self._lock.notify_all()
 
     def _fail(self, error: BaseException) -> None:

@@ -96,6 +96,11 @@ class MappedEpoch:
         self.locate, self.storage_state = mapped.locate, mapped.storage_state
         self.begin_batch, self.stop, self.close = read_ahead.begin_batch, read_ahead.stop, read_ahead.close
 
+    @property
+    def is_cold(self) -> bool:
+        """True if the file was not in the page cache lately."""
+        return self._read_ahead.is_cold
+
     def check(self) -> None:
         """Raise ReadError if the file was cut or could not be read; see `MappedFile.check`."""
         try:
@@ -198,6 +203,8 @@ class PagedFile:
     slots : ndarray uint8 (>= schedule.num_slots, page_size)
         Memory for the pages.
     """
+
+    is_cold = True
 
     def __init__(
         self,
