@@ -69,7 +69,7 @@ def test_where_all_is_well_there_is_no_error(data):
     for name in ("packages", "OpenCV", "TurboJPEG", "Numba", "ffcv", "PyTorch", "torchvision", "train.beton"):
         assert found[name].status == "ok", found[name]
     assert "libturbojpeg" in found["TurboJPEG"].text and "8 images written, loaded and compared" in found["ffcv"].text
-    assert found["train.beton"].text.startswith("20 images, 4 MB, on ")
+    assert found["train.beton"].text.startswith("20 images, 4.2 MB, on ")
 
 
 def test_without_a_venv_that_works_it_takes_python3_and_says_what_to_install(tmp_path):

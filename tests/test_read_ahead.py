@@ -48,6 +48,7 @@ def resident(file, offset, size):
 def drop_from_cache(file):
     os.fsync(file)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # the kernel reads no neighbours
 
 
 def wait_until_idle(ahead):
