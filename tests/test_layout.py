@@ -26,7 +26,7 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 # What benchmarks measure where somebody has installed it.
-PEERS = {"nvidia"}
+PEERS = {"nvidia", "slipstream"}
 
 
 @cache

@@ -214,7 +214,7 @@ def test_a_run_waits_for_storage_that_stalls_and_names_the_cause(slow, uninterru
     assert status == 0, output
     (line,) = re.findall(r"^epoch 0 \(1/2\).*", output, re.MULTILINE)
     total, storage = map(float, re.search(r"data wait (\S+)% \(storage (\S+)%, CPU", line).groups())
-    assert storage > 10 and storage > 0.5 * total, line
+    assert storage > 0.5 * total, line
     assert_same_weights(tmp_path, uninterrupted)
 
 
