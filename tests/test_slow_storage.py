@@ -208,13 +208,18 @@ def test_a_run_waits_for_storage_that_stalls_and_names_the_cause(slow, uninterru
         process = train(data, tmp_path)
         wait_for_step(process, 2)
         flag.touch()
-        time.sleep(10)
+        (log,) = tmp_path.glob("logs/*.log")
+        size_bytes = 0
+        while size_bytes < (size_bytes := log.stat().st_size):  # steps go on until what was read ahead is used
+            time.sleep(8)
         flag.unlink()
         status, output = finished(process)
     assert status == 0, output
     (line,) = re.findall(r"^epoch 0 \(1/2\).*", output, re.MULTILINE)
-    total, storage = map(float, re.search(r"data wait (\S+)% \(storage (\S+)%, CPU", line).groups())
-    assert storage > 0.5 * total, line
+    rate, total, storage = map(
+        float, re.search(r"(\S+) images/s  data wait (\S+)% \(storage (\S+)%, CPU", line).groups()
+    )
+    assert storage <= total and storage / 100 * NUM_IMAGES / rate > 5, line
     assert_same_weights(tmp_path, uninterrupted)
 
 
