@@ -6,18 +6,20 @@ import io
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
-from archives import CONTENTS, NAMES, jpeg, listed, make_folder, tar, tar_of_tars
+from archives import CONTENTS, NAMES, contents_of, jpeg, listed, make_folder, tar, tar_of_tars
 from scipy.io import savemat
 from torchvision.datasets import ImageNet, imagenet
 
 from ffcv_ops.errors import UserError
-from ffcv_ops.sources import archives, tar_headers
+from ffcv_ops.sources import tar_headers
 from ffcv_ops.sources.kinds import SourceSpec, open_source
 from ffcv_ops.sources.ranges import RangeReader, list_file
 from ffcv_ops.sources.source import SourceChanged
@@ -419,7 +421,7 @@ def test_an_index_takes_little_more_memory_than_its_names(tmp_path):
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(source.keys) == count and peak_bytes / count < 250
+    assert len(source.keys) == count and peak_bytes / count < 200
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -453,9 +455,60 @@ def test_an_index_counts_for_its_archives_only(tmp_path, folder):
     path = tar(tmp_path / "x.tar", "n01", folder=folder)
     source = open_source(SourceSpec(str(path)))
     source.save_index(tmp_path / "index")
-    assert archives.Listing.load(tmp_path / "index", ["tar", source.identity[1]]) is not None
+    again = open_source(SourceSpec(str(path), index=tmp_path / "index"))
+    assert contents_of(again) == contents_of(source) and again.save_index is not None
     tar(path, "n01", "n02", folder=folder)
     os.utime(path, (1, 1))
     assert len(listed(path, index=tmp_path / "index")) == 7
     (tmp_path / "index").write_bytes((tmp_path / "index").read_bytes()[:-100])
     assert len(listed(path, index=tmp_path / "index")) == 7
+
+
+def run(*arguments, status=0):
+    """Run the script as people do; return what it printed."""
+    script = Path(__file__).parents[1] / "write_beton.py"
+    process = subprocess.run(
+        [sys.executable, script, *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+    output = process.stdout + process.stderr
+    assert process.returncode == status and "Traceback" not in output, output
+    return output
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_same_bytes_from_each_source(tmp_path, folder, flat):
+    tar_of_tars(tmp_path / "ILSVRC2012_img_train.tar", folder)
+    tar(tmp_path / "flat.tar", ".", folder=flat)
+    (tmp_path / "labels.csv").write_text(LABELS["comma"], encoding="utf-8")
+    labels = ["--labels", tmp_path / "labels.csv"]
+    sources = [[folder], [tmp_path / "ILSVRC2012_img_train.tar"], [tmp_path / "flat.tar", *labels], [flat, *labels]]
+    digests = set()
+    for number, source in enumerate(sources):
+        target = tmp_path / f"{number}.beton"
+        output = run("--source", *source, "--target", target, f"--num_workers={1 + number % 2}")
+        digests.add(output.partition("digest ")[2].split()[0])
+        assert "index" not in {path.suffix for path in tmp_path.iterdir()} and "3 classes of 3 to 4 images" in output
+    assert len(digests) == 1
+
+
+@pytest.mark.slow
+def test_the_command_names_what_is_wrong_and_leaves_nothing(tmp_path, folder, flat):
+    archive = tar(tmp_path / "x.tar", ".", folder=folder)
+    shutil.copytree(flat, tmp_path / "flat")
+    os.truncate(archive, archive.stat().st_size // 2)
+    (tmp_path / "labels.csv").write_text("x,y\n")
+    before = sorted(tmp_path.rglob("*"))
+    for arguments, message in (
+        (["--source", archive], "is cut at byte"),
+        (["--source", tmp_path / "flat"], "name their classes with --labels FILE"),
+        (["--source", tmp_path / "flat", "--labels", tmp_path / "labels.csv"], "has no label in"),
+        (
+            ["--source", tmp_path / "s-{0..3}.tar", "--target", tmp_path / "x.beton"],
+            "s-0.tar: no such file, and 3 more",
+        ),
+        (["--source", tmp_path / "*.tar"], "stands for several files; name the file to write with --target"),
+        (["--source", archive, archive], "put a pattern of several files in quotes"),
+        (["--source", archive, "--class_names=x"], "is read as tar archives, for which --class_names has no use"),
+    ):
+        assert message in run(*arguments, status=2).splitlines()[-1]
+    assert sorted(tmp_path.rglob("*")) == before

@@ -29,7 +29,11 @@ def read_command_line(
         if word in ("-C", "--config-file", "--config_file"):
             name = "config-file"
         elif not word.startswith("--") or not name:
-            hint = f"; a configuration file is given as --config-file {word}" if Path(word).is_file() else ""
+            hint = ""
+            if Path(word).suffix in (".yaml", ".yml"):
+                hint = f"; a configuration file is given as --config-file {word}"
+            elif Path(word).is_file():
+                hint = "; put a pattern of several files in quotes, so that the shell does not expand it"
             raise UserError(f"{COMMAND_LINE}: {word!r} belongs to no setting{hint}")
         target = flags.get(name, name)
         where = f"{COMMAND_LINE}, --{name}"

@@ -1,22 +1,16 @@
-"""List archives in threads, keep the listing on disk, and read their images: what tar archives and shards share."""
+"""List archives in threads, and read their images: what tar archives and shards share."""
 
-import json
 import os
 import threading
 import time
-import zipfile
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ffcv_ops.files import replacing
 from ffcv_ops.sources.folder import EXTENSIONS
 from ffcv_ops.sources.ranges import RangeFile, RangeReader
 from ffcv_ops.sources.remarks import HIDDEN_FILES, HIDDEN_FOLDERS, Tally
@@ -26,7 +20,6 @@ from ffcv_ops.sources.tar_headers import TarWalk
 IMAGE_ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 _THREADS = 16
 _PROGRESS_EVERY_S = 0.5
-_INDEX_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -108,8 +101,9 @@ class Listing:
             self.extensions.add(os.path.splitext(base)[1].lower(), path)
 
     def merge(self, other: "Listing") -> None:
-        """Add the listing of another part, which has not been merged with anything."""
-        self.names.extend(bytes(other.block))
+        """Add the listing of another part, which has not been merged with anything, and is not used any more."""
+        self.names.extend(other.block)
+        other.block = bytearray()
         self.places.extend(other.places)
         numbers = [self.found.setdefault(text, len(self.found)) for text in other.found]
         self.texts.extend(numbers[text] for text in other.texts)
@@ -119,38 +113,6 @@ class Listing:
         self.entries |= other.entries
         for name in sorted(other.hidden):
             self.tally.add(HIDDEN_FOLDERS, os.fsdecode(name))
-
-    def save(self, path: Path, identity: Any) -> None:
-        """Write the listing so that `load` finds it again."""
-        rest = [_INDEX_VERSION, identity, list(self.found), self.tally.found, self.extensions.found]
-        text = json.dumps([*rest, *(sorted(map(os.fsdecode, names)) for names in (self.folders, self.entries))])
-        names, places = np.frombuffer(self.names.block(), np.uint8), np.frombuffer(self.places, np.int64)
-        content = np.frombuffer(text.encode(), np.uint8)
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, text=content, names=names, places=places, texts=np.array(self.texts, np.int32))
-
-    @classmethod
-    def load(cls, path: Path | None, identity: Any) -> "Listing | None":
-        """Return the listing of an interrupted run; None if there is none of the same archives."""
-        if path is None or not path.exists():
-            return None
-        try:
-            with open(path, "rb") as file, np.load(file) as arrays:
-                version, found_identity, *rest = json.loads(arrays["text"].tobytes())
-                if (version, found_identity) != (_INDEX_VERSION, json.loads(json.dumps(identity))):
-                    return None
-                names, places, texts = (arrays[name] for name in ("names", "places", "texts"))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return None  # it is cut, and the archives are still there
-        listing = cls(places=array("q"), found={text: number for number, text in enumerate(rest[0])})
-        listing.names.extend(names.tobytes())
-        listing.places.frombytes(places.tobytes())
-        listing.texts.frombytes(texts.tobytes())
-        listing.tally.found, listing.extensions.found = (
-            {kind: (count, example) for kind, (count, example) in tally.items()} for tally in rest[1:3]
-        )
-        listing.folders, listing.entries = (set(map(os.fsencode, names)) for names in rest[3:])
-        return listing
 
 
 ListPart = Callable[[Part, Callable[[], None]], Listing]
@@ -211,7 +173,12 @@ class ArchiveReader:
         self.address, self._ranges = address, RangeReader(files)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.address, self._ranges.files)
+        return type(self), (self.address, self.files)
+
+    @property
+    def files(self) -> tuple[RangeFile, ...]:
+        """Return the archives as they were listed."""
+        return self._ranges.files
 
     def locate(self, key: str) -> str:
         """Return the name of the archives and that of the image in them."""

@@ -151,6 +151,7 @@ def list_flat(root: str | os.PathLike[str], labels_path: str | None, stage: Stag
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; it should have images")
+    table = read_labels(labels_path) if labels_path else None  # a mistake in it is found before the folder is listed
     (listing,) = _list_in_threads(root, [""], stage)
     keys = PackedKeys()
     keys.extend(listing.block)
@@ -160,7 +161,7 @@ def list_flat(root: str | os.PathLike[str], labels_path: str | None, stage: Stag
     path = Path(labels_path) if labels_path else find_labels(str(root)) if is_ilsvrc else None
     if path is None:
         raise UserError(f"{root}: {FLAT}")
-    classes, labels = assign(keys, read_labels(path), str(root), str(path))
+    classes, labels = assign(keys, table or read_labels(path), str(root), str(path))
     order = sort_keys(keys, labels)
     places = np.frombuffer(listing.stats, np.int64).reshape(-1, 2)[order]
     facts = {"folder": str(root.absolute()), "labels": str(path.absolute()), "num_images": len(keys)}

@@ -45,7 +45,7 @@ class PackedKeys(Sequence[str]):
         self._block = bytearray()
         self._ends = array("q", [-1])
 
-    def extend(self, block: bytes) -> None:
+    def extend(self, block: bytes | bytearray) -> None:
         """Append keys that are encoded as `os.fsencode` does, each followed by a zero byte."""
         ends = np.flatnonzero(np.frombuffer(block, np.uint8) == 0) + len(self._block)
         self._ends.frombytes(ends.astype(np.int64).tobytes())
@@ -181,9 +181,11 @@ def find_twice(keys: PackedKeys) -> str | None:
     """Return a key that several images have; None if there is no such key."""
     hashes = np.fromiter((hash(keys.encoded(index)) for index in range(len(keys))), np.int64, len(keys))
     ordered = np.sort(hashes)
-    repeated = np.isin(hashes, ordered[1:][ordered[1:] == ordered[:-1]])
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(repeated):
+        return None
     seen: set[str] = set()
-    for index in np.flatnonzero(repeated).tolist():
+    for index in np.flatnonzero(np.isin(hashes, repeated)).tolist():
         if keys[index] in seen:
             return keys[index]
         seen.add(keys[index])

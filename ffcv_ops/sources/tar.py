@@ -11,10 +11,11 @@ import numpy as np
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.addresses import expand
 from ffcv_ops.sources.archives import IMAGE_ENDINGS, ArchiveReader, Listing, Part, list_parts
+from ffcv_ops.sources.index import load_index, with_index
 from ffcv_ops.sources.labels import FLAT, assign, find_labels, number_remarks, read_labels
 from ffcv_ops.sources.ranges import RangeFile, RangeReader, list_file
 from ffcv_ops.sources.remarks import BESIDE, DEEPER, Remark, Tally, is_hidden, listing_remarks, similar_names
-from ffcv_ops.sources.source import Source, Stage, find_twice, sort_keys
+from ffcv_ops.sources.source import PackedKeys, Source, Stage, find_twice, sort_keys
 from ffcv_ops.sources.tar_headers import FOLDER, HARD_LINK, SYMBOLIC_LINK, TarError, check_not_compressed
 
 if TYPE_CHECKING:
@@ -34,23 +35,33 @@ def open_tar(spec: "SourceSpec", stage: Stage) -> Source:
         If an archive is compressed, damaged or cut, if classes cannot be told, or if labels and images do not fit.
     """
     files = [list_file(path) for path in expand(spec.address, _ENDINGS)]
-    reader = RangeReader(files)
-    identity: list[Any] = ["tar", [file.identity for file in files]]
-    listing = Listing.load(spec.index, identity) or _list(files, reader, stage)
+    labels_path = Path(spec.labels) if spec.labels else find_labels(spec.address)
+    rests_on = [spec.kind, spec.split, *(file.identity for file in files), _identify(labels_path)]
+    reader = ArchiveReader(spec.address, files)
+    earlier = load_index(spec.index, rests_on, spec.kind, spec.address, reader)
+    if earlier is not None:
+        return earlier
+    table = read_labels(spec.labels) if spec.labels else None  # a mistake in it is found before the archive is listed
+    listing = _list(files, RangeReader(files), stage)
     if not len(listing.names):
         raise UserError(f"{spec.address}: has no images{_others(listing.extensions)}")
-    labels_path = Path(spec.labels) if spec.labels else _find_labels(spec.address, listing)
-    if labels_path:
-        classes, labels = assign(listing.names, read_labels(labels_path), spec.address, str(labels_path))
+    if labels_path and (table or _is_ilsvrc_val(listing)):
+        classes, labels = assign(listing.names, table or read_labels(labels_path), spec.address, str(labels_path))
         start, remarks = 0, number_remarks(classes)
     else:
+        labels_path = None
         classes, labels, start, remarks = _read_classes(listing, spec)
-    facts = {"path": os.path.abspath(spec.address), "num_archives": len(files)}
-    facts |= {"labels": str(labels_path.absolute())} if labels_path else {}
-    return arrange(
-        spec, listing, classes, labels, files, identity,
-        start=start, facts=facts, remarks=[*listing_remarks(listing.tally, listing.extensions), *remarks],
-    )  # fmt: skip
+    facts: dict[str, Any] = {"path": os.path.abspath(spec.address), "num_archives": len(files)}
+    if labels_path:
+        facts["labels"] = str(labels_path.absolute())
+    remarks = [*listing_remarks(listing.tally, listing.extensions), *remarks]
+    return with_index(arrange(spec, listing, classes, labels, reader, start, facts, remarks), rests_on)
+
+
+def _identify(path: Path | None) -> list[Any] | None:
+    if path is None or not path.is_file():
+        return None
+    return list_file(path).identity
 
 
 def arrange(
@@ -58,16 +69,15 @@ def arrange(
     listing: Listing,
     classes: list[str],
     labels: np.ndarray,
-    files: list[RangeFile],
-    identity: list[Any],
-    *,
-    start: int = 0,
+    reader: ArchiveReader,
+    start: int,
     facts: dict[str, Any],
     remarks: list[Remark],
 ) -> Source:
-    """Return the source of a listing, in the order of `sort_keys`. Images with the label -1 are left out.
+    """Return the source of a listing, in the order of `sort_keys`, and empty the listing.
 
-    `start` is the number of bytes at the beginning of all names that are no part of the keys.
+    Images with the label -1 are left out. `start` is the number of bytes at the beginning of all names that are no part
+    of the keys.
 
     Raises
     ------
@@ -82,11 +92,13 @@ def arrange(
         )
     order = sort_keys(listing.names, labels)[np.count_nonzero(labels < 0) :]
     keys = listing.names.take(order, start)
+    listing.names = PackedKeys()
     places = np.frombuffer(listing.places, np.int64).reshape(-1, 3)[order]
+    listing.places = array("q")
     return Source(
-        spec.kind, spec.address, classes, keys, labels[order], places, places[:, 2],
-        ArchiveReader(spec.address, files), identity=identity, facts={**facts, "num_images": len(keys)},
-        remarks=[*remarks, *similar_names(classes)], save_index=lambda path: listing.save(path, identity),
+        spec.kind, spec.address, classes, keys, labels[order], places, places[:, 2], reader,
+        identity=[file.identity for file in reader.files], facts={**facts, "num_images": len(keys)},
+        remarks=[*remarks, *similar_names(classes)],
     )  # fmt: skip
 
 
@@ -206,11 +218,10 @@ def _follow(links: list[tuple[bytes, bytes]], listing: Listing, part: Part) -> N
         listing.add(name, part, *places[target])
 
 
-def _find_labels(address: str, listing: Listing) -> Path | None:
-    """Return the labels beside ILSVRC's validation images."""
+def _is_ilsvrc_val(listing: Listing) -> bool:
+    """Return whether these are ILSVRC's validation images without class folders."""
     is_flat = {folder.rpartition(b"/")[2] for folder in listing.folders} <= {b"", b"val", b"validation"}
-    name = listing.names[0].rpartition("/")[2]
-    return find_labels(address) if is_flat and name.startswith("ILSVRC2012_val_") else None
+    return is_flat and listing.names[0].rpartition("/")[2].startswith("ILSVRC2012_val_")
 
 
 def _read_classes(listing: Listing, spec: "SourceSpec") -> tuple[list[str], np.ndarray, int, list[Remark]]:

@@ -15,11 +15,11 @@ _LEAST_WINDOW, _MOST_WINDOW = 4 * BLOCK, 1 << 18
 # How far behind the end mark another archive is looked for. GNU tar fills the last 10 KiB with zeros.
 _BEHIND_END = 64 << 10
 _COMPRESSED = {
-    b"\x1f\x8b": ("gzip", "gunzip --keep"),
-    b"BZh": ("bzip2", "bunzip2 --keep"),
-    b"\xfd7zXZ\0": ("xz", "unxz --keep"),
-    b"\x28\xb5\x2f\xfd": ("Zstandard", "unzstd"),
-    b"\x04\x22\x4d\x18": ("LZ4", "unlz4"),
+    b"\x1f\x8b": ("compressed (gzip)", "gunzip --keep"),
+    b"BZh": ("compressed (bzip2)", "bunzip2 --keep"),
+    b"\xfd7zXZ\0": ("compressed (xz)", "unxz --keep"),
+    b"\x28\xb5\x2f\xfd": ("compressed (Zstandard)", "unzstd"),
+    b"\x04\x22\x4d\x18": ("compressed (LZ4)", "unlz4"),
     b"PK\x03\x04": ("a zip archive", "unzip"),
 }
 HARD_LINK, SYMBOLIC_LINK, FOLDER, FILE = "hard link", "symbolic link", "folder", "file"
@@ -186,8 +186,7 @@ def check_not_compressed(beginning: bytes, where: str) -> None:
     for magic, (what, command) in _COMPRESSED.items():
         if beginning.startswith(magic):
             raise TarError(
-                f"{where}: is {what if what.startswith('a ') else f'compressed ({what})'}, so single images cannot be "
-                f"read from it; unpack it once: {command} {where}"
+                f"{where}: is {what}, so single images cannot be read from it; unpack it once: {command} {where}"
             )
 
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.addresses import expand, is_pattern
-from ffcv_ops.sources.archives import Listing, Part, list_parts
-from ffcv_ops.sources.labels import number_remarks
+from ffcv_ops.sources.archives import ArchiveReader, Listing, Part, list_parts
+from ffcv_ops.sources.index import load_index, with_index
 from ffcv_ops.sources.ranges import RangeReader, list_file
 from ffcv_ops.sources.remarks import listing_remarks
 from ffcv_ops.sources.source import Source, Stage
@@ -65,23 +65,24 @@ def open_webdataset(spec: "SourceSpec", stage: Stage) -> Source:
     reader = RangeReader(files)
     for number, file in enumerate(files):
         check_not_compressed(reader.read(number, 0, 8), file.path)
-    columns = [spec.image_column, spec.label_column]
-    identity: list[Any] = ["webdataset", [file.identity for file in files], columns]
-    listing = Listing.load(spec.index, identity)
-    if listing is None:
-        parts = [Part(number, 0, file.size_bytes, file.path) for number, file in enumerate(files)]
-        listing = list_parts(parts, lambda part, count: _ShardLister(part, reader, count, spec).run(), stage)
+    names_file = Path(spec.class_names) if spec.class_names else _find_names(files[0].path)
+    names = read_class_names(names_file) if names_file else None
+    rests_on = [spec.kind, spec.image_column, spec.label_column, names, *(file.identity for file in files)]
+    archives = ArchiveReader(spec.address, files)
+    earlier = load_index(spec.index, rests_on, spec.kind, spec.address, archives)
+    if earlier is not None:
+        return earlier
+    parts = [Part(number, 0, file.size_bytes, file.path) for number, file in enumerate(files)]
+    listing = list_parts(parts, lambda part, count: _ShardLister(part, reader, count, spec).run(), stage)
     if not len(listing.names):
         raise UserError(f"{spec.address}: has no images")
-    classes, table, names_file, is_text = _name_classes(listing.found, spec, files[0].path)
-    facts = {"path": os.path.abspath(spec.address), "num_archives": len(files)}
-    facts |= {"class_names": str(names_file)} if names_file else {}
-    remarks = listing_remarks(listing.tally, listing.extensions)
+    classes, table = _name_classes(listing.found, spec.address, names, names_file)
     labels = table[np.frombuffer(listing.texts, np.int32)]
-    return arrange(
-        spec, listing, classes, labels, files, identity,
-        facts=facts, remarks=[*remarks, *(number_remarks(classes) if is_text else [])],
-    )  # fmt: skip
+    facts: dict[str, Any] = {"path": os.path.abspath(spec.address), "num_archives": len(files)}
+    if names_file:
+        facts["class_names"] = str(names_file.absolute())
+    remarks = listing_remarks(listing.tally, listing.extensions)
+    return with_index(arrange(spec, listing, classes, labels, archives, 0, facts, remarks), rests_on)
 
 
 class _Sample:
@@ -211,29 +212,26 @@ def _text(name: bytes) -> str:
 
 
 def _name_classes(
-    found: dict[str, int], spec: "SourceSpec", first: str
-) -> tuple[list[str], np.ndarray, Path | None, bool]:
-    """Return the classes, the class number of each text, the file of names, and whether texts are names."""
-    names_file = Path(spec.class_names) if spec.class_names else _find_names(first)
-    names = read_class_names(names_file) if names_file else None
-    if all(text.isascii() and text.isdigit() for text in found):
+    found: dict[str, int], address: str, names: list[str] | None, names_file: Path | None
+) -> tuple[list[str], np.ndarray]:
+    """Return the classes, and the class number of each text that tells a class."""
+    if all(text.isascii() and text.isdigit() and len(text) < 10 for text in found):
         numbers = np.array([int(text) for text in found], np.int64)
         count = int(numbers.max()) + 1
         if names is None:
             if count > _MOST_CLASSES:
-                raise UserError(f"{spec.address}: has the class {count - 1}, which is no class number")
+                raise UserError(f"{address}: has the class {count - 1}, which is no class number")
             names = [str(number) for number in range(count)]
         elif count > len(names):
-            raise UserError(f"{spec.address}: has the class {count - 1}, but {names_file} names {len(names)} classes")
-        return names, numbers.astype(np.int32), names_file, False
+            raise UserError(f"{address}: has the class {count - 1}, but {names_file} names {len(names)} classes")
+        return names, numbers.astype(np.int32)
     if names is None:
         names = sorted(found)
     elif not set(found) <= set(names):
-        raise UserError(
-            f"{spec.address}: has the class {min(set(found) - set(names))}, which {names_file} does not name"
-        )
+        name = min(set(found) - set(names))
+        raise UserError(f"{address}: has the class {name}, which {names_file} does not name")
     places = {name: place for place, name in enumerate(names)}
-    return names, np.array([places[text] for text in found], np.int32), names_file, True
+    return names, np.array([places[text] for text in found], np.int32)
 
 
 def _find_names(first: str) -> Path | None:
