@@ -4,9 +4,10 @@
 # make format  set up, then format the code and mend what lint can mend
 # make doctor  print what this machine lacks, and the commands that fix it; DOCTOR_ARGS="--data FILE --json" passes arguments on
 # make ffcv-wheel  build FFCV into dist/ with OpenCV and TurboJPEG inside, for machines without compiler or root
+# make gpu-bundle  pack into dist/gpu what a bare machine with a GPU lacks for benchmarks/gpu_check.sh; BUNDLE_ARGS="--data FOLDER"
 # make setup   make .venv (PYTHON=python3.12 picks the interpreter); does nothing where that is done
 
-.PHONY: demo test check format doctor ffcv-wheel setup
+.PHONY: demo test check format doctor ffcv-wheel gpu-bundle setup
 .DEFAULT_GOAL := demo
 python := .venv/bin/python
 
@@ -32,6 +33,9 @@ doctor:
 
 ffcv-wheel:
 	@bash launch/ffcv_wheel.sh
+
+gpu-bundle: setup
+	@bash benchmarks/gpu_bundle.sh $(BUNDLE_ARGS)
 
 setup:
 	@bash launch/setup.sh

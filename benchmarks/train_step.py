@@ -3,7 +3,8 @@
     python benchmarks/train_step.py --data IMAGE_FOLDER --ffcv_imagenet CHECKOUT [--json FILE] [--profile FILE]
 
 Writes the images of a folder of class folders into one ``.beton`` with ``write_beton.py``, repeated until an epoch has
---batches batches. For every size, batch size and precision three processes take turns, --rounds times:
+--batches batches. ``--beton`` names a file to use instead. For every size, batch size and precision three processes
+take turns, --rounds times:
 
 ``model``    the bare step: forward, loss, backward, optimizer, on one batch that lies on the device
 ``trainer``  ``train_imagenet.py``'s own epoch on the file: reading, decoding, mixing, metrics and all
@@ -87,7 +88,7 @@ class Timed:
 # --- the three parts: functions of the options that return a function, which does a pass and returns images/s
 
 
-def build_run(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+def build_run(options: argparse.Namespace, *, prepare: bool = True) -> tuple[Any, Any, Any]:
     """Build a run as ``train_imagenet.py`` does: the run, its training loader and a log of progress lines."""
     import train_imagenet
     from ffcv_ops import read_beton
@@ -119,7 +120,8 @@ def build_run(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     recipe = read_recipe([f"--{key}={value}" for key, value in settings.items()])
     run = train_imagenet.build(recipe, *train_imagenet.meet(recipe))
     log = RunLog(Path(options.folder), is_main=True, eta=EtaEstimator([options.size], options.batches), log_every=50)
-    prepare_step(run.trainer, options.batch_size, options.size, log)
+    if prepare:
+        prepare_step(run.trainer, options.batch_size, options.size, log)
     return run, build_loaders(recipe, run.plan, run.data, run.world).train, log
 
 
@@ -133,7 +135,11 @@ def build_model(options: argparse.Namespace) -> Callable[[], float]:
     trainer.model.train()
 
     def steps(count: int) -> None:
-        for _ in range(count):
+        for number in range(count):
+            if trainer.recorded is not None:
+                trainer.backward(images, targets, number=0, place=(number,))
+                trainer.optimizer_step(0.01, step=number)
+                continue
             with autocast(trainer.world.device, trainer.precision):
                 logits = trainer.model(images)
             trainer.scaler.scale(trainer.loss(logits, targets)).backward()
@@ -152,15 +158,15 @@ def build_model(options: argparse.Namespace) -> Callable[[], float]:
     return run_pass
 
 
-def train_once(run: Any, loader: Any, log: Any, num_batches: int) -> None:
-    """Train one epoch of so many batches, with progress lines."""
+def train_once(run: Any, loader: Any, log: Any, num_batches: int) -> dict[str, float]:
+    """Train one epoch of so many batches, with progress lines. Return what `train_epoch` measured."""
     from imagenet_training.epoch import train_epoch
     from imagenet_training.preemption import StopRequest
     from imagenet_training.state import TrainState
 
     plan = dataclasses.replace(run.plan, steps_per_epoch=num_batches)
     stop = StopRequest(run.world)
-    train_epoch(run.trainer, loader, TrainState(), plan, log, stop=stop, save=lambda state: None)
+    return train_epoch(run.trainer, loader, TrainState(), plan, log, stop=stop, save=lambda state: None)
 
 
 def build_trainer(options: argparse.Namespace) -> Callable[[], float]:
@@ -444,7 +450,7 @@ def serve(options: argparse.Namespace) -> None:
 def measure(case: dict[str, Any], options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Let the parts take turns on one case."""
     fits_peer = options.ffcv_imagenet and case["precision"] == ("16-mixed" if torch.cuda.is_available() else "32")
-    parts = {name: Part(name, case, options, folder) for name in PARTS if name != "peer" or fits_peer}
+    parts = {name: Part(name, case, options, folder) for name in options.parts if name != "peer" or fits_peer}
     for part in parts.values():
         part.answer()
     for _ in range(options.rounds):
@@ -494,6 +500,7 @@ def show(results: list[dict[str, Any]]) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of class folders of images")
+    parser.add_argument("--beton", type=Path, help="in place of --data: a .beton file of --batches batches or more")
     parser.add_argument("--ffcv_imagenet", type=Path, help="a checkout of github.com/libffcv/ffcv-imagenet")
     parser.add_argument("--arch", default="resnet50", help="torchvision architecture (resnet50)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 160], help="px (224 160)")
@@ -504,6 +511,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="passes of each part (3)")
     parser.add_argument("--num_workers", type=int, default=-1, help="loader threads; -1: all CPUs (-1)")
     parser.add_argument("--compile", help="training.compile of model and trainer (1 on a GPU, else 0)")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="which of them take turns (all)")
     parser.add_argument("--json", type=Path, help="write the table here too")
     parser.add_argument("--profile", type=Path, help="append where a step's time goes, a line of JSON a case")
     for name in ("part", "precision", "file", "folder"):
@@ -515,8 +523,8 @@ def parse() -> argparse.Namespace:
         options.compile = str(int(torch.cuda.is_available()))
     if options.warmup >= options.batches:
         parser.error("--warmup must be less than --batches")
-    if not options.part and options.data is None:
-        parser.error("--data is needed")
+    if not options.part and (options.data is None) == (options.beton is None):
+        parser.error("either --data or --beton is needed")
     if options.ffcv_imagenet and not (options.ffcv_imagenet / "train_imagenet.py").is_file():
         parser.error(f"--ffcv_imagenet: {options.ffcv_imagenet} holds no train_imagenet.py")
     return options
@@ -539,7 +547,10 @@ def main() -> None:
         for precision in options.precisions
     ]
     with tempfile.TemporaryDirectory() as name:
-        write_file(options.data, Path(name), max(options.batch_sizes) * options.batches)
+        if options.beton:
+            (Path(name) / "train.beton").symlink_to(options.beton.resolve())
+        else:
+            write_file(options.data, Path(name), max(options.batch_sizes) * options.batches)
         results = []
         for case in cases:
             results.append(measure(case, options, Path(name)))

@@ -15,7 +15,7 @@ from imagenet_training.distributed import World, decided_by_main
 from imagenet_training.plan import RunPlan
 from imagenet_training.recipe import AUTO, Recipe
 from imagenet_training.state import TrainState
-from imagenet_training.step_mode import MODES
+from imagenet_training.step_mode import kept_mode
 from imagenet_training.trainer import Trainer, unwrapped
 from imagenet_training.weights import fault_of
 
@@ -131,8 +131,7 @@ def restore(trainer: Trainer, point: ResumePoint, recipe: Recipe, plan: RunPlan)
     _restore_optimizer(trainer.optimizer, content, recipe.training.optimizer)
     if content["scaler"]:  # empty if the losses of the run were not scaled
         trainer.scaler.load_state_dict(content["scaler"])
-    if MODES.get(state.step_mode) in trainer.modes:  # the mode of the run so far, if there is a choice
-        trainer.modes = (MODES[state.step_mode],)
+    trainer.modes = kept_mode(trainer.modes, state.step_mode)
     return state
 
 

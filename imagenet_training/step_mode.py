@@ -83,6 +83,11 @@ def candidate_modes(setting: bool | str, world: World, num_steps: int) -> tuple[
     return (mode,), []
 
 
+def kept_mode(modes: tuple[StepMode, ...], name: str) -> tuple[StepMode, ...]:
+    """Return only the mode of the run that is resumed, if it is among those that this process may use."""
+    return (MODES[name],) if MODES.get(name) in modes else modes
+
+
 def fastest_mode(candidates: Sequence[StepMode], measure: Callable[[StepMode], float]) -> tuple[StepMode, str]:
     """Return the fastest mode, and the figures of all of them as text.
 
@@ -145,28 +150,47 @@ def prepare_step(
     if size_px == trainer.prepared_px:
         return str(trainer.modes[0])
     if trainer.prepared_px:
-        _take_down(trainer)
+        take_down(trainer)
         torch.compiler.reset()  # training never returns to an earlier size
     trainer.prepared_px = size_px
     trainer.train_mode()
     shape = (batch_size, 3, size_px, size_px)
     if len(trainer.modes) > 1:
-        snapshot = Snapshot(trainer)
-
-        def measure(mode: StepMode) -> float:
-            try:
-                if error := _set_up(trainer, mode, shape, recorder):
-                    raise error
-                return batch_size / _step_s(trainer, shape)
-            finally:
-                _take_down(trainer)
-                snapshot.restore()
-
-        mode, figures = fastest_mode(trainer.modes, measure)
+        mode, figures = fastest_mode(trainer.modes, lambda mode: measure_mode(trainer, mode, shape, recorder))
         trainer.modes = (mode,)
         log.print(f"mode of the step: {mode}; measured at {size_px} px, images/s: {figures}")
     _set_up_or_leave_out(trainer, shape, log, recorder)
     return str(trainer.modes[0])
+
+
+def measure_mode(
+    trainer: "Trainer", mode: StepMode, shape: tuple[int, int, int, int], recorder: Recorder | None = None
+) -> float:
+    """Return the images/s of a mode, and leave the trainer as it was.
+
+    Parameters
+    ----------
+    trainer : Trainer
+        In training mode, with no mode set up.
+    mode : StepMode
+    shape : tuple of int
+        Shape of a batch's images, (N, 3, H, W).
+    recorder : Recorder, optional
+        In place of CUDA graphs.
+
+    Raises
+    ------
+    Exception
+        What compiling or recording raises.
+    """
+    snapshot = Snapshot(trainer)
+    try:
+        if error := _set_up(trainer, mode, shape, recorder):
+            raise error
+        return shape[0] / step_s(trainer, shape)
+    finally:
+        take_down(trainer)
+        snapshot.restore()
 
 
 def _set_up_or_leave_out(
@@ -182,7 +206,7 @@ def _set_up_or_leave_out(
             done = " and ".join(["compiled"] * mode.compiled + ["recorded"] * mode.graph)
             log.print(f"{done} for {shape[2]} px in {time.perf_counter() - started_s:.0f} s")
         return
-    _take_down(trainer)
+    take_down(trainer)
     reason = reason_of(error) if error else "on another rank"
     if mode.graph:  # the model may still compile
         trainer.modes = (StepMode(compiled=mode.compiled),)
@@ -219,7 +243,7 @@ def _set_up(
     return None
 
 
-def _take_down(trainer: "Trainer") -> None:
+def take_down(trainer: "Trainer") -> None:
     """Undo `_set_up`."""
     trainer.recorded = None
     trainer.optimizer.zero_grad(set_to_none=True)
@@ -236,7 +260,7 @@ def _batch(trainer: "Trainer", shape: tuple[int, int, int, int]) -> tuple[torch.
     )
 
 
-def _step_s(trainer: "Trainer", shape: tuple[int, int, int, int]) -> float:
+def step_s(trainer: "Trainer", shape: tuple[int, int, int, int]) -> float:
     """Return the seconds that a step takes."""
     images, targets = _batch(trainer, shape)
 

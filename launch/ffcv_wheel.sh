@@ -32,8 +32,20 @@ wheel pack --dest-dir "$work/linked" "$work"/ffcv-* >/dev/null
 wheel tags --remove --python-tag cp310 --abi-tag abi3 "$work"/linked/ffcv-*.whl >/dev/null
 # auditwheel names the wheel by the oldest glibc that has what it asks for.
 auditwheel repair --wheel-dir "$work/packed" "$work"/linked/ffcv-*.whl >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
+name=$(basename "$work"/packed/ffcv-*.whl)
+# auditwheel leaves out the libraries of a Linux desktop, such as libX11, which OpenCV asks for. A bare machine has none.
+rm -r "$work"/ffcv-*/
+wheel unpack --dest "$work" "$work/packed/$name" >/dev/null
+libs=$(echo "$work"/ffcv-*/ffcv.libs)
+ldd "$work"/ffcv-*/ffcv/_libffcv.abi3.so | awk '$2 == "=>" && $3 !~ /ffcv.libs/ { print $1, $3 }' |
+    grep -vE '^(libc|libm|libdl|libpthread|librt|libz|libgcc_s|libstdc\+\+)\.so' | while read -r soname path; do
+    cp --dereference "$path" "$libs/$soname"
+    chmod u+w "$libs/$soname"
+    # shellcheck disable=SC2016 # the loader replaces it
+    patchelf --set-rpath '$ORIGIN' "$libs/$soname"
+done
+wheel pack --dest-dir "$work/packed" "$work"/ffcv-*/ >/dev/null
 folder=${FFCV_WHEEL_DIR:-dist}
 mkdir -p "$folder"
-name=$(basename "$work"/packed/ffcv-*.whl)
 mv "$work/packed/$name" "$folder/"
 printf 'ffcv-wheel: made %s/%s\n' "$folder" "$name"

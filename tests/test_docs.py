@@ -76,7 +76,7 @@ NOT_RUN = [
     ),
     (r"(sbatch|srun) ", "needs Slurm"),
     (r"(until|while|for|if) ", "a loop of the shell around what is shown elsewhere"),
-    (r"bash launch/", "needs a GPU, a terminal or other machines"),
+    (r"bash (launch|benchmarks)/", "needs a GPU, a terminal or other machines"),
     (r"python -m imagenet_training.doctor", "imports everything several times; tests/test_doctor.py runs it"),
     (r"torchrun .*(--nnodes[= ]|HEAD)", "needs two machines"),
     (r"torchrun ", "each process takes its seconds to start; `pytest -m soak` runs it"),
@@ -432,7 +432,8 @@ def known_flags() -> set[str]:
     torchrun = {word for action in get_args_parser()._actions for word in action.option_strings}
     ours = {f"--{name}" for name in (*FLAGS, *write_beton.FLAGS, *known_settings(), "config-file", "help")}
     others = {f"--{name}" for names in FOREIGN_FLAGS.values() for name in names}
-    return ours | others | torchrun | {flag for path in scripts for flag in argparse_flags(path)}
+    shell = {flag for path in ROOT.glob("*/*.sh") for flag in re.findall(r"(?m)^ +(--\w+)\)", path.read_text())}
+    return ours | others | torchrun | shell | {flag for path in scripts for flag in argparse_flags(path)}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -24,6 +24,7 @@ from imagenet_training.step_mode import (
     MODES,
     candidate_modes,
     fastest_mode,
+    kept_mode,
     prepare_step,
 )
 from imagenet_training.trainer import Trainer
@@ -306,6 +307,13 @@ def test_the_fastest_mode_is_taken_unless_a_simpler_one_is_as_fast():
     )
     with pytest.raises(torch.OutOfMemoryError):
         choose(torch.OutOfMemoryError("eager"), 1, 1, 1)
+
+
+def test_a_resumed_run_keeps_the_mode_that_was_found():
+    assert kept_mode((EAGER, GRAPH, COMPILED), "graph") == (GRAPH,)
+    assert kept_mode((EAGER, GRAPH), "compiled") == (EAGER, GRAPH)
+    assert kept_mode((COMPILED,), "eager") == (COMPILED,)
+    assert kept_mode((EAGER, GRAPH), "") == (EAGER, GRAPH)
 
 
 def test_which_modes_a_run_may_use(monkeypatch):

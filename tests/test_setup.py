@@ -123,9 +123,10 @@ def test_the_wheel_of_ffcv_brings_its_libraries(clone: Path, tmp_path: Path) -> 
     assert wheel.name.startswith("ffcv-1.0.2-cp310-abi3-")
     (extension,) = tmp_path.glob("ffcv/_libffcv.abi3.so")
     linked = subprocess.run(["ldd", extension], capture_output=True, text=True, check=True).stdout
-    for library in ("opencv_core", "opencv_imgproc", "turbojpeg"):
-        (line,) = (line for line in linked.splitlines() if library in line)
-        assert "ffcv.libs" in line.split("=>")[1]
+    system = {"libc", "libm", "libpthread", "libdl", "librt", "libz", "libgcc_s", "libstdc++", "linux-vdso"}
+    for line in linked.splitlines():
+        name, _, place = line.partition("=>")
+        assert "ffcv.libs" in place or name.split(".so")[0].strip().split("/")[-1] in {*system, "ld-linux-x86-64"}, line
 
 
 def test_an_interpreter_that_does_not_fit_is_refused(clone: Path) -> None:
