@@ -60,8 +60,12 @@ class CudaRecorder:
     def record(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """Record the work as a CUDA graph."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as one that ends an epoch, may allocate memory meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+        # Other threads, such as one that ends an epoch, may allocate memory meanwhile. If recording fails, the context
+        # of the graph may leave its stream in place. The outer context does not.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(self.stream.device)),
+            torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+        ):
             result = work()
         return result, graph.replay
 
