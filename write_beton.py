@@ -1,13 +1,18 @@
-"""Write one split of an image folder as a .beton file, check such a file, or describe one.
+"""Write the images of one split as a .beton file, check such a file, or describe one.
 
     python write_beton.py --split train      # /fsx/ns1/train -> /fsx/ns1/train.beton
     python write_beton.py --split val        # /fsx/ns1/val   -> /fsx/ns1/val.beton
     python write_beton.py --split train --source DATA/train --target FAST_DISK/train.beton
+    python write_beton.py --split train --source ILSVRC2012_img_train.tar
+    python write_beton.py --split val --source ILSVRC2012_img_val.tar      # with ILSVRC2012_devkit_t12.tar.gz beside it
+    python write_beton.py --split train --source "train-{0000..1023}.tar"  # WebDataset shards
+    python write_beton.py --source FOLDER_OR_TAR --labels labels.csv       # lines of a name and a class
     python write_beton.py --verify /fsx/ns1/train.beton
     torchrun --nnodes=4 --rdzv_backend=c10d --rdzv_endpoint=HEAD:29500 write_beton.py --split train    # on each of 4
     python write_beton.py --inspect /fsx/ns1/train.beton --sheet train.png
 
-The folder has one subfolder of images for each class. A manifest, FILE.json, appears beside the file. It holds classes,
+The source is a folder with one subfolder of images for each class, an archive, or shards. Nothing has to be unpacked;
+docs/WRITING.md lists what is read. A manifest, FILE.json, appears beside the file. It holds classes,
 counts, settings and digest. If the command is killed, the same command resumes and writes the same bytes. Until the
 file is whole, its name ends in .partial. Under torchrun the machines share the work, and write the same bytes as one
 machine.

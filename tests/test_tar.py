@@ -326,6 +326,18 @@ def test_a_damaged_header_is_named(tmp_path, folder, at):
         listed(tmp_path / "x.tar")
 
 
+@pytest.mark.parametrize("size", [b"-0000001000\0", b"9" * 11 + b"\0", b"\xff" * 12, b"z" * 12])
+def test_a_size_that_is_none_ends_no_listing_late(tmp_path, folder, size):
+    content = bytearray(tar(tmp_path / "x.tar", "n01", folder=folder).read_bytes())
+    place = members(tmp_path / "x.tar")[1][2] - 512
+    content[place + 124 : place + 136] = size
+    content[place + 148 : place + 156] = b" " * 8
+    content[place + 148 : place + 156] = b"%06o\0 " % sum(content[place : place + 512])
+    (tmp_path / "x.tar").write_bytes(content)
+    with pytest.raises(UserError, match=rf"is damaged at byte {place}|is cut at byte"):
+        listed(tmp_path / "x.tar")
+
+
 def test_a_name_that_is_there_twice_is_refused(tmp_path, folder):
     with pytest.raises(UserError, match="holds n01/n01_9.JPEG more than once"):
         listed(tar(tmp_path / "x.tar", "n01", "n02", "n01/n01_9.JPEG", folder=folder))

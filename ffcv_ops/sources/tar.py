@@ -91,7 +91,8 @@ def arrange(
             "name of its own, or make the archive again"
         )
     order = sort_keys(listing.names, labels)[np.count_nonzero(labels < 0) :]
-    keys = listing.names.take(order, start)
+    is_sorted = len(order) == len(listing.names) and bool((order == np.arange(len(order))).all())
+    keys = listing.names if is_sorted and not start else listing.names.take(order, start)
     listing.names = PackedKeys()
     places = np.frombuffer(listing.places, np.int64).reshape(-1, 3)[order]
     listing.places = array("q")

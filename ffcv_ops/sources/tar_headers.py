@@ -14,6 +14,9 @@ BLOCK = 512
 _LEAST_WINDOW, _MOST_WINDOW = 4 * BLOCK, 1 << 18
 # How far behind the end mark another archive is looked for. GNU tar fills the last 10 KiB with zeros.
 _BEHIND_END = 64 << 10
+# A long name, and what else a pax header holds. Linux's longest path has 4 KiB.
+_MOST_HEADER_BYTES = 1 << 20
+_MOST_DIGITS = 20
 _COMPRESSED = {
     b"\x1f\x8b": ("compressed (gzip)", "gunzip --keep"),
     b"BZh": ("compressed (bzip2)", "bunzip2 --keep"),
@@ -104,30 +107,49 @@ class TarWalk:
                 self._check_end(position)
                 return
             self._check_sum(block, position)
-            offset, kind = position + BLOCK, block[156]
-            size_bytes = self._size(extended["size"] if "size" in extended else block[124:136], position, extended)
+            kind = block[156]
             if kind in _EXTENDED:
-                self._check_inside(offset, size_bytes, "a header")
-                self._extend(extended, kind, self._window.get(offset, size_bytes), position)
-                position = offset + -(-size_bytes // BLOCK) * BLOCK
-                continue
-            name = extended.get("path") or _name(block)
-            what = _KINDS.get(kind, FILE)
-            if kind in _REFUSED or "sparse" in extended:
-                what = _REFUSED.get(kind, _REFUSED[ord("S")])
-                raise TarError(f"{self._where}: {_text(name)} is {what}")
-            if what == FILE and name.endswith(b"/") and kind in b"\0" + b"0":
-                what = FOLDER  # as the oldest archives mark it
-            if (what != FILE and kind != ord("D")) or kind in _DEVICES:
-                size_bytes = 0
-            self._check_inside(offset, size_bytes, _text(name))
-            if kind not in _DEVICES and kind not in _SKIPPED:
-                yield Member(
-                    name, what, offset, size_bytes, extended.get("linkpath") or block[157:257].split(b"\0", 1)[0]
-                )
-            position = offset + -(-size_bytes // BLOCK) * BLOCK
-            if extended:
+                size_bytes = self._read_extended(block, position, extended)
+            else:
+                member, size_bytes = self._read_member(block, position, extended)
                 extended = {}
+                if kind not in _DEVICES and kind not in _SKIPPED:
+                    yield member
+            position += BLOCK + -(-size_bytes // BLOCK) * BLOCK
+
+    def _read_member(self, block: bytes, position: int, extended: dict[str, bytes]) -> tuple[Member, int]:
+        """Return a member, and the size of what follows its header."""
+        kind, name = block[156], extended.get("path") or _name(block)
+        if kind in _REFUSED or "sparse" in extended:
+            raise TarError(f"{self._where}: {_text(name)} is {_REFUSED.get(kind, _REFUSED[ord('S')])}")
+        what = _KINDS.get(kind, FILE)
+        if what == FILE and name.endswith(b"/") and kind in b"\0" + b"0":
+            what = FOLDER  # as the oldest archives mark it
+        size_bytes = 0
+        if kind == ord("D") or (what == FILE and kind not in _DEVICES):
+            size_bytes = self._size(extended.get("size") or block[124:136], position, 10 if "size" in extended else 8)
+        self._check_inside(position + BLOCK, size_bytes, _text(name))
+        target = extended.get("linkpath") or block[157:257].split(b"\0", 1)[0]
+        return Member(name, what, position + BLOCK, size_bytes, target), size_bytes
+
+    def _read_extended(self, block: bytes, position: int, extended: dict[str, bytes]) -> int:
+        """Note what the header of a long name or a pax header tells about the next member, and return its size."""
+        kind, size_bytes = block[156], self._size(block[124:136], position, 8)
+        self._check_inside(position + BLOCK, size_bytes, "a header")
+        if size_bytes > _MOST_HEADER_BYTES:
+            raise self._damaged(position)
+        content = self._window.get(position + BLOCK, size_bytes)
+        if kind == ord("L"):
+            extended["path"] = content.split(b"\0", 1)[0]
+        elif kind == ord("K"):
+            extended["linkpath"] = content.split(b"\0", 1)[0]
+        elif kind != ord("g"):
+            for key, value in _pax_records(content):
+                if key in (b"path", b"linkpath", b"size"):
+                    extended[key.decode()] = value
+                elif key.startswith(b"GNU.sparse."):
+                    extended["sparse"] = value
+        return size_bytes
 
     def _check_end(self, position: int) -> None:
         behind = self._window.get(position, min(_BEHIND_END, self._end - position))
@@ -146,19 +168,21 @@ class TarWalk:
         if found == expected:
             return
         if position > self._start:
-            at = position - self._start
-            raise TarError(f"{self._where}: is damaged at byte {at}, where a header should be; make or copy it again")
+            raise self._damaged(position)
         check_not_compressed(block, self._where)
         raise TarError(f"{self._where}: is no tar archive")
 
-    def _size(self, field: bytes, position: int, extended: dict[str, bytes]) -> int:
+    def _size(self, field: bytes, position: int, base: int) -> int:
         if field[0] & 0x80:
             return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
-        try:
-            return int(field.split(b"\0", 1)[0].strip() or b"0", 10 if "size" in extended else 8)
-        except ValueError:
-            at = position - self._start
-            raise TarError(f"{self._where}: is damaged at byte {at}, in a header; make or copy it again") from None
+        digits = field.split(b"\0", 1)[0].strip() or b"0"
+        if not digits.isdigit() or len(digits) > _MOST_DIGITS or (base == 8 and max(digits) > ord("7")):
+            raise self._damaged(position)
+        return int(digits, base)
+
+    def _damaged(self, position: int) -> TarError:
+        at = position - self._start
+        return TarError(f"{self._where}: is damaged at byte {at}, in a header; make or copy it again")
 
     def _check_inside(self, offset: int, size_bytes: int, what: str) -> None:
         if offset + size_bytes > self._end:
@@ -166,19 +190,6 @@ class TarWalk:
 
     def _cut(self, position: int, reason: str) -> TarError:
         return TarError(f"{self._where}: is cut at byte {position - self._start} ({reason}); copy or make it again")
-
-    def _extend(self, extended: dict[str, bytes], kind: int, content: bytes, position: int) -> None:
-        """Note what the header of a long name or a pax header tells about the next member."""
-        if kind == ord("L"):
-            extended["path"] = content.split(b"\0", 1)[0]
-        elif kind == ord("K"):
-            extended["linkpath"] = content.split(b"\0", 1)[0]
-        elif kind != ord("g"):
-            for key, value in _pax_records(content):
-                if key in (b"path", b"linkpath", b"size"):
-                    extended[key.decode()] = value
-                elif key.startswith(b"GNU.sparse."):
-                    extended["sparse"] = value
 
 
 def check_not_compressed(beginning: bytes, where: str) -> None:

@@ -176,7 +176,7 @@ class _ShardLister:
         """Return the class in a JSON file; None if there is none."""
         try:
             found = json.loads(self._content(member))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._error(f"{_text(member.name)} cannot be read as JSON ({error})") from error
         if not isinstance(found, dict):
             return None
