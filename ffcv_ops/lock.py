@@ -238,19 +238,14 @@ class OwnerLock:
         """Replace a dead owner's lock. Return False if another process was faster.
 
         Only one process at a time may compare and replace. A second file, also made with O_EXCL, ensures this.
-
-        Raises
-        ------
-        UserError
-            If a process was killed while it replaced the lock.
         """
         guard = self.path.with_name(f"{self.path.name}.takeover")
         try:
             os.close(os.open(guard, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         except FileExistsError:
             with contextlib.suppress(FileNotFoundError):
-                if abs(self._now_s() - guard.stat().st_mtime) > LIMIT_S:  # a clock may have been put back
-                    raise UserError(f"{guard}: left by a process that was killed; remove this file") from None
+                if self._is_old(guard):
+                    self._remove_guard(guard)
             return False
         try:
             now = self._look()
@@ -262,6 +257,23 @@ class OwnerLock:
             return True
         finally:
             guard.unlink(missing_ok=True)
+
+    def _is_old(self, guard: Path) -> bool:
+        return abs(self._now_s() - guard.stat().st_mtime) > LIMIT_S  # a clock may have been put back
+
+    def _remove_guard(self, guard: Path) -> None:
+        """Remove the guard of a process that was killed while it replaced the lock.
+
+        Another process may do the same, and have made a guard of its own by now. A move shows which file it was.
+        """
+        aside = self._beside("guard")
+        os.rename(guard, aside)
+        try:
+            if not self._is_old(aside):
+                with contextlib.suppress(OSError):  # there is a third one, or the file system has no links
+                    os.link(aside, guard)
+        finally:
+            aside.unlink()
 
     def _beat(self) -> None:
         """Touch the lock until it is released or lost."""

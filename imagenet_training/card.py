@@ -155,25 +155,32 @@ class ModelCard:
         Parameters
         ----------
         image : PIL.Image.Image
-            Of any mode and size.
+            Of any mode and size. As in the writing of a file, 16-bit grayscale keeps its upper 8 bits.
 
         Returns
         -------
         torch.Tensor
             Float32 (3, resolution, resolution). Pillow resizes the image. Where the crop is large, the evaluation
             lets the JPEG decoder halve the image first, so pixels may differ a little.
+
+        Raises
+        ------
+        UserError
+            If the pixels are numbers of unknown range, such as floating-point numbers.
         """
         import numpy as np
         import torch
-        from PIL.Image import Resampling
+        from PIL.Image import Resampling, fromarray
 
         from ffcv_ops.operations.crops import center_crops
+        from ffcv_ops.sources.image import rgb_pixels
 
         sides = np.array([image.height]), np.array([image.width])
         y, x, height, width = center_crops(*sides, self.resolution, self.crop_ratio, self.resize)[0].tolist()
         resampling = Resampling[self.interpolation.upper()]
         size = (self.resolution, self.resolution)
-        pixels = np.array(image.convert("RGB").resize(size, resampling, box=(x, y, x + width, y + height)))
+        box = (x, y, x + width, y + height)
+        pixels = np.array(fromarray(rgb_pixels(image)).resize(size, resampling, box=box))
         scaled = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
         return (scaled - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 

@@ -3,7 +3,7 @@
 from imagenet_training.data import build_augmentations, planned_data
 from imagenet_training.distributed import planned_world_size
 from imagenet_training.loss import recipe_loss
-from imagenet_training.model import model_on_paper, model_size
+from imagenet_training.model import drop_path_notices, model_on_paper, model_size
 from imagenet_training.normalization import planned_normalization
 from imagenet_training.plan import plan_run
 from imagenet_training.recipe import Recipe
@@ -27,5 +27,5 @@ def show_plan(recipe: Recipe) -> None:
     try_model(recipe, plan, model, recipe_loss(recipe))
     print(summary(recipe, plan, model_size(model, recipe.validation.resolution)))
     print(f"\n{resolved_recipe(recipe)}")
-    for line in [*recipe.notices, *plan.notices, *data.notices]:
+    for line in [*recipe.notices, *plan.notices, *data.notices, *drop_path_notices(recipe, model)]:
         print(f"note: {line}")

@@ -234,6 +234,11 @@ def evaluate(
     Returns
     -------
     Evaluation
+
+    Raises
+    ------
+    RunError
+        If memory ran out, or the ranks together did not see each sample once.
     """
     world, beton = trainer.world, loader.beton
     recorder = PredictionRecorder(world.device, loader.next_traversal_order(), beton.num_samples)
@@ -243,22 +248,31 @@ def evaluate(
         fewest = math.ceil(beton.num_samples // world.world_size / loader.batch_size)
         batches = stop.watched(loader, fewest)
     batches = calling_once_prepared(batches, loader, len(loader), begin_next)
-    values = measure(
-        trainer.evaluated_model,
-        log.track(batches, "validation", total=len(loader)),
-        world,
-        num_samples=beton.num_samples,
-        precision=trainer.precision,
-        flip=settings.lr_tta,
-        channels_last=trainer.channels_last,
-        numbers=classes.numbers,
-        among=np.unique(labels) if settings.classes == "only" else None,
-        recorder=recorder,
-    )
+    try:
+        values = measure(
+            trainer.evaluated_model,
+            log.track(batches, "validation", total=len(loader)),
+            world,
+            num_samples=beton.num_samples,
+            precision=trainer.precision,
+            flip=settings.lr_tta,
+            channels_last=trainer.channels_last,
+            numbers=classes.numbers,
+            among=np.unique(labels) if settings.classes == "only" else None,
+            recorder=recorder,
+        )
+    except torch.OutOfMemoryError as error:
+        raise RunError(_out_of_memory_message(settings)) from error
     loss, predicted, confidence = recorder.gather().T
     if num_bad := np.count_nonzero(~np.isfinite(loss)):
         log.print(f"note: the logits of {num_bad:,} validation images are not finite; these images count as wrong")
     return Evaluation(values, Predictions(epoch, labels, predicted.astype(int), loss, confidence))
+
+
+def _out_of_memory_message(settings: Validation) -> str:
+    size = settings.batch_size
+    remedy = "end what else uses it" if size == 1 else f"try --validation.batch_size={size // 2}"
+    return f"out of GPU memory in the evaluation, at a batch size of {size}: {remedy}. Accuracies do not depend on it"
 
 
 @torch.inference_mode()

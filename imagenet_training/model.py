@@ -2,7 +2,7 @@
 
 import difflib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import StochasticDepth
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.settings.fields import show
@@ -21,6 +22,8 @@ from imagenet_training.weights import Fit, Head, load_state, load_weights
 
 # Sections of the recipe's settings of a network that are not in ``model``.
 _SECTIONS = {"use_blurpool": "training"}
+# Standard deviation of the weights of a new head on trained layers, as of torchvision's VGG and many others.
+HEAD_STD = 0.01
 # torchvision's published weights of these two expect another normalisation, which the models can make themselves.
 # Their weights do not show it, so all models of these names make it.
 TORCHVISION_OPTIONS: dict[str, dict[str, Any]] = {
@@ -78,7 +81,8 @@ def build_model(
     arch, library : str
         As for `find_library`.
     num_classes : int
-        Size of the head. If pretrained weights have another head size, all but the head are loaded.
+        Size of the head. If pretrained weights have another head size, all but the head are loaded. The head starts
+        from small random weights.
     pretrained : bool
         Fetch the library's ImageNet weights: timm's default ones, torchvision's ``IMAGENET1K_V1``.
     weights : path, optional
@@ -118,15 +122,29 @@ def build_model(
         notes += found + _other_network(file, fit, network, whole)
     if fit is not None and fit.new_head:
         had = f"a head of {fit.head_classes:,} classes" if fit.head_classes else "no head"
+        had = "a head of other layers" if fit.other_head else had
         left = (
             f"{source} has {had}, and the model has {num_classes:,} classes: {', '.join(fit.new_head)} would be random"
         )
         if whole:
             raise UserError(f"{left}. Evaluate with data of the same classes, or train the head first")
-        notes.append(left.replace("would be random", "start from random values"))
+        _make_small(model, fit.new_head)
+        notes.append(left.replace("would be random", "start from small random values"))
     if notices is not None:
         notices += notes
     return model
+
+
+@torch.no_grad()
+def _make_small(model: nn.Module, head: Collection[str]) -> None:
+    """Scale the initial weights of a new head on trained layers down to a standard deviation of `HEAD_STD`, in place.
+
+    Large random logits would change the trained layers more than the head learns. For few classes, timm's EfficientNets
+    have heads with a standard deviation of 0.2 and more.
+    """
+    for name, tensor in model.named_parameters():
+        if name in head and tensor.ndim > 1 and (std := tensor.std().item()) > HEAD_STD:
+            tensor *= HEAD_STD / std
 
 
 def _other_network(file: WeightFile, fit: Fit, network: dict[str, Any], whole: bool) -> list[str]:
@@ -260,6 +278,24 @@ def recipe_model(recipe: Recipe) -> dict[str, Any]:
         "drop_path": model.drop_path,
         "use_blurpool": recipe.training.use_blurpool,
     }
+
+
+def drop_path_notices(recipe: Recipe, model: nn.Module) -> list[str]:
+    """Return a notice if an architecture skips residual branches in training though ``model.drop_path`` is 0."""
+    if recipe.model.drop_path:
+        return []
+    library = find_library(recipe.model.arch, recipe.model.library)
+    rates = [float(module.p) for module in model.modules() if isinstance(module, StochasticDepth)]
+    if library == "timm":
+        from timm.layers import DropPath  # here, because importing timm takes two seconds
+
+        rates = [float(module.drop_prob or 0) for module in model.modules() if isinstance(module, DropPath)]
+    if not any(rates):
+        return []
+    return [
+        f"{library}'s {recipe.model.arch} skips up to {max(rates):.3g} of its residual branches in training, by a "
+        "default of its own that model.drop_path=0 does not change"
+    ]
 
 
 def model_on_paper(recipe: Recipe) -> nn.Module:

@@ -328,6 +328,8 @@ def run_notices(
     yield from point.notices
     yield from plan.notices
     yield from data.classes.notices
+    if recipe.validation.classes == "only" and len(set(data.val.labels.tolist())) == 1:
+        yield f"validation.classes=only, and {data.val.path} has images of one class: every prediction is right"
     weights = recipe.model.weights
     if data.train is not None and weights and point.content is None and (card := read_card(weights)) is not None:
         yield from head_notices(weights, card.classes, data.train.classes)

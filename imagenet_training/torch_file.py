@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 NUM_CLASSES_NAMED = 3
+# A file that begins with so many bytes of text is text.
+TEXT_BYTES = 16
 
 
 class UnreadableFile(ValueError):
@@ -65,13 +67,15 @@ def unknown_classes(path: str | Path) -> list[Any]:
 def _check_kind(path: str | Path) -> None:
     """Check that a file begins as one of ``torch.save`` does, and that its archive has the parts of one."""
     with open(path, "rb") as file:
-        start = file.read(2)
+        start = file.read(TEXT_BYTES)
     if not start:
         raise UnreadableFile("the file is empty")
-    if start != b"PK" and start[:1] != b"\x80":
+    if start[:2] != b"PK" and start[:1] != b"\x80":
+        if start.isascii() and start.decode("ascii").replace("\n", " ").isprintable():
+            raise UnreadableFile("it is text, such as a web page or a pointer of Git LFS; download the file itself")
         raise UnreadableFile("it is neither safetensors nor of torch.save")
     names: Sequence[str] = ()
-    if start == b"PK" and zipfile.is_zipfile(path):
+    if start[:2] == b"PK" and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
         parts = {name.rpartition("/")[2] for name in names}

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from imagenet_training.distributed import World
 from imagenet_training.layers import freeze_body, lr_scales, set_training_mode
 from imagenet_training.loss import Loss, main_logits, recipe_loss
-from imagenet_training.model import build_model, compiled, head_of, recipe_model, unwrapped
+from imagenet_training.model import build_model, compiled, drop_path_notices, head_of, recipe_model, unwrapped
 from imagenet_training.optim import build_ema, build_optimizer
 from imagenet_training.plan import RunPlan
 from imagenet_training.recipe import Recipe
@@ -80,7 +80,8 @@ class Trainer:
     prepared_px : int
         Side of the images that the step is prepared for; 0 for none yet.
     notices : tuple of str
-        Everything that was chosen, left out or not loaded of the weights that the model starts from, and of the modes.
+        Everything that was chosen, left out or not loaded of the weights that the model starts from, what the
+        architecture does without a setting, and the modes.
     """
 
     model: nn.Module
@@ -313,6 +314,8 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
     head = frozenset(head_of(model, **recipe_model(recipe)).class_dims) if _needs_head(recipe) else frozenset()
     if head and recipe.model.freeze == "body":
         freeze_body(model, head)
+    if not training.eval_only:
+        notices += drop_path_notices(recipe, model)
     if training.channels_last:
         model = model.to(memory_format=torch.channels_last)
     num_batches = plan.total_steps * plan.accumulation

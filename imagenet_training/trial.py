@@ -3,7 +3,7 @@
 import copy
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ffcv_ops.errors import UserError
 from imagenet_training.layers import set_training_mode
-from imagenet_training.loss import Loss, main_logits
+from imagenet_training.loss import Loss, main_logits, recipe_loss
 from imagenet_training.model import build_model, find_library, on_paper, reason_of, recipe_model
 from imagenet_training.plan import RunPlan
 from imagenet_training.recipe import Recipe
@@ -20,6 +20,8 @@ from imagenet_training.trainer import autocast
 SIZES = ("resolution.min_res", "resolution.max_res", "validation.resolution")
 # Sides that are tried to find one that fits, px: multiples of 32, and those of published weights between them.
 CANDIDATES_PX = sorted({*range(32, 513, 32), 240, 260, 299, 300, 331, 336, 380, 456, 528, 560, 600, 1024})
+# Side of the images that a CPU passes with values, px.
+SMALL_PX = 64
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,25 @@ class Trial:
         if need.trains:
             return self.train(size_px, batch_size, backward=need.backward)
         return self.evaluate(size_px, batch_size)
+
+    def errors_of(self, needs: Iterable[Need], batch_size: int, paper: "Trial | None") -> dict[Need, Exception]:
+        """Pass a batch for each need. Return the errors.
+
+        With a trial of the same model on the meta device, a need is met if the shapes fit there, and small images pass
+        with values. Only if one of the two fails, images of the full size pass with values.
+        """
+        passes: dict[Need, bool] = {}
+        errors: dict[Need, Exception] = {}
+        for need in needs:
+            if paper is not None and paper.error_of(need, need.size_px, batch_size) is None:
+                small = replace(need, key="", size_px=min(need.size_px, SMALL_PX))
+                if small not in passes:
+                    passes[small] = self.error_of(small, small.size_px, batch_size) is None
+                if passes[small]:
+                    continue
+            if (error := self.error_of(need, need.size_px, batch_size)) is not None:
+                errors[need] = error
+        return errors
 
     def train(self, size_px: int, batch_size: int, *, backward: bool = True) -> Exception | None:
         """Pass a batch forward and back in training mode. Return the error, if there is one."""
@@ -153,9 +174,10 @@ def try_model(recipe: Recipe, plan: RunPlan, model: nn.Module, loss: Loss) -> No
     trial = Trial(model, loss, recipe.model.known_num_classes, plan.precision)
     batch_size = min(2, plan.batch_size)
 
-    failed = {
-        need: error for need in needs_of(recipe, plan) if (error := trial.error_of(need, need.size_px, batch_size))
-    }
+    paper = None
+    if trial.device.type == "cpu":  # where two large images take seconds
+        paper = Trial(copy.deepcopy(model).to("meta"), recipe_loss(recipe), trial.num_classes, "32")
+    failed = trial.errors_of(needs_of(recipe, plan), batch_size, paper)
     if failed and trial.device.type == "meta":  # perhaps only because there are no values
         try_model(recipe, plan, build_model(**recipe_model(recipe)), loss)
     elif failed:

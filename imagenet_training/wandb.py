@@ -58,7 +58,8 @@ def read_parts(folder: Path, wandb_id: str) -> list[Part]:
     logs = [
         path for kind in ("offline-run", "run") for path in folder.glob(f"{kind}-*-{wandb_id}/run-{wandb_id}.wandb")
     ]
-    return [_read_part(path) for path in sorted(logs, key=lambda path: path.parent.name.removeprefix("offline-"))]
+    # The names have the local time, which may have been put back between two parts. Steps only grow.
+    return sorted(map(_read_part, logs), key=lambda part: (part.last_step, part.path.name.removeprefix("offline-")))
 
 
 def _read_part(path: Path) -> Part:
@@ -190,8 +191,9 @@ def sync_command(last: Path, wandb_id: str) -> str:
 
     W&B may still write the last part, so it counts although it looks empty.
     """
-    parts = [part for part in read_parts(last.parent, wandb_id) if part.is_offline]
-    paths = [str(part.path) for part in parts if part.has_run or part.path.name == last.name]
+    parts = [part for part in read_parts(last.parent, wandb_id) if part.is_offline and part.path.name != last.name]
+    paths = [str(part.path) for part in parts if part.has_run]
+    paths += [str(last)] if last.is_dir() else []
     return shlex.join(["wandb", "sync", *paths]) if paths else ""
 
 

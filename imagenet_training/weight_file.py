@@ -6,7 +6,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,9 @@ from imagenet_training.card import CARD_KEY, ModelCard
 from imagenet_training.torch_file import UnreadableFile, check_whole, load_file, unknown_classes
 
 MAX_DEPTH = 5
+# The ends of the names of weights files, as hubs have them in a folder.
+FILE_KINDS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+AVERAGED_WORDS = {"ema", "swa", "avg", "average", "averaged"}
 # The keys of tensors that have the names and shapes of weights, but are an optimizer's, or gradients.
 NO_WEIGHTS = re.compile(r"optim|exp_avg|exp_inf|max_exp_avg|momentum|grad|scheduler|scaler", re.IGNORECASE)
 
@@ -52,11 +55,14 @@ class WeightFile:
     groups : list of TensorGroup
     card : ModelCard or None
         The facts beside the tensors, if this project wrote the file.
+    unread : list of str
+        The keys that lead to averaged tensors without names.
     """
 
     name: str
     groups: list[TensorGroup]
     card: ModelCard | None
+    unread: list[str] = field(default_factory=list)
 
 
 def read_weight_file(path: str | Path, name: str) -> WeightFile:
@@ -74,7 +80,7 @@ def read_weight_file(path: str | Path, name: str) -> WeightFile:
         If the file is missing, unreadable, or has no named tensors.
     """
     if not Path(path).is_file():
-        raise UserError(f"{name}: {'this is a folder' if Path(path).is_dir() else 'no such file'}")
+        raise UserError(f"{name}: {_folder_message(Path(path)) if Path(path).is_dir() else 'no such file'}")
     try:
         with open(path, "rb") as file:
             start = file.read(9)
@@ -84,6 +90,11 @@ def read_weight_file(path: str | Path, name: str) -> WeightFile:
     if not found.groups:
         raise UserError(f"{name} holds no state dict: save one with torch.save(model.state_dict(), FILE)")
     return found
+
+
+def _folder_message(folder: Path) -> str:
+    files = sorted(path.name for kind in FILE_KINDS for path in folder.glob(f"*{kind}"))
+    return f"this is a folder; pass a file in it, such as {files[0]}" if files else "this is a folder"
 
 
 def read_card(path: str | Path) -> ModelCard | None:
@@ -152,7 +163,7 @@ def _read_pickle(path: str | Path, name: str, start: bytes) -> WeightFile:
     if isinstance(content, _StandIn):
         raise UnreadableFile(f"it holds an object of {type(content).__qualname__}; save its state_dict() instead")
     card = ModelCard.of_checkpoint(content, name) if isinstance(content, Mapping) else None
-    return WeightFile(name, list(_groups(content)), card)
+    return WeightFile(name, list(_groups(content)), card, list(_unnamed_averages(content)))
 
 
 class _StandIn:
@@ -199,3 +210,18 @@ def _groups(content: Any, place: str = "", depth: int = 0) -> Iterator[TensorGro
     for key, value in content.items():
         if not NO_WEIGHTS.match(str(key)):
             yield from _groups(value, f"{place}.{key}" if place else str(key), depth + 1)
+
+
+def _unnamed_averages(content: Any, place: str = "", depth: int = 0) -> Iterator[str]:
+    """Yield the places of lists of averaged tensors, as the package torch_ema stores them."""
+    if isinstance(content, Mapping) and depth <= MAX_DEPTH:
+        for key, value in content.items():
+            yield from _unnamed_averages(value, f"{place}.{key}" if place else str(key), depth + 1)
+    elif isinstance(content, (list, tuple)) and is_averaged(place):
+        if any(isinstance(value, torch.Tensor) for value in content):
+            yield place
+
+
+def is_averaged(place: str) -> bool:
+    """Return True if the keys that lead to tensors say that they are averaged weights."""
+    return bool(AVERAGED_WORDS & set(re.split(r"[^a-z]+", place.lower())))

@@ -1,8 +1,9 @@
 """Fit the tensors of a file to a model, by their structure, and load them."""
 
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +13,8 @@ import torch
 from torch import nn
 
 from ffcv_ops.errors import UserError
-from imagenet_training.weight_file import TensorGroup, WeightFile, read_weight_file
+from imagenet_training.weight_file import TensorGroup, WeightFile, is_averaged, read_weight_file
 
-AVERAGED_WORDS = {"ema", "swa", "avg", "average", "averaged"}
 NUM_SHOWN = 3
 # Names in published files of torchvision's DenseNets and vision transformers, and the present names. torchvision
 # itself renames them only when it downloads the files, or by the version of a module.
@@ -92,6 +92,8 @@ class Fit:
         Number of classes of the file's head; None if the file has no head.
     blurred : bool
         The file has the filters of ffcv-imagenet's BlurPool.
+    other_head : bool
+        The file has a head of other layers.
     """
 
     label: str
@@ -104,6 +106,7 @@ class Fit:
     new_head: list[str] = field(default_factory=list)
     head_classes: int | None = None
     blurred: bool = False
+    other_head: bool = False
 
 
 def load_weights(
@@ -141,11 +144,30 @@ def load_weights(
     if file.card is not None and file.card.averaged:
         for fit in fits:
             fit.averaged = True
-    fit, notices = _choose(fits, ema, file.name)
+    renamed = False
+    if all(fit.problems for fit in fits):
+        others = [fit for group in file.groups for fit in _fits(_renamed_by_timm(group, model), model, head)]
+        if renamed := not all(fit.problems for fit in others):
+            fits = others
+    remedy = "; their shapes fit in their order: docs/FINE_TUNING.md renames such tensors"
+    fit, notices = _choose(fits, ema, file.name, remedy if _has_the_shapes(file, model) else "")
+    if renamed:
+        notices.append(f"{file.name} fits after timm's rules for this architecture changed its names or sizes")
+    if file.unread and not fit.averaged:
+        notices.append(
+            f"{file.name} has averaged weights without names ({', '.join(file.unread)}), which cannot be loaded: the "
+            "raw ones are used"
+        )
     _load(model, fit, file.name)
     if fit.left_out:
         notices.append(f"{file.name}: {_listed(fit.left_out)} left out, since the model has no such tensors")
     return fit, notices
+
+
+def _has_the_shapes(file: WeightFile, model: nn.Module) -> bool:
+    """Return True if a file has tensors with the shapes of the model's, in the same order."""
+    own = [tensor.shape for tensor in model.state_dict().values()]
+    return any([tensor.shape for tensor in group.tensors.values()] == own for group in file.groups)
 
 
 def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str, head: Head) -> Fit:
@@ -156,13 +178,15 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str,
     return fit
 
 
-def _choose(fits: list[Fit], ema: bool | Literal["auto"], source: str) -> tuple[Fit, list[str]]:
+def _choose(fits: list[Fit], ema: bool | Literal["auto"], source: str, remedy: str = "") -> tuple[Fit, list[str]]:
     """Choose the tensors to load among all groups of a file."""
     whole = [fit for fit in fits if not fit.problems]
     if not whole:
         nearest = max(fits, key=lambda fit: fit.num_matched)
         where = f" ({nearest.label})" if nearest.label else ""
-        raise UserError(f"{source}{where} does not fit this architecture: tensors {'; '.join(nearest.problems)}")
+        raise UserError(
+            f"{source}{where} does not fit this architecture: tensors {'; '.join(nearest.problems)}{remedy}"
+        )
     averaged, raw = [fit for fit in whole if fit.averaged], [fit for fit in whole if not fit.averaged]
     if ema is True and not averaged:
         raise UserError(f"{source} has no averaged weights: pass --model.ema=0 for the raw ones")
@@ -239,11 +263,27 @@ def _fits(group: TensorGroup, model: nn.Module, head: Head) -> list[Fit]:
     most = max(counts.values(), default=0)
     prefixes = [prefix for prefix, count in counts.items() if 2 * count > most] or [""]
     fits = [_fit(group, tensors, prefix, model, head) for prefix in prefixes]
-    others, counters = tuple(f"{prefix}." for prefix in prefixes if prefix), {_counter(prefix) for prefix in prefixes}
-    for fit in fits:
+    counters = {_counter(prefix) for prefix in prefixes}
+    for prefix, fit in zip(prefixes, fits, strict=True):
+        others = tuple(f"{other}." for other in prefixes if other not in ("", prefix))
         fit.blurred = blurred
         fit.left_out = [name for name in fit.left_out if name not in counters and not name.startswith(others)]
     return fits
+
+
+def _renamed_by_timm(group: TensorGroup, model: nn.Module) -> TensorGroup:
+    """Return a group under the names that timm gives to the tensors of the project that published an architecture.
+
+    timm applies such rules only to weights that it downloads. A group that the rules do not know is returned as it is.
+    """
+    rules = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if rules is None:
+        return group
+    try:
+        tensors = rules(dict(group.tensors), model)
+    except Exception:  # the rules of each architecture fail in their own way
+        return group
+    return TensorGroup(group.place, dict(tensors), None)
 
 
 def _counter(prefix: str) -> str | None:
@@ -267,13 +307,13 @@ def _fit(group: TensorGroup, tensors: Mapping[str, torch.Tensor], prefix: str, m
     own, start = model.state_dict(), f"{prefix}." if prefix else ""
     below = {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
     state = _known_parts(_present_names(below, own), own)
+    beside = _beside(tensors, prefix, own, own.keys() - state.keys() - _batch_counts(model))
+    state.update(beside.values())
     counter = _counter(prefix)
     label = ".".join(part for part in (group.place, prefix) if part)
-    averaged = bool(AVERAGED_WORDS & set(re.split(r"[^a-z]+", label.lower()))) or (
-        counter is not None and counter in tensors
-    )
+    averaged = is_averaged(label) or (counter is not None and counter in tensors)
     fit = Fit(label, averaged, state, group.metadata if not prefix else _metadata_below(group.metadata, start))
-    fit.left_out = sorted(name for name in tensors if not name.startswith(start))
+    fit.left_out = sorted(name for name in tensors if not name.startswith(start) and name not in beside)
     fit.num_matched = len(state.keys() & own.keys())
     unexpected = sorted(state.keys() - own.keys())
     misshapen = sorted(name for name in state.keys() & own.keys() if state[name].shape != own[name].shape)
@@ -287,6 +327,8 @@ def _fit(group: TensorGroup, tensors: Mapping[str, torch.Tensor], prefix: str, m
     missing = sorted(own.keys() - state.keys() - _batch_counts(model))
     if misshapen or missing:
         misshapen, missing = _leave_new_head(fit, misshapen, missing, own, head)
+    if fit.new_head and unexpected:
+        unexpected = _leave_other_layers(fit, start, unexpected)
     fit.problems = [
         f"{what} ({_listed(names)})"
         for names, what in (
@@ -312,6 +354,39 @@ def _leave_new_head(
         fit.new_head = [name for name in own if name in head]
     fit.state = {name: value for name, value in fit.state.items() if name not in fit.new_head}
     return [name for name in misshapen if name not in fit.new_head], [n for n in missing if n not in fit.new_head]
+
+
+def _leave_other_layers(fit: Fit, start: str, unexpected: list[str]) -> list[str]:
+    """Leave out the layers of a head that has others than the model's; return the names that still do not fit.
+
+    People replace the head ``fc`` by a dropout and ``fc.1``, for example, or by several layers.
+    """
+    places = {f"{name.rpartition('.')[0]}." for name in fit.new_head}
+    others = [name for name in unexpected if any(name.startswith(place) for place in places)]
+    fit.state = {name: value for name, value in fit.state.items() if name not in others}
+    fit.left_out += [f"{start}{name}" for name in others]
+    fit.other_head = bool(others)
+    return [name for name in unexpected if name not in others]
+
+
+def _beside(
+    tensors: Mapping[str, torch.Tensor], prefix: str, own: Collection[str], missing: Collection[str]
+) -> dict[str, tuple[str, torch.Tensor]]:
+    """Return tensors that a prefix lacks and that stand beside it, with the model's names, by their own names.
+
+    Some projects keep the body and the head apart, as ``backbone.conv1.weight`` and ``head.fc.weight``.
+    """
+    parent = prefix.rpartition(".")[0]
+    outer = f"{parent}." if parent else ""
+    found: dict[str, tuple[str, torch.Tensor]] = {}
+    for name in missing if prefix else ():
+        matches = [key for key in tensors if key.startswith(outer) and f".{key}".endswith(f".{name}")]
+        if len(matches) != 1:
+            return {}
+        found[matches[0]] = name, tensors[matches[0]]
+    places = {key.removesuffix(name) for key, (name, _) in found.items()}
+    is_only_a_part = sum(f"{place}{name}" in tensors for place in places for name in own) == len(found)
+    return found if len(places) == 1 and is_only_a_part else {}
 
 
 def _present_names(state: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from plans import make_plan
 from torch import nn
 
+from imagenet_training.classes import ClassMatch
 from imagenet_training.distributed import World
-from imagenet_training.epoch import calling_once_prepared, measure, train_epoch
+from imagenet_training.epoch import calling_once_prepared, evaluate, measure, train_epoch
 from imagenet_training.failures import RunError
 from imagenet_training.logs import RunLog
 from imagenet_training.loss import soft_target_cross_entropy
@@ -256,6 +257,32 @@ def test_flipped_evaluation_averages_both_views(data):
     with torch.no_grad():
         logits = (model.eval()(images) + model(images.flip(3))) / 2
     assert values["val/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+class FullMemory(nn.Module):
+    def forward(self, images):
+        raise torch.OutOfMemoryError(f"{len(images)} images")
+
+
+class Split(list):
+    """Batches of images and labels, with the interface of a loader."""
+
+    def __init__(self, images, labels):
+        super().__init__([(images, labels)])
+        self.beton, self.batch_size = SimpleNamespace(num_samples=len(labels), labels=labels.numpy()), len(labels)
+
+    def next_traversal_order(self):
+        return np.arange(self.batch_size)
+
+
+def test_memory_that_runs_out_in_an_evaluation_names_its_own_batch_size(data, tmp_path):
+    trainer, split, log = make_trainer(small_model()), Split(data[0], data[2]), RunLog(tmp_path, True)
+    options = {"epoch": 0, "classes": ClassMatch(None)}
+    settings = read_recipe(["--validation.batch_size=24", "--training.precision=32"]).validation
+    assert evaluate(trainer, split, log, settings=settings, **options).values["val/loss"] > 0
+    trainer.model = FullMemory()
+    with pytest.raises(RunError, match=r"out of GPU memory in the evaluation.*try --validation.batch_size=12"):
+        evaluate(trainer, split, log, settings=settings, **options)
 
 
 def test_fewer_than_five_classes():

@@ -26,7 +26,7 @@ from ffcv.transforms import Squeeze, ToTensor
 from ffcv.traversal_order.base import TraversalOrder
 from PIL import Image
 
-from ffcv_ops import rng
+from ffcv_ops import UserError, rng
 from ffcv_ops.loading.loader import Loader, OrderOption
 from ffcv_ops.operations.base import BatchOperation, SampleError
 from ffcv_ops.operations.crops import CenterCrop, RandomResizedCrop
@@ -96,6 +96,12 @@ class Observe(BatchOperation):
 
 def observed(function):
     return {"image": None, "label": [Observe(function), ToTensor()]}
+
+
+def test_a_tensor_becomes_no_tensor_again(path):
+    pipelines = {"image": [RandomResizedCrop(8), ToTensor()], "label": [Label(), ToTensor()]}
+    with pytest.raises(UserError, match=r'pipeline of "label" has tensors before ToTensor already: leave ToTensor out'):
+        Loader(path, 8, 1, pipelines=pipelines)
 
 
 # The same batches however they are made

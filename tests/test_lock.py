@@ -120,13 +120,23 @@ def test_the_lock_of_another_machine_ends_after_its_last_sign_of_life(tmp_path, 
 
 
 @pytest.mark.parametrize("age_s", [10**6, -(10**6)])
-def test_a_process_killed_while_it_took_a_lock_over_is_named(tmp_path, age_s):
+def test_a_process_killed_while_it_took_a_lock_over_stops_no_other(tmp_path, age_s):
     write_owner(tmp_path / "run.lock", pid=2**22 + 1)
     guard = tmp_path / "run.lock.takeover"
     guard.touch()
     os.utime(guard, (time.time() - age_s,) * 2)
-    with pytest.raises(UserError, match=r"run.lock.takeover: left by a process that was killed; remove this file"):
-        lock_of(tmp_path / "run.lock").acquire()
+    with lock_of(tmp_path / "run.lock"):
+        assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+        assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+
+
+def test_the_guard_of_a_process_that_lives_is_put_back(tmp_path):
+    with lock_of(tmp_path / "run.lock") as lock:
+        guard = tmp_path / "run.lock.takeover"
+        guard.write_text("another's")
+        lock._remove_guard(guard)  # it was old when this process looked, and another process has made it again
+        assert guard.read_text() == "another's"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["run.lock", "run.lock.takeover"]
 
 
 @pytest.mark.parametrize("content", ["owner", ""])

@@ -15,10 +15,13 @@ from imagenet_training.model import (
     build_model,
     can_compile,
     compiled,
+    drop_path_notices,
     find_library,
+    model_on_paper,
     model_size,
     pretrained_state,
 )
+from imagenet_training.recipe import read_recipe
 
 IMAGES = torch.linspace(-2, 2, 2 * 3 * 64 * 64).reshape(2, 3, 64, 64)
 
@@ -76,6 +79,17 @@ def test_drop_path_needs_timm():
         build_model("resnet18", drop_path=0.1)
     model = build_model("resnet18", library="timm", drop_path=0.1)
     assert any(getattr(module, "drop_prob", 0) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "arch, library, largest", [("convnext_tiny", "torchvision", 0.1), ("swin_s3_tiny_224", "timm", 0.1)]
+)
+def test_a_drop_path_that_no_setting_shows_is_told(arch, library, largest):
+    recipe = read_recipe([f"--model.arch={arch}", f"--model.library={library}"])
+    (notice,) = drop_path_notices(recipe, model_on_paper(recipe))
+    assert f"{library}'s {arch} skips up to {largest} of its residual branches" in notice
+    plain = read_recipe(["--model.arch=convnext_tiny", "--model.library=timm"])
+    assert drop_path_notices(plain, model_on_paper(plain)) == []
 
 
 def test_blurpool_goes_where_ffcv_imagenet_puts_it_and_keeps_names():

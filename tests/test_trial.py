@@ -11,7 +11,7 @@ from imagenet_training.loss import recipe_loss
 from imagenet_training.model import build_model, model_on_paper, recipe_model
 from imagenet_training.plan import plan_run
 from imagenet_training.recipe import read_recipe
-from imagenet_training.trial import try_model
+from imagenet_training.trial import Trial, try_model
 
 
 def recipe_of(arch, sizes=(32, 32, 32), *arguments):
@@ -96,3 +96,19 @@ def test_a_trial_changes_nothing():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_large_images_pass_with_values_only_if_small_ones_or_the_shapes_fail(monkeypatch):
+    sizes, forward = [], Trial._forward
+
+    def record(trial, size_px, batch_size):
+        sizes.append((trial.device.type, size_px))
+        return forward(trial, size_px, batch_size)
+
+    monkeypatch.setattr(Trial, "_forward", record)
+    try_recipe("test_resnet", (160, 224, 256), "--training.class_weights=auto")
+    assert {size for kind, size in sizes if kind == "cpu"} == {64}
+    assert {size for kind, size in sizes if kind == "meta"} == {160, 224, 256}
+    sizes.clear()
+    try_recipe("test_vit3", (160, 160, 160))  # of a fixed size
+    assert {size for kind, size in sizes if kind == "cpu"} == {64, 160}

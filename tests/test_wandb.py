@@ -103,6 +103,11 @@ def test_the_parts_of_a_run_hold_each_step_and_epoch_once_and_are_uploaded_by_on
     assert rows(tmp_path / "other", state.wandb_id) == rows(folder / "wandb", state.wandb_id)
     copies = shlex.split(sync_command(tmp_path / "other" / Path(words[-1]).name, state.wandb_id))
     assert copies == [*words[:2], *(str(tmp_path / "other" / Path(word).name) for word in words[2:])]
+    # A clock that was put back before the second part does not change the order.
+    second, third = Path(copies[3]), Path(copies[4])
+    earlier = second.rename(second.with_name(f"offline-run-20000101_000000-{state.wandb_id}"))
+    assert shlex.split(sync_command(third, state.wandb_id)) == [*copies[:3], str(earlier), str(third)]
+    assert rows(tmp_path / "other", state.wandb_id) == rows(folder / "wandb", state.wandb_id)
     # A damaged record ends no run, and the rows behind it stay.
     damaged = Path(copies[2]) / f"run-{state.wandb_id}.wandb"
     content = bytearray(damaged.read_bytes())

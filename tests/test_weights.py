@@ -9,6 +9,7 @@ from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -50,6 +51,13 @@ def prefixed(state, prefix):
     return {f"{prefix}{name}": value for name, value in state.items()}
 
 
+def renamed(state, old, new):
+    """The state below the first part of `old`, but the head under another name."""
+    prefix = f"{old.partition('.')[0]}."
+    found = {name: value for name, value in prefixed(state, prefix).items() if not name.startswith(f"{old}.")}
+    return {**found, **{f"{new}.{part}": state[f"fc.{part}"] for part in ("weight", "bias")}}
+
+
 def same(ours, theirs):
     return all(torch.equal(ours.state_dict()[name], value) for name, value in theirs.state_dict().items())
 
@@ -72,6 +80,8 @@ CONTAINERS = {
     },
     "defaultdict": lambda s: {"weights": s, "log": defaultdict(list, loss=[1.0])},
     "old": lambda s: {name: value for name, value in s.items() if not name.endswith("num_batches_tracked")},
+    "mmpretrain": lambda s: {"state_dict": renamed(s, "backbone.fc", "head.fc")},
+    "a head of Lightning": lambda s: {"state_dict": renamed(s, "net.fc", "fc")},
     "half precision": lambda s: {
         name: value.half() if value.is_floating_point() else value for name, value in s.items()
     },
@@ -202,7 +212,8 @@ def test_names_of_published_files_are_known(arch):
     ("content", "told"),
     [
         (b"", "the file is empty"),
-        (b"<!DOCTYPE html>", "it is neither safetensors nor of torch.save"),
+        (b"<!DOCTYPE html>\n<title>404</title>", "it is text, such as a web page or a pointer of Git LFS"),
+        (b"\x08\x07\x12\x07pytorch" + bytes(100), "it is neither safetensors nor of torch.save"),
         (b"PK", "is not a file of weights"),
         (None, "this is a folder"),
     ],
@@ -214,6 +225,13 @@ def test_other_files_are_named_for_what_they_are(tmp_path, content, told):
     with pytest.raises(UserError, match=told) as error:
         load_model(path)
     assert "weights_only" not in str(error.value)
+
+
+def test_a_folder_as_a_hub_gives_it_names_its_file(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"this is a folder; pass a file in it, such as model.safetensors"):
+        load_model(tmp_path)
 
 
 def test_a_torchscript_archive_is_named(tmp_path):
@@ -279,9 +297,21 @@ def test_a_head_of_another_size_starts_random_with_a_word(tmp_path, arch):
     for name, value in source.state_dict().items():
         assert (name in head) or torch.equal(model.state_dict()[name], value), name
     (notice,) = notices
-    assert "has a head of 12 classes, and the model has 10 classes" in notice and "start from random values" in notice
+    assert (
+        "has a head of 12 classes, and the model has 10 classes" in notice
+        and "start from small random values" in notice
+    )
     with pytest.raises(UserError, match=r"would be random\. Evaluate with data of the same classes"):
         build_model(arch, num_classes=10, weights=tmp_path / "twelve.pt", whole=True)
+
+
+def test_a_new_head_is_small_so_that_the_trained_layers_keep_what_they_know(tmp_path):
+    torch.save(build_model("test_efficientnet", num_classes=5).state_dict(), tmp_path / "x.pt")
+    assert build_model("test_efficientnet", num_classes=4).classifier.weight.std() > 0.2
+    for weights, large in (("x.pt", 0.0101), (None, 1)):
+        options = {"weights": tmp_path / weights} if weights else {}
+        std = build_model("test_efficientnet", num_classes=4, **options).classifier.weight.std()
+        assert (std > 0.0099) and (std < large)
 
 
 def test_weights_without_a_head_are_a_start_and_cannot_be_evaluated(tmp_path):
@@ -291,6 +321,66 @@ def test_weights_without_a_head_are_a_start_and_cannot_be_evaluated(tmp_path):
     assert "has no head, and the model has 4 classes: fc.weight, fc.bias start" in notices[0]
     with pytest.raises(UserError, match="would be random"):
         build_model(**ARCH, weights=tmp_path / "body", whole=True)
+
+
+@pytest.mark.parametrize("names", [("fc.1.weight", "fc.1.bias"), ("fc.0.weight", "fc.0.bias", "fc.2.weight")])
+def test_a_head_of_other_layers_is_left_out_with_a_word(tmp_path, names):
+    state = dict(trained().state_dict())
+    features = state["fc.weight"].shape[1]
+    del state["fc.weight"], state["fc.bias"]
+    state.update({name: torch.ones(4 if name.endswith("bias") else (4, features)) for name in names})
+    torch.save({"state_dict": prefixed(state, "module.encoder_q.")}, tmp_path / "other.pt")
+    notices = []
+    build_model(**ARCH, weights=tmp_path / "other.pt", notices=notices)
+    assert any("a head of other layers" in notice and "random" in notice for notice in notices)
+    assert any(f"{len(names)}: module.encoder_q.{min(names)}" in notice and "left out" in notice for notice in notices)
+    with pytest.raises(UserError, match="a head of other layers"):
+        build_model(**ARCH, weights=tmp_path / "other.pt", whole=True)
+
+
+def test_a_head_is_not_taken_from_another_model_in_the_file(tmp_path):
+    state, other = dict(trained(0).state_dict()), trained(1).state_dict()
+    body = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    torch.save({**prefixed(body, "backbone."), **prefixed(other, "teacher.")}, tmp_path / "two.pt")
+    with pytest.raises(UserError, match="several weights that fit"):
+        build_model(**ARCH, weights=tmp_path / "two.pt")
+
+
+def test_names_of_the_project_that_published_an_architecture_are_known(tmp_path):
+    """ConvNeXt's own names, which timm replaces in weights that it downloads."""
+    source = build_model("test_convnext", library="timm", num_classes=4).eval()
+    theirs = {}
+    for name, value in source.state_dict().items():
+        for ours, original in (
+            (r"^stem\.", "downsample_layers.0."), (r"\.blocks\.", "."), (r"^head\.norm\.", "norm."),
+            (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."), (r"conv_dw", "dwconv"),
+            (r"mlp\.fc", "pwconv"), (r"^head\.fc\.", "head."),
+        ):  # fmt: skip
+            name = re.sub(ours, original, name)
+        theirs[name] = value
+    torch.save({"model": theirs}, tmp_path / "convnext.pth")
+    notices = []
+    model = build_model(
+        "test_convnext", library="timm", num_classes=4, weights=tmp_path / "convnext.pth", whole=True, notices=notices
+    )
+    assert torch.equal(model.eval()(IMAGES), source(IMAGES)) and "timm's rules" in notices[0]
+
+
+def test_the_same_shapes_under_other_names_are_told(tmp_path):
+    torch.save({f"_{name}": value for name, value in trained().state_dict().items()}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"missing \(\d+: .*their shapes fit in their order: docs/FINE_TUNING.md"):
+        build_model(**ARCH, weights=tmp_path / "other.pth")
+
+
+def test_averages_that_cannot_be_matched_are_told(tmp_path):
+    source = trained()
+    ema = {"decay": 0.9, "shadow_params": [value + 1 for value in source.parameters()]}
+    torch.save({"model": source.state_dict(), "ema": ema}, tmp_path / "torch_ema.pt")
+    notices = []
+    assert same(build_model(**ARCH, weights=tmp_path / "torch_ema.pt", notices=notices), source)
+    assert "averaged weights without names (ema.shadow_params)" in notices[0]
+    with pytest.raises(UserError, match="no averaged weights"):
+        build_model(**ARCH, weights=tmp_path / "torch_ema.pt", ema=True)
 
 
 def test_a_head_of_other_features_is_another_network(tmp_path):
@@ -461,6 +551,17 @@ def test_a_mean_outside_its_range_is_refused(value):
     assert Channels(positive=True).check("[0.5, 0.5, 0.5]") == HALF
     with pytest.raises(ValueError):
         Channels(positive=True).check("0,0.5,0.5")
+
+
+def test_deep_grayscale_is_prepared_as_it_is_written():
+    card, ramp = ModelCard(ARCH, resolution=16, crop_ratio=1.0), np.linspace(0, 65535, 16 * 16).reshape(16, 16)
+    deep, plain = (
+        Image.fromarray(ramp.astype(np.uint16)),
+        Image.fromarray((ramp.astype(np.uint16) >> 8).astype(np.uint8)),
+    )
+    assert deep.mode == "I;16" and torch.equal(card.transform(deep), card.transform(plain))
+    with pytest.raises(UserError, match="floating-point numbers of no known range"):
+        card.transform(Image.fromarray(ramp.astype(np.float32)))
 
 
 def test_an_image_is_prepared_in_three_lines():

@@ -22,6 +22,7 @@ from ffcv_ops._ffcv import (
     DecoderNode,
     Graph,
     RefNode,
+    ToTensor,
     allocate_query,
 )
 from ffcv_ops.errors import UserError
@@ -187,6 +188,10 @@ class PipelineSteps:
             operation.accept_field(self.graph.handlers[names[step.column]])
             operation.accept_globals(self.graph.metadata[f"f{step.column}"], self.graph.memory_read)
             state = INITIAL_STATE if step.is_decoder else states[step.parent_id]
+            if type(operation) is ToTensor and isinstance(state.dtype, torch.dtype):
+                raise UserError(
+                    f'the pipeline of "{names[step.column]}" has tensors before ToTensor already: leave ToTensor out'
+                )
             states[step.node_id], step.query = operation.declare_state_and_memory(state)
             step.shared_query = operation.declare_shared_memory(state)
             step.jit = step.is_decoder or states[step.node_id].jit_mode

@@ -163,17 +163,27 @@ def _convert(image: "Image.Image") -> tuple[np.ndarray, Change]:
         changes |= Change.CMYK
     if _has_transparency(image):
         changes |= Change.TRANSPARENCY
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        kind = "floating-point numbers" if image.mode == "F" else "32-bit or signed integers"
-        raise UserError(f"its pixels are {kind} of no known range; save it with 8 or 16 bits without sign")
-    if image.mode.startswith("I"):
-        pixels = np.repeat(_upper_bits(image)[:, :, None], 3, axis=2)
-    else:
-        pixels = np.asarray(image.convert("RGB"))
+    pixels = rgb_pixels(image)
     with contextlib.suppress(Exception):  # EOFError without another frame, anything if that frame is damaged
         image.seek(1)
         changes |= Change.FRAMES
     return pixels, changes
+
+
+def rgb_pixels(image: "Image.Image") -> np.ndarray:
+    """Return the pixels of Pillow's ``convert("RGB")``, uint8 (H, W, 3). Deep grayscale keeps its upper 8 bits.
+
+    Raises
+    ------
+    UserError
+        If the pixels are numbers of unknown range.
+    """
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        kind = "floating-point numbers" if image.mode == "F" else "32-bit or signed integers"
+        raise UserError(f"its pixels are {kind} of no known range; save it with 8 or 16 bits without sign")
+    if image.mode.startswith("I"):
+        return np.repeat(_upper_bits(image)[:, :, None], 3, axis=2)
+    return np.asarray(image.convert("RGB"))
 
 
 def _is_deep(image: "Image.Image") -> bool:
