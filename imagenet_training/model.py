@@ -144,7 +144,7 @@ def _make_small(model: nn.Module, head: Collection[str]) -> None:
     """
     for name, tensor in model.named_parameters():
         if name in head and tensor.ndim > 1 and (std := tensor.std().item()) > HEAD_STD:
-            tensor *= HEAD_STD / std
+            tensor.mul_(HEAD_STD / std)
 
 
 def _other_network(file: WeightFile, fit: Fit, network: dict[str, Any], whole: bool) -> list[str]:
