@@ -8,14 +8,14 @@
     python write_beton.py --split train --source "train-{0000..1023}.tar"  # WebDataset shards
     python write_beton.py --source FOLDER_OR_TAR --labels labels.csv       # lines of a name and a class
     python write_beton.py --verify /fsx/ns1/train.beton
-    torchrun --nnodes=4 --rdzv_backend=c10d --rdzv_endpoint=HEAD:29500 write_beton.py --split train    # on each of 4
+    python write_beton.py --split train --cluster tcp://HOST:8786    # on the workers of a Dask cluster
     python write_beton.py --inspect /fsx/ns1/train.beton --sheet train.png
 
 The source is a folder with one subfolder of images for each class, an archive, or shards. Nothing has to be unpacked;
 docs/WRITING.md lists what is read. A manifest, FILE.json, appears beside the file. It holds classes,
 counts, settings and digest. If the command is killed, the same command resumes and writes the same bytes. Until the
-file is whole, its name ends in .partial. Under torchrun the machines share the work, and write the same bytes as one
-machine.
+file is whole, its name ends in .partial. The workers of a cluster read and encode the images, and only this machine
+writes. The bytes are those that one machine writes.
 
 --verify reads a whole file, decodes every image and lists the bad ones. --inspect prints settings, classes and sizes,
 also for files of stock FFCV. --sheet draws some of the images into a PNG.
@@ -28,6 +28,7 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,18 +42,19 @@ from ffcv_ops.files import check_output
 from ffcv_ops.progress import Progress, print_line
 from ffcv_ops.settings import ShippedFiles, read_settings
 from ffcv_ops.units import show_bytes
-from ffcv_ops.workers import ranks
-from ffcv_ops.workers.processes import WorkerKilled, choose_num_workers
+from ffcv_ops.workers.processes import choose_num_workers
+from ffcv_ops.workers.tasks import NoWorkers, WorkerKilled
+from ffcv_ops.workers.versions import OtherMachine
 from ffcv_ops.writing.command import (
     FLAGS,
     Write,
     WriteBeton,
+    choose_executor,
     choose_source,
     next_commands,
     read_train_classes,
     settings_line,
 )
-from ffcv_ops.writing.encode import encoder_versions
 from ffcv_ops.writing.writer import WriteError, write
 
 RECIPES = ShippedFiles(Path(__file__).resolve().parent, "*_configs/*.yaml")
@@ -101,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         progress.close()
         exit_with_user_error(error)
-    except (WriteError, WorkerKilled, OSError) as error:
+    except (WriteError, WorkerKilled, NoWorkers, OSError) as error:
         progress.close()
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -123,16 +125,14 @@ def run(chosen: Write, progress: Progress) -> int:
         raise UserError(f"--sheet {chosen.sheet}: --sheet needs --inspect FILE, whose images it draws")
     if chosen.inspect:
         return run_inspect(Path(chosen.inspect), Path(chosen.sheet) if chosen.sheet else None)
-    num_workers = choose_num_workers(chosen.num_workers)
-    if machine.rank() > 0:
-        return ranks.lend_workers(num_workers, encoder_versions)
-    with ranks.lead(encoder_versions) as leader:
+    choose_num_workers(chosen.num_workers)
+    with choose_executor(chosen, print_line) as executor:
         if chosen.verify:
-            return run_verify(Path(chosen.verify), num_workers, leader, progress)
-        return run_write(chosen, leader, progress)
+            return run_verify(Path(chosen.verify), chosen.num_workers, executor, progress)
+        return run_write(chosen, executor, progress)
 
 
-def run_write(chosen: Write, leader: ranks.Leader | None, progress: Progress) -> int:
+def run_write(chosen: Write, executor: Executor | None, progress: Progress) -> int:
     """Write one split and print a summary of the file."""
     source, target = choose_source(chosen)
     settings = chosen.settings
@@ -147,7 +147,7 @@ def run_write(chosen: Write, leader: ranks.Leader | None, progress: Progress) ->
         on_error=chosen.on_error,
         overwrite=chosen.overwrite,
         classes=read_train_classes(chosen, target, print_line),
-        leader=leader,
+        executor=executor,
         notice=print_line,
         progress=progress,
         stage=progress.show_stage,
@@ -166,13 +166,15 @@ def run_write(chosen: Write, leader: ranks.Leader | None, progress: Progress) ->
     return 0
 
 
-def run_verify(path: Path, num_workers: int, leader: ranks.Leader | None, progress: Progress) -> int:
+def run_verify(path: Path, num_workers: int, executor: Executor | None, progress: Progress) -> int:
     """Check a whole file, print what is wrong with it, and return 1 if anything is."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     start_s = time.monotonic()
     try:
-        report = verify(path, num_workers=num_workers, leader=leader, progress=progress)
+        report = verify(path, num_workers=num_workers, executor=executor, progress=progress)
+    except OtherMachine:
+        raise
     except UserError as error:
         print(f"damaged: {error}", file=sys.stderr)
         return 1

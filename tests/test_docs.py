@@ -77,6 +77,7 @@ NOT_RUN = [
         "changes the machine, or needs a network",
     ),
     (r"(sbatch|srun) ", "needs Slurm"),
+    (r"'?(dask |openssl |file=|tls=)|python write_beton.py .*--cluster", "tests/test_cluster.py starts clusters"),
     (r"(until|while|for|if) ", "a loop of the shell around what is shown elsewhere"),
     (r"bash (launch|benchmarks)/", "needs a GPU, a terminal or other machines"),
     (r"python -m imagenet_training.doctor", "imports everything several times; tests/test_doctor.py runs it"),
@@ -100,6 +101,7 @@ FOREIGN_FILES = {
 FOREIGN_FLAGS = {
     "sbatch": {"nodes", "time", "partition", "account", "cpus-per-task", "gpus-per-node", "requeue", "signal"},
     "srun": {"exclusive", "ntasks-per-node"},
+    "dask": {"host", "interface", "no-dashboard", "nworkers"},
     "docker": {"device", "ipc", "network", "shm-size", "ulimit"},
     "pip": {"no-deps", "no-build-isolation", "upgrade"},
     "timm": {"mixup", "cutmix", "aa", "remode", "sched-on-updates", "warmup-prefix"},

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import struct
 import sys
 import threading
@@ -23,7 +24,7 @@ from ffcv_ops.sources import folder as folders
 from ffcv_ops.sources.folder import scan
 from ffcv_ops.sources.image import Change, load_image, read_image
 from ffcv_ops.sources.kinds import SourceSpec, open_source
-from ffcv_ops.writing.encode import Encoder, EncodeRequest
+from ffcv_ops.writing.encode import EncodeJob, EncodeTask
 from ffcv_ops.writing.plan import BadImage, WriteSettings, build_plan
 from ffcv_ops.writing.writer import write
 
@@ -448,7 +449,7 @@ def test_an_empty_file_is_found_before_the_work(root):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP"])
 def test_the_limit_of_pixels_is_a_setting(root, kind, monkeypatch):
-    """A worker lifts the limit of its own Pillow, so that only the setting counts."""
+    """A task lifts the limit of Pillow while it runs, so that only the setting counts."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     make(root, "b/large.jpg", content=encoded(PHOTOGRAPH.resize((100, 80)), kind))
     with pytest.raises(Image.DecompressionBombError):
@@ -456,8 +457,8 @@ def test_the_limit_of_pixels_is_a_setting(root, kind, monkeypatch):
     found = scan(root)
     for limit, is_good in ((5000, False), (8000, True), (0, True)):
         settings = WriteSettings(mode="raw", max_pixels=limit, max_side=50)
-        encoder = Encoder(settings, found.reader, root / "none")
-        (entry,) = encoder(EncodeRequest(0, ["b/large.jpg"], found.places[3:].tolist(), [True])).entries
+        job = EncodeJob(settings, pickle.dumps(found.reader))
+        (entry,) = EncodeTask(job, ["b/large.jpg"], found.places[3:].tolist(), [True])().entries
         if is_good:
             assert entry[1:3] == (50, 40)
         else:

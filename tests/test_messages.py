@@ -37,7 +37,7 @@ def is_in_sources(message: str) -> bool:
 
 
 def test_the_page_quotes_messages() -> None:
-    assert 20 <= len(quoted_messages()) <= 50
+    assert 20 <= len(quoted_messages()) <= 60
 
 
 @pytest.mark.parametrize("message", quoted_messages())

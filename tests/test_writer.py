@@ -4,9 +4,9 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import tracemalloc
-import warnings
 from concurrent.futures import wait
 from io import BytesIO
 from pathlib import Path
@@ -713,32 +713,16 @@ def test_stock_files_are_checked_without_a_digest(tmp_path):
     assert set(verify(path, num_workers=1).bad) == {4}
 
 
-def test_a_killed_worker_ends_the_run(many, tmp_path):
-    import multiprocessing
-    import signal
-
-    def kill_one(done, total):
-        if done:
-            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-
-    with pytest.raises(WriteError, match="exit code -9.*the same command goes on"):
-        quiet(many, tmp_path / "file.beton", WriteSettings("raw", page_size=PAGE_SIZE), progress=kill_one)
-    assert not (tmp_path / "file.beton").exists()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert quiet(many, tmp_path / "file.beton", WriteSettings("raw", page_size=PAGE_SIZE))["num_samples"] == 60
-
-
-def test_a_worker_reads_the_images_of_a_request_while_it_encodes_the_one_before(many, tmp_path):
+def test_a_worker_reads_the_images_of_a_task_while_it_encodes_the_one_before(many, tmp_path):
     shutil.copytree(many, tmp_path / "data")
     plan = build_plan(folders.scan(tmp_path / "data"), WriteSettings("raw", page_size=PAGE_SIZE))
-    encoder = encode.Encoder(plan.settings, plan.source.reader, tmp_path / "file")
-    requests = [encode.encode_request(plan, number, np.arange(start, start + 8)) for number, start in enumerate((0, 8))]
-    for request in requests:
-        encoder.expect(request)
-    wait([content for contents in encoder._coming for content in contents])
+    job = encode.EncodeJob(plan.settings, pickle.dumps(plan.source.reader))
+    tasks = [encode.EncodeTask.of_positions(job, plan, np.arange(start, start + 8)) for start in (0, 8)]
+    for task in tasks:
+        task.prepare()
+    wait([content for task in tasks for content in task._reads])
     shutil.rmtree(tmp_path / "data")
-    entries = [entry for request in requests for entry in encoder(request).entries]
+    entries = [entry for task in tasks for entry in task().entries]
     assert len(entries) == 16 and not any(isinstance(entry, str) for entry in entries)
 
 

@@ -5,11 +5,9 @@ import os
 import socket
 from base64 import b64decode
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -17,8 +15,8 @@ import numpy as np
 from ffcv_ops.beton import layout as beton
 from ffcv_ops.beton.reading import Beton, read_beton
 from ffcv_ops.errors import UserError
-from ffcv_ops.workers.processes import Workers, choose_num_workers, map_in_order
-from ffcv_ops.workers.ranks import Leader
+from ffcv_ops.workers.processes import choose_num_workers, use_executor
+from ffcv_ops.workers.tasks import run_in_order
 
 _READ_BYTES = 1 << 24
 _IMAGE_TYPE = np.dtype(
@@ -66,7 +64,7 @@ def verify(
     path: str | os.PathLike[str],
     *,
     num_workers: int = -1,
-    leader: Leader | None = None,
+    executor: Executor | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Read every byte of a file and decode every image in it.
@@ -78,9 +76,10 @@ def verify(
     ----------
     path : path
     num_workers : int
-        Processes of this rank that decode; -1: as many as CPUs allowed.
-    leader : Leader, optional
-        The other ranks, which lend their workers (see `ffcv_ops.workers.ranks`).
+        Processes that decode; -1: as many as CPUs allowed. With an `executor`, the number of tasks that it runs at a
+        time; -1: as many as it tells.
+    executor : concurrent.futures.Executor, optional
+        Checks the pages, instead of processes of this machine. It stays open.
     progress : callable
         Called with the number of images checked and the number of all images.
 
@@ -93,7 +92,7 @@ def verify(
     UserError
         If `read_beton` finds header, tables or manifest damaged, or if `num_workers` is 0.
     """
-    num_workers = choose_num_workers(num_workers)
+    choose_num_workers(num_workers)
     found = read_beton(path)
     bad: dict[int, str] = {}
     unsupported: dict[int, str] = {}
@@ -102,9 +101,11 @@ def verify(
     num_done = 0
     stat = os.stat(path)
     identity = stat.st_size, stat.st_mtime_ns
-    with closing(Workers(num_workers, _PageChecker, found.path.absolute(), identity, leader=leader)) as workers:
+    known_workers = None if num_workers == -1 else num_workers
+    with use_executor(executor, num_workers) as workers:
         pages, sent = itertools.tee(_pages_of(found))
-        for page, checked in zip(pages, map_in_order(workers, sent), strict=True):
+        tasks = (_CheckTask(str(found.path.absolute()), identity, page) for page in sent)
+        for page, checked in zip(pages, run_in_order(workers, tasks, known_workers), strict=True):
             if not checked.rest_is_zero:
                 problems.append(f"page {len(page_hashes)} has data between its values")
             page_hashes.append(checked.sha256)
@@ -229,32 +230,34 @@ class _CheckedPage:
     rest_is_zero: bool
 
 
-class _PageChecker:
-    """A worker's function: it reads a page and checks each value on it.
+@dataclass(frozen=True)
+class _CheckTask:
+    """The task to read a page and to check each value on it. See `ffcv_ops.workers.tasks.Task`.
 
-    Parameters
+    Attributes
     ----------
-    path : Path
+    path : str
         The file, which may be on another machine than the one that asks.
     identity : tuple of int
         Size in bytes and time of change in ns of the file that is to be checked.
+    page : _PageTable
     """
 
-    def __init__(self, path: Path, identity: tuple[int, int]):
-        self.path, self.identity = path, identity
+    path: str
+    identity: tuple[int, int]
+    page: _PageTable
 
-    @cached_property
-    def _file(self) -> BinaryIO:
-        # The file is opened for the first page, so that an error is the answer for that page.
-        file = open(self.path, "rb")
-        stat = os.fstat(file.fileno())
-        if (stat.st_size, stat.st_mtime_ns) != self.identity:
-            raise OSError(f"{self.path}: another file on {socket.gethostname()}; all machines must see the same one")
-        return file
-
-    def __call__(self, page: _PageTable) -> _CheckedPage:
-        self._file.seek(page.start)
-        content = self._file.read(page.stop - page.start)
+    def __call__(self) -> _CheckedPage:
+        """Return the result for the page. Raise OSError if the file is another one on this machine."""
+        page = self.page
+        with open(self.path, "rb") as file:
+            stat = os.fstat(file.fileno())
+            if (stat.st_size, stat.st_mtime_ns) != self.identity:
+                raise OSError(
+                    f"{self.path}: another file on {socket.gethostname()}; all machines must see the same one"
+                )
+            file.seek(page.start)
+            content = file.read(page.stop - page.start)
         digests = [
             sha256(content[ptr - page.start : ptr - page.start + size]).digest()
             for _, ptr, size in page.values.tolist()
@@ -263,6 +266,18 @@ class _PageChecker:
         bad = _changed_samples(page, digests) | undecodable
         unsupported = {sample: reason for sample, reason in unsupported.items() if sample not in bad}
         return _CheckedPage(sha256(b"".join(digests)).hexdigest(), bad, unsupported, _rest_is_zero(page, content))
+
+    def split(self) -> list["_CheckTask"]:
+        """Return the task itself, because the digest of a page needs all of its values."""
+        return [self]
+
+    def join(self, results: list[_CheckedPage]) -> _CheckedPage:
+        """Return the one result."""
+        return results[0]
+
+    def name(self) -> str:
+        """Return the place of the page."""
+        return f"{self.path}: the page from byte {self.page.start} on"
 
 
 def _changed_samples(page: _PageTable, digests: list[bytes]) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""Run worker processes that answer messages. They end with the run they work for, even if it is killed."""
+"""Run tasks in processes of this machine. They end with the process that started them, even if it is killed."""
 
 import contextlib
 import multiprocessing
@@ -13,31 +13,27 @@ import threading
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.files import write_all
 from ffcv_ops.machine import cpus_per_rank
+from ffcv_ops.workers.tasks import WorkerKilled
 
-if TYPE_CHECKING:
-    from ffcv_ops.workers import ranks
-
-# A worker has one message to work on, and one to begin with after its answer.
-MESSAGES_A_WORKER = 2
-_RESULTS_A_WORKER = 8
+# A process has one task to work on, and one to prepare meanwhile.
+_TASKS_A_PROCESS = 2
 _END = object()
-
-
 # Exit status of a worker that found its script without a guard.
 _NO_GUARD = 78
-
-
-class WorkerKilled(RuntimeError):
-    """The end of a worker process that was still needed."""
 
 
 class WorkerTraceback(Exception):
@@ -60,124 +56,222 @@ def end_if_imported() -> None:
         os._exit(_NO_GUARD)
 
 
-class Workers:
-    """Processes that each call one function on message after message and send back its results.
+def set_up_process() -> None:
+    """Prepare a process that works on tasks and on nothing else."""
+    warnings.simplefilter("ignore")  # Pillow warns about metadata that nobody reads
+    import cv2
+
+    cv2.setNumThreads(1)
+
+
+@dataclass
+class _Job:
+    """A task that is not done: its future, and the pickled function."""
+
+    future: Future
+    content: bytes
+    started: bool = False
+
+
+@dataclass
+class _Process:
+    """A process, the connection to it, and the jobs that it has. It works on the first one."""
+
+    process: BaseProcess
+    connection: Connection
+    jobs: deque[_Job] = field(default_factory=deque)
+    ready: bool = False
+
+
+class ProcessExecutor(Executor):
+    """Processes of this machine as an executor, which is faster than ``ProcessPoolExecutor`` for large results.
 
     A fork server starts the processes, so they share only a pipe with this process. If this process is killed, its end
-    of the pipe closes and the workers end. If a worker ends, `receive` raises at once. Workers ignore Ctrl-C and
-    SIGHUP.
+    of the pipe closes and the processes end. If a process is killed, its task raises `WorkerKilled`, another process
+    takes its place, and no other task is lost. Processes ignore Ctrl-C and SIGHUP.
+
+    If a submitted function has a method ``prepare``, another thread of the process calls it as soon as the function
+    arrives. The process may still work on an earlier function then.
 
     Parameters
     ----------
     num_workers : int
-    build : callable
-        Called once in each process with `args`. It returns the function of messages. Both are importable by name.
-    leader : Leader, optional
-        The other ranks. Their workers count too, after the `num_workers` of this process.
     preload : sequence of str
-        Modules that the fork server imports once for all workers, if the server does not run yet.
+        Modules that the fork server imports once for all processes, if the server does not run yet.
     """
 
-    def __init__(
-        self,
-        num_workers: int,
-        build: Callable[..., Callable[[Any], Any]],
-        *args: Any,
-        leader: "ranks.Leader | None" = None,
-        preload: Sequence[str] = (),
-    ):
+    def __init__(self, num_workers: int, preload: Sequence[str] = ()):
         end_if_imported()
-        context = fork_server(build, preload)
-        self._leader = leader
-        self._connections: list[multiprocessing.connection.Connection] = []
-        self._processes: list[multiprocessing.process.BaseProcess] = []
-        self._ready: deque[Any] = deque()
-        for _ in range(num_workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, build, args), daemon=True)
-            process.start()
-            theirs.close()
-            self._connections.append(ours)
-            self._processes.append(process)
-        lent = leader.start_workers(build, args, preload) if leader else []
-        self._lenders = [lender for lender, _ in lent]
-        self._connections += [connection for _, connection in lent]
-        self._outstanding = [0] * len(self._connections)
+        self.num_workers = num_workers
+        self._context = _fork_server(preload)
+        self._lock = threading.RLock()
+        self._waiting: deque[_Job] = deque()
+        self._broken: Exception | None = None
+        self._shut_down = False
+        self._idle = threading.Condition(self._lock)
+        self._wake, self._waker = self._context.Pipe(duplex=False)
+        self._processes = [self._start() for _ in range(num_workers)]
+        self._thread = threading.Thread(target=self._receive_answers, name="ProcessExecutor", daemon=True)
+        self._thread.start()
 
-    @property
-    def num_workers(self) -> int:
-        """Return the number of processes, including those of other ranks."""
-        return len(self._connections)
-
-    def is_lent(self, worker: int) -> bool:
-        """Return whether a worker belongs to another rank, which may be on another machine."""
-        return worker >= len(self._processes)
-
-    def idle(self) -> int | None:
-        """Return the worker with the fewest messages to answer; None if every worker has enough."""
-        worker = min(range(len(self._outstanding)), key=self._outstanding.__getitem__)
-        return worker if self._outstanding[worker] < MESSAGES_A_WORKER else None
-
-    def send(self, worker: int, message: Any) -> None:
-        """Send a message to a worker. A worker answers its messages in their order."""
-        try:
-            self._connections[worker].send(message)
-        except OSError:
-            raise self._killed(worker) from None
-        self._outstanding[worker] += 1
-
-    def receive(self) -> tuple[int, Any]:
-        """Wait for the next answer and return the worker and the answer.
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        """Run ``fn(*args, **kwargs)`` in a process. `fn` is importable by name, or an object that pickle can send.
 
         Raises
         ------
+        RuntimeError
+            After `shutdown`.
         Exception
-            If the worker's function raised it. The cause is a `WorkerTraceback`.
-        WorkerKilled
-            If a worker has ended.
+            If no process can be started any more.
         """
-        if not self._ready:
-            others = [connection for _, connection in self._leader.ranks] if self._leader else []
-            ready = multiprocessing.connection.wait([*self._connections, *others])
-            if self._leader:
-                self._leader.check(ready)
-            self._ready.extend(ready)
-        connection = self._ready.popleft()
-        worker = self._connections.index(connection)
+        job = _Job(Future(), pickle.dumps(partial(fn, *args, **kwargs) if args or kwargs else fn, protocol=5))
+        with self._lock:
+            if self._broken:
+                raise self._broken
+            if self._shut_down:
+                raise RuntimeError("cannot submit a task after shutdown")
+            self._waiting.append(job)
+            self._send_jobs()
+        return job.future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the processes. With `cancel_futures`, they end at once, even in the middle of a task."""
+        with self._lock:
+            self._shut_down = True
+            if wait and not cancel_futures:
+                self._idle.wait_for(lambda: not self._waiting and not any(held.jobs for held in self._processes))
+            ended, self._processes = self._processes, []
+            jobs = [*self._waiting, *(job for held in ended for job in held.jobs)]
+            self._waiting.clear()
+        for held in ended:
+            held.process.terminate()
+        with contextlib.suppress(OSError):
+            self._waker.send_bytes(b"")
+        self._thread.join()
+        for held in ended:
+            held.connection.close()
+            held.process.join()
+        self._wake.close()
+        self._waker.close()
+        for job in jobs:
+            if not job.future.cancel() and not job.future.done():
+                job.future.set_exception(WorkerKilled("the executor was shut down"))
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _start(self) -> _Process:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        return _Process(process, ours)
+
+    def _send_jobs(self) -> None:
+        """Send waiting jobs to the processes with the fewest, until each has enough. The lock is held."""
+        while self._waiting and self._processes:
+            held = min(self._processes, key=lambda process: len(process.jobs))
+            if len(held.jobs) >= _TASKS_A_PROCESS:
+                return
+            job = self._waiting.popleft()
+            if not job.started and not job.future.set_running_or_notify_cancel():
+                continue
+            job.started = True
+            held.jobs.append(job)
+            with contextlib.suppress(OSError):  # the process has ended, and the other thread will see that
+                held.connection.send_bytes(job.content)
+
+    def _receive_answers(self) -> None:
+        """Receive the answers of all processes, in a thread, until the executor is shut down."""
+        while True:
+            with self._lock:
+                if self._shut_down and not self._processes:
+                    return
+                processes = {held.connection: held for held in self._processes}
+            for connection in multiprocessing.connection.wait([self._wake, *processes]):
+                if connection is not self._wake:
+                    self._receive(processes[connection])  # type: ignore[index]
+
+    def _receive(self, held: _Process) -> None:
         try:
-            answer, error, text = _receive(connection)
+            content, buffers = _receive_parts(held.connection)
         except (EOFError, OSError):
-            raise self._killed(worker) from None
-        self._outstanding[worker] -= 1
-        if error is not None:
-            raise error from WorkerTraceback(text)
-        return worker, answer
+            with self._lock:
+                gone = held not in self._processes
+            if not gone:
+                self._replace(held)
+            return
+        if not held.ready:  # the first message only reports that the process has started
+            held.ready = True
+            return
+        with self._lock:
+            if held not in self._processes:
+                return
+            job = held.jobs.popleft()
+            self._send_jobs()
+            self._idle.notify_all()
+        try:
+            answer, error, text = pickle.loads(content, buffers=buffers)
+        except Exception as unpickling:
+            answer, error, text = None, unpickling, traceback.format_exc()
+        if error is None:
+            job.future.set_result(answer)
+        else:
+            error.__cause__ = WorkerTraceback(text)
+            job.future.set_exception(error)
 
-    def _killed(self, worker: int) -> WorkerKilled | UserError:
-        if self.is_lent(worker):
-            return WorkerKilled(f"a worker process of {self._lenders[worker - len(self._processes)]} ended")
-        self._processes[worker].join(1)
-        if self._processes[worker].exitcode == _NO_GUARD:
-            return UserError(
-                'the script that starts worker processes needs the guard `if __name__ == "__main__":` before the call, '
-                "because each worker imports the script"
-            )
-        return WorkerKilled(f"a worker process ended with exit code {self._processes[worker].exitcode}")
+    def _replace(self, held: _Process) -> None:
+        """Start another process for one that has ended. Only the job that it worked on is lost."""
+        held.process.join(1)
+        exit_code = held.process.exitcode
+        held.connection.close()
+        with self._lock:
+            self._processes.remove(held)
+            lost = [held.jobs.popleft()] if held.jobs else []
+            self._waiting.extendleft(reversed(held.jobs))
+            error: Exception = WorkerKilled(f"a worker process ended with exit code {exit_code}")
+            try:
+                if not held.ready:  # the next one would not start either
+                    raise _start_error(exit_code)
+                self._processes.append(self._start())
+            except Exception as broken:
+                self._broken = error = broken
+                lost += [*self._waiting, *(job for other in self._processes for job in other.jobs)]
+                self._waiting.clear()
+                for other in self._processes:
+                    other.jobs.clear()
+            self._send_jobs()
+            self._idle.notify_all()
+        for job in lost:
+            if not job.future.cancelled():
+                job.future.set_exception(error)
 
-    def close(self) -> None:
-        """End the processes, even in the middle of a message."""
-        for connection in self._connections:
-            connection.close()
-        for process in self._processes:
-            process.terminate()
-        for process in self._processes:
-            process.join()
+
+@contextlib.contextmanager
+def use_executor(executor: Executor | None, num_workers: int, preload: Sequence[str] = ()) -> Iterator[Executor]:
+    """Yield an executor as it is; for None, yield processes (see `ProcessExecutor`) and end them behind the block."""
+    if executor is not None:
+        yield executor
+        return
+    processes = ProcessExecutor(choose_num_workers(num_workers), preload)
+    try:
+        yield processes
+    finally:
+        processes.shutdown(cancel_futures=True)
 
 
-def fork_server(build: Callable[..., Any], preload: Sequence[str]) -> multiprocessing.context.ForkServerContext:
-    """Start the fork server if it does not run. It imports the module of `build`, the codecs and `preload`."""
+def _start_error(exit_code: int | None) -> Exception:
+    if exit_code == _NO_GUARD:
+        return UserError(
+            'the script that starts worker processes needs the guard `if __name__ == "__main__":` before the call, '
+            "because each worker imports the script"
+        )
+    return WorkerKilled(f"a worker process ended with exit code {exit_code} before it could start")
+
+
+def _fork_server(preload: Sequence[str]) -> multiprocessing.context.ForkServerContext:
+    """Start the fork server if it does not run. It imports the codecs and `preload`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([build.__module__, "cv2", "PIL.Image", "ffcv_ops.codec.jpeg", *preload])
+    context.set_forkserver_preload([__name__, "cv2", "PIL.Image", "ffcv_ops.codec.jpeg", *preload])
     # Some Python versions do not pass the module path on. The server could then import other modules of the same name.
     with _environment(PYTHONPATH=os.pathsep.join(map(str, sys.path)), PYTHONSAFEPATH="1"):
         multiprocessing.forkserver.ensure_running()
@@ -199,45 +293,52 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def serve(
-    connection: multiprocessing.connection.Connection, build: Callable[..., Callable[[Any], Any]], args: tuple[Any, ...]
-) -> None:
-    """Answer messages with the function that `build` returns, until the other end of the connection is closed.
+# ---------------------------------------------------------------------------------------------------------------------
+# In the processes
 
-    If the function has a method ``expect``, this is called with each message as soon as the message arrives, in another
-    thread. The message before it may not be answered yet.
-    """
+
+def _serve(connection: Connection) -> None:
+    """Run the tasks that arrive, until the other end of the connection is closed."""
     for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all processes, and the leader decides
         signal.signal(number, signal.SIG_IGN)
-    warnings.simplefilter("ignore")  # Pillow warns about metadata that nobody reads
-    import cv2
-
-    cv2.setNumThreads(1)
-    answer = build(*args)
+    set_up_process()
     inbox: SimpleQueue[Any] = SimpleQueue()
-    threading.Thread(target=_receive_messages, args=(connection, inbox, answer), daemon=True).start()
+    threading.Thread(target=_receive_tasks, args=(connection, inbox), daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
-        while (message := inbox.get()) is not _END:
+        _send(connection, None)
+        while (task := inbox.get()) is not _END:
             try:
-                reply: tuple[Any, Exception | None, str] = answer(message), None, ""
+                answer: tuple[Any, Exception | None, str] = task(), None, ""
             except Exception as error:
-                reply = None, error, traceback.format_exc()
-            _send(connection, reply)
+                answer = None, error, traceback.format_exc()
+            del task  # it may hold the images that it has read
+            try:
+                _send(connection, answer)
+            except (pickle.PicklingError, TypeError, AttributeError) as error:
+                _send(connection, (None, RuntimeError(f"{error}"), f"{answer[2]}{traceback.format_exc()}"))
+            del answer
 
 
-def _receive_messages(connection: multiprocessing.connection.Connection, inbox: SimpleQueue, answer: Any) -> None:
-    """Put the messages of a connection into a queue, and `_END` behind the last one."""
-    expect = getattr(answer, "expect", lambda message: None)
+def _receive_tasks(connection: Connection, inbox: SimpleQueue) -> None:
+    """Put the tasks of a connection into a queue, and `_END` behind the last one."""
     with contextlib.suppress(EOFError, OSError):
         while True:
-            message = connection.recv()
-            expect(message)
-            inbox.put(message)
+            content = connection.recv_bytes()
+            try:
+                task = pickle.loads(content)
+                getattr(task, "prepare", lambda: None)()
+            except Exception as error:
+                task = partial(_raise, error)
+            inbox.put(task)
     inbox.put(_END)
 
 
-def _send(connection: multiprocessing.connection.Connection, message: Any) -> None:
-    """Send a message, then the buffers in it (`pickle.PickleBuffer`). To copy them would double their cost."""
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _send(connection: Connection, message: Any) -> None:
+    """Send a message, then its large arrays. To copy them into the message would double their cost."""
     buffers: list[pickle.PickleBuffer] = []
     content = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
     views = [buffer.raw() for buffer in buffers]
@@ -246,8 +347,8 @@ def _send(connection: multiprocessing.connection.Connection, message: Any) -> No
         write_all(connection.fileno(), view)
 
 
-def _receive(connection: multiprocessing.connection.Connection) -> Any:
-    """Receive a message and its buffers from `_send`."""
+def _receive_parts(connection: Connection) -> tuple[bytes, list[memoryview]]:
+    """Receive a pickled message from `_send` and its arrays."""
     content, sizes = connection.recv()
     ends = np.cumsum(sizes, dtype=np.int64).tolist()
     buffer = np.empty(sum(sizes), np.uint8).data
@@ -257,29 +358,4 @@ def _receive(connection: multiprocessing.connection.Connection) -> Any:
         if not received:
             raise EOFError
         rest = rest[received:]
-    return pickle.loads(content, buffers=[buffer[end - size : end] for size, end in zip(sizes, ends, strict=True)])
-
-
-def map_in_order(workers: Workers, messages: Iterable[Any]) -> Iterator[Any]:
-    """Yield the answers to messages in their order. A bounded number of answers waits for its turn."""
-    rest = enumerate(messages)
-    sent_to: list[deque[int]] = [deque() for _ in range(workers.num_workers)]
-    answers: dict[int, Any] = {}
-    num_sent = num_done = 0
-    exhausted = False
-    while not exhausted or num_done < num_sent:
-        worker = workers.idle()
-        if worker is not None and not exhausted and num_sent - num_done < _RESULTS_A_WORKER * len(sent_to):
-            number, message = next(rest, (-1, None))
-            if number < 0:
-                exhausted = True
-                continue
-            workers.send(worker, message)
-            sent_to[worker].append(number)
-            num_sent += 1
-            continue
-        worker, answer = workers.receive()
-        answers[sent_to[worker].popleft()] = answer
-        while num_done in answers:
-            yield answers.pop(num_done)
-            num_done += 1
+    return content, [buffer[end - size : end] for size, end in zip(sizes, ends, strict=True)]

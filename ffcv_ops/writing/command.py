@@ -3,16 +3,21 @@
 import json
 import os
 import shlex
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+from ffcv_ops import machine
 from ffcv_ops.beton.layout import manifest_path
 from ffcv_ops.errors import UserError
 from ffcv_ops.settings import Flags, Settings, setting
 from ffcv_ops.settings.fields import Choice, Integer, Number, Switch, Text
 from ffcv_ops.sources.kinds import AUTO, KINDS, OPTIONS, SourceSpec, find_kind
+from ffcv_ops.writing.encode import encoder_versions
 from ffcv_ops.writing.plan import MODES, WriteSettings
 
 ROOT = Path("/fsx/ns1")
@@ -50,7 +55,10 @@ class Write:
     quality: int = setting(Integer(min=1), default=90)
     """JPEG quality, 1 to 100."""
     num_workers: int = setting(Integer(min=-1), default=-1)
-    """Processes of each rank that encode or verify. -1: all CPUs."""
+    """Processes of this machine that encode or verify. -1: all CPUs."""
+    cluster: str | None = setting(Text())
+    """Encode or verify on this Dask cluster: tcp://HOST:8786, tls://HOST:8786, or a scheduler file. None: on this
+    machine."""
     raw_share: float = setting(Number(min=0, max=1), default=0.5)
     """With --mode proportion: share of the images stored as pixels."""
     smart_threshold: int | None = setting(Integer(min=0))
@@ -117,6 +125,34 @@ def _beside(source: Path, split: str | None) -> Path:
     if split is None and not source.exists():
         raise UserError(f"{source}: stands for several files; name the file to write with --target, or use --split")
     return source.parent / f"{split or source.name.removesuffix('.tar')}.beton"
+
+
+@contextmanager
+def choose_executor(chosen: Write, notice: Callable[[str], None]) -> Iterator[Executor | None]:
+    """Yield the executor of the cluster, connected for the time of the block; None for processes of this machine.
+
+    Raises
+    ------
+    UserError
+        If no cluster answers, if a machine of the cluster has other versions, or if `num_workers` is given for a
+        cluster. Also under torchrun.
+    """
+    if machine.world_size() > 1:
+        if machine.rank() > 0:
+            sys.exit(2)  # rank 0 prints the message
+        raise UserError(
+            "this command does not run under torchrun; for several machines, start `dask scheduler` and `dask worker`, "
+            "and run this command once with --cluster tcp://HOST:8786 (docs/WRITING.md)"
+        )
+    if not chosen.cluster:
+        yield None
+        return
+    if chosen.num_workers != -1:
+        raise UserError("--num_workers counts processes of this machine; with --cluster, use dask worker --nworkers")
+    from ffcv_ops.workers.cluster import open_cluster  # here, because few have distributed
+
+    with open_cluster(chosen.cluster, encoder_versions, notice) as executor:
+        yield executor
 
 
 def read_train_classes(chosen: Write, target: Path, notice: Callable[[str], None]) -> list[str] | None:

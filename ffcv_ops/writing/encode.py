@@ -1,27 +1,25 @@
-"""Encode images in worker processes, and keep them until their places in the file are known."""
+"""Encode images: the tasks of the workers, and the rules by which an image becomes bytes."""
 
-import os
-from collections import deque
+import pickle
+import socket
+import threading
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, lru_cache
 from hashlib import sha256
-from itertools import repeat
-from pathlib import Path
-from pickle import PickleBuffer
-from typing import Any
 
 import numpy as np
 
 from ffcv_ops.beton import layout as beton
 from ffcv_ops.codec import jpeg, shared_tables
 from ffcv_ops.errors import UserError
-from ffcv_ops.files import write_all
 from ffcv_ops.sources.image import Change, read_image
 from ffcv_ops.sources.source import Reader, SourceError
+from ffcv_ops.workers.versions import compare_versions
 from ffcv_ops.writing.plan import WritePlan, WriteSettings, library_versions
 
-# Threads of one worker that read images. A network file system answers in milliseconds, and several at once.
+# Threads of one process that read images. A network file system answers in milliseconds, and several at once.
 _NUM_READERS = 8
 
 Entry = tuple[int, int, int, int, bytes, int]
@@ -29,136 +27,195 @@ Entry = tuple[int, int, int, int, bytes, int]
 
 
 @dataclass(frozen=True)
-class EncodeRequest:
-    """A run of images to encode, with the Huffman tables of the file. If `chunk` is None, they are a sample.
-
-    A worker keeps the images of a run. Of a sample, it counts the symbols instead.
-    """
-
-    chunk: int | None
-    keys: list[str]
-    places: list[list[int]]
-    raw: list[bool]
-    tables: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
 class Encoded:
-    """The answer to `EncodeRequest`: an `Entry` for each image, or the reason why the image is bad.
+    """The result of an `EncodeTask`.
 
-    `counts` has the symbols of each JPEG of a sample, as `shared_tables.count_symbols` counts them.
+    Attributes
+    ----------
+    entries : list of Entry or str
+        An `Entry` for each image, or the reason why the image is bad.
+    contents : list of ndarray of uint8
+        The bytes of each good image; empty for a sample.
+    counts : list of ndarray
+        For a sample, the symbols of each JPEG, as `shared_tables.count_symbols` counts them.
     """
 
-    chunk: int | None
     entries: list[Entry | str]
+    contents: list[np.ndarray]
     counts: list[np.ndarray]
 
 
 @dataclass(frozen=True)
-class PlaceRequest:
-    """The offsets in bytes of the good images of a run. The worker writes the images there, or hands them over."""
+class EncodeJob:
+    """What all tasks of a file have in common.
 
-    chunk: int
-    ptr: list[int]
-    hand_over: bool
-
-
-@dataclass(frozen=True)
-class Placed:
-    """The answer to `PlaceRequest`: the images that were handed over, and their offsets in bytes."""
-
-    chunk: int
-    ptr: list[int]
-    contents: list[Any]
-
-
-def encode_request(
-    plan: WritePlan, chunk: int | None, positions: np.ndarray, tables: np.ndarray | None = None
-) -> EncodeRequest:
-    """Return the request for the images at these positions of the storage order."""
-    keys = [plan.key(position) for position in positions]
-    places, raw = plan.source.places[plan.order[positions]].tolist(), plan.raw[positions].tolist()
-    return EncodeRequest(chunk, keys, places, raw, tables)
-
-
-class Encoder:
-    """A worker's function: it answers `EncodeRequest` with `Encoded`, and `PlaceRequest` with `Placed`.
-
-    Threads read the images of the requests that have arrived, while earlier images are encoded.
+    Attributes
+    ----------
+    settings : WriteSettings
+    reader : bytes
+        The pickled `Reader` of the source. Each process opens it once.
+    tables : ndarray or None
+        The Huffman tables of the file, for `jpeg.encode`.
+    is_sample : bool
+        Count the symbols of the images instead of keeping their bytes.
+    versions : mapping or None
+        What `encoder_versions` returns on the machine that leads. If another machine works on the task, it compares.
     """
 
-    def __init__(self, settings: WriteSettings, reader: Reader, partial_path: Path):
+    settings: WriteSettings
+    reader: bytes
+    tables: np.ndarray | None = None
+    is_sample: bool = False
+    versions: Mapping[str, str] | None = None
+
+
+class EncodeTask:
+    """The task to read and encode some images. See `ffcv_ops.workers.tasks.Task`.
+
+    Parameters
+    ----------
+    job : EncodeJob
+    keys, places, raw : sequences
+        For each image, its key and place in the source, and whether it stays raw whatever its size.
+    """
+
+    def __init__(self, job: EncodeJob, keys: Sequence[str], places: Sequence[Sequence[int]], raw: Sequence[bool]):
+        self.job, self.keys, self.places, self.raw = job, keys, places, raw
+        self._reads: list[Future[bytes]] = []
+
+    @classmethod
+    def of_positions(cls, job: EncodeJob, plan: WritePlan, positions: np.ndarray) -> "EncodeTask":
+        """Return the task for the images at these positions of the storage order."""
+        keys = [plan.key(position) for position in positions]
+        places, raw = plan.source.places[plan.order[positions]].tolist(), plan.raw[positions].tolist()
+        return cls(job, keys, places, raw)
+
+    def prepare(self) -> None:
+        """Begin to read the images, in threads. Earlier images may still be encoded then."""
+        reader, threads = _open_reader(self.job.reader), _reader_threads()
+        places = zip(self.keys, self.places, strict=True)
+        self._reads = [threads.submit(reader.read, key, place) for key, place in places]
+
+    def __call__(self) -> Encoded:
+        """Return the encoded images.
+
+        Raises
+        ------
+        SourceError
+            If the source has changed since it was listed.
+        UserError
+            If this machine has other versions than the one that leads.
+        MemoryError
+            If an image needs more memory than there is. The message names the image.
+        """
+        job = self.job
+        if job.versions is not None:
+            compare_versions(socket.gethostname(), _own_versions(job.settings.mode != "raw"), job.versions)
+        if not self._reads:
+            self.prepare()
+        reads, self._reads = self._reads, []
+        reads.reverse()  # the content of an image is freed once the image is decoded
+        reader = _open_reader(job.reader)
+        encoded = Encoded([], [], [])
+        with _no_pillow_limit:
+            for key, keep_raw in zip(self.keys, self.raw, strict=True):
+                name = reader.locate(key)
+                try:
+                    loaded = _load(name, reads.pop(), job.settings.pixel_limit)
+                    entry = loaded if isinstance(loaded, str) else _encode(*loaded, keep_raw, job, encoded)
+                except MemoryError as error:
+                    raise MemoryError(f"{name}: out of memory") from error
+                encoded.entries.append(entry)
+        return encoded
+
+    def split(self) -> list["EncodeTask"]:
+        """Return a task for each image."""
+        return [
+            EncodeTask(self.job, [key], [place], [raw])
+            for key, place, raw in zip(self.keys, self.places, self.raw, strict=True)
+        ]
+
+    def join(self, results: list[Encoded]) -> Encoded:
+        """Return the result for all images from the results for each."""
+        joined = Encoded([], [], [])
+        for result in results:
+            joined.entries.extend(result.entries)
+            joined.contents.extend(result.contents)
+            joined.counts.extend(result.counts)
+        return joined
+
+    def name(self) -> str:
+        """Return the full name of the first image."""
+        return _open_reader(self.job.reader).locate(self.keys[0])
+
+
+@lru_cache(2)
+def _open_reader(content: bytes) -> Reader:
+    """Return the reader of a source, which may hold open files and what it has read ahead."""
+    return pickle.loads(content)
+
+
+@cache
+def _reader_threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_NUM_READERS)
+
+
+class _NoPillowLimit:
+    """A context without Pillow's limit of pixels, which is a global variable. `read_image` checks the setting."""
+
+    def __init__(self) -> None:
+        self._lock, self._num_users = threading.Lock(), 0
+        self._limit: int | None = None
+
+    def __enter__(self) -> None:
         from PIL import Image
 
-        self.settings, self.reader, self.partial_path = settings, reader, partial_path
-        self._kept: dict[int, list[memoryview]] = {}
-        self._readers = ThreadPoolExecutor(_NUM_READERS)
-        self._coming: deque[list[Future[bytes]]] = deque()
-        # Pillow's limit is a global variable, and this process has one setting. `read_image` checks the number.
-        Image.MAX_IMAGE_PIXELS = None
+        with self._lock:
+            if not self._num_users:
+                self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._num_users += 1
 
-    @cached_property
-    def _file(self) -> int:
-        return os.open(self.partial_path, os.O_WRONLY)
+    def __exit__(self, *error: object) -> None:
+        from PIL import Image
 
-    def expect(self, message: EncodeRequest | PlaceRequest) -> None:
-        """Begin to read the images of a request that has arrived."""
-        if isinstance(message, EncodeRequest):
-            reads = map(self._readers.submit, repeat(self.reader.read), message.keys, message.places)
-            self._coming.append(list(reads))
+        with self._lock:
+            self._num_users -= 1
+            if not self._num_users:
+                Image.MAX_IMAGE_PIXELS = self._limit
 
-    def __call__(self, message: EncodeRequest | PlaceRequest) -> Encoded | Placed:
-        return self._place(message) if isinstance(message, PlaceRequest) else self._encode(message)
 
-    def _place(self, message: PlaceRequest) -> Placed:
-        contents = self._kept.pop(message.chunk)
-        if message.hand_over:
-            return Placed(message.chunk, message.ptr, [PickleBuffer(content) for content in contents])
-        for ptr, content in zip(message.ptr, contents, strict=True):
-            write_all(self._file, content, ptr)
-        return Placed(message.chunk, [], [])
+_no_pillow_limit = _NoPillowLimit()
 
-    def _encode(self, message: EncodeRequest) -> Encoded:
-        entries: list[Entry | str] = []
-        contents, counts = [], []
-        if not self._coming:
-            self.expect(message)
-        contents_read = self._coming.popleft()
-        for key, keep_raw in zip(message.keys, message.raw, strict=True):
-            loaded = self._load(self.reader.locate(key), contents_read.pop(0))
-            if isinstance(loaded, str):
-                entries.append(loaded)
-                continue
-            image, changes = loaded
-            try:
-                mode, width, height, content = encode_image(image, self.settings, keep_raw, message.tables)
-            except UserError as error:
-                entries.append(str(error))
-                continue
-            entries.append((mode, width, height, len(content), sha256(content).digest(), int(changes)))
-            if message.chunk is not None:
-                contents.append(content)
-            elif mode == beton.MODE_JPG:
-                counts.append(shared_tables.count_symbols(shrink(image, self.settings.max_side), self.settings.quality))
-        if message.chunk is not None:
-            self._kept[message.chunk] = contents
-        return Encoded(message.chunk, entries, counts)
 
-    def _load(self, name: str, content: Future[bytes]) -> tuple[np.ndarray, Change] | str:
-        """Return the pixels of an image and their changes, or the reason why it cannot be decoded."""
-        try:
-            return read_image(name, self.settings.pixel_limit, content.result())
-        except (MemoryError, ImportError, SourceError):  # not the image's fault
-            raise
-        except UserError as error:
-            return str(error)
-        except Exception as error:  # Pillow documents no class for what its decoders raise
-            return f"{type(error).__name__}: {error}"
+def _load(name: str, content: Future[bytes], max_pixels: int) -> tuple[np.ndarray, Change] | str:
+    """Return the pixels of an image and their changes, or the reason why it cannot be decoded."""
+    try:
+        return read_image(name, max_pixels, content.result())
+    except (MemoryError, ImportError, SourceError):  # not the image's fault
+        raise
+    except UserError as error:
+        return str(error)
+    except Exception as error:  # Pillow documents no class for what its decoders raise
+        return f"{type(error).__name__}: {error}"
+
+
+def _encode(image: np.ndarray, changes: Change, keep_raw: bool, job: EncodeJob, encoded: Encoded) -> Entry | str:
+    """Return the entry of an image, or the reason why it is bad. Add its bytes or its symbols to `encoded`."""
+    try:
+        mode, width, height, content = encode_image(image, job.settings, keep_raw, job.tables)
+    except UserError as error:
+        return str(error)
+    if not job.is_sample:
+        encoded.contents.append(content)
+    elif mode == beton.MODE_JPG:
+        image = shrink(image, job.settings.max_side)
+        encoded.counts.append(shared_tables.count_symbols(image, job.settings.quality))
+    return mode, width, height, content.nbytes, sha256(content.data).digest(), int(changes)
 
 
 def encode_image(
     image: np.ndarray, settings: WriteSettings, keep_raw: bool, tables: np.ndarray | None = None
-) -> tuple[int, int, int, memoryview]:
+) -> tuple[int, int, int, np.ndarray]:
     """Return mode, width, height and bytes of an image (H, W, 3), shrunk and encoded as the settings tell.
 
     `tables` are the Huffman tables for `jpeg.encode`.
@@ -176,8 +233,8 @@ def encode_image(
         assert settings.smart_threshold is not None
         keep_raw = image.nbytes <= settings.smart_threshold
     if keep_raw:
-        return beton.MODE_RAW, width, height, np.ascontiguousarray(image).reshape(-1).data
-    return beton.MODE_JPG, width, height, jpeg.encode(image, settings.quality, tables).data
+        return beton.MODE_RAW, width, height, np.ascontiguousarray(image).reshape(-1)
+    return beton.MODE_JPG, width, height, jpeg.encode(image, settings.quality, tables)
 
 
 def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
@@ -193,13 +250,24 @@ def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
-def encoder_versions() -> dict[str, str]:
-    """Return what all machines that encode for one file must share: library versions, and the result for one image."""
+def encoder_versions(encodes: bool = True) -> dict[str, str]:
+    """Return what all machines that encode for one file must share: library versions, and the result for one image.
+
+    Without `encodes`, the image is only decoded and shrunk. That does not load the kernels of the encoder.
+    """
     wave = np.arange(240, dtype=np.int64) ** 2 // 97
     image = ((wave[:, None, None] + wave[None, :, None] * np.arange(1, 4)) % 256).astype(np.uint8)
     settings = WriteSettings(max_side=199)
-    tables = shared_tables.choose_tables([shared_tables.count_symbols(image, settings.quality)], settings.quality)
-    _, _, _, content = encode_image(image, settings, keep_raw=False, tables=tables)
-    result = sha256(content)
-    result.update(jpeg.decode(np.frombuffer(content, np.uint8)).tobytes())
-    return {**library_versions(), "what becomes of an image": result.hexdigest()[:16]}
+    if encodes:
+        tables = shared_tables.choose_tables([shared_tables.count_symbols(image, settings.quality)], settings.quality)
+        _, _, _, content = encode_image(image, settings, keep_raw=False, tables=tables)
+    else:
+        import cv2
+
+        content = cv2.imencode(".jpg", shrink(image, settings.max_side))[1]
+    result = sha256(content.data)
+    result.update(jpeg.decode(content).tobytes())
+    return {**library_versions(), "encoder": str(jpeg.ENCODER), "what becomes of an image": result.hexdigest()[:16]}
+
+
+_own_versions = cache(encoder_versions)

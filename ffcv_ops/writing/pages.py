@@ -1,6 +1,5 @@
 """Lay out encoded images on pages, one after the other, and note the pages that have been written."""
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ffcv_ops.beton import layout as beton
-from ffcv_ops.writing.encode import Encoded, Entry, Placed, PlaceRequest
+from ffcv_ops.writing.encode import Encoded, Entry
 from ffcv_ops.writing.partial_file import PartialFile
 from ffcv_ops.writing.plan import BadImage, WritePlan
 
@@ -73,13 +72,12 @@ class StoredImages:
 
 @dataclass
 class _Page:
-    """A page that is not in the journal yet."""
+    """The page that is being filled."""
 
     start: int
     used: int = 0
     record: list[list[int] | str] = field(default_factory=list)
     hashes: bytearray = field(default_factory=bytearray)
-    unwritten: int = 0
 
 
 class PageLayout:
@@ -95,41 +93,27 @@ class PageLayout:
     def __init__(self, plan: WritePlan, partial: PartialFile):
         self.plan, self.partial = plan, partial
         self.stored = StoredImages.from_pages(plan, partial.resumed)
-        self._pages = deque([_Page(plan.data_start + len(partial.resumed) * plan.settings.page_size)])
-        self._pages_of_chunk: dict[int, list[_Page]] = {}
+        self._page = _Page(plan.data_start + len(partial.resumed) * plan.settings.page_size)
         partial.resumed.clear()
 
-    def place(self, encoded: Encoded, hand_over: bool) -> PlaceRequest:
-        """Return the places of the images of the next run, for the worker that keeps them.
-
-        Parameters
-        ----------
-        encoded : Encoded
-        hand_over : bool
-            The worker sends the images back instead of writing them.
+    def add(self, encoded: Encoded) -> None:
+        """Write the next images behind the others.
 
         Raises
         ------
         BadImage
             If an image is larger than a page.
         """
-        assert encoded.chunk is not None
-        before = len(self._pages)
-        ptr = []
+        contents = iter(encoded.contents)
         for entry in encoded.entries:
             if isinstance(entry, str):
                 self.stored.skip(entry)
-                self._pages[-1].record.append(entry)
+                self._page.record.append(entry)
             else:
-                ptr.append(self._add(entry))
-        pages = list(self._pages)[before - 1 :]
-        for page in pages:
-            page.unwritten += 1
-        self._pages_of_chunk[encoded.chunk] = pages
-        return PlaceRequest(encoded.chunk, ptr, hand_over)
+                self.partial.write(next(contents).data, self._place(entry))
 
-    def _add(self, entry: Entry) -> int:
-        """Put an image behind the others and return its offset in bytes."""
+    def _place(self, entry: Entry) -> int:
+        """Give an image its place behind the others and return its offset in bytes. It may begin a page."""
         mode, width, height, size, digest, changes = entry
         page_size = self.plan.settings.page_size
         if size > page_size:
@@ -137,9 +121,10 @@ class PageLayout:
                 f"{self.plan.locate(self.stored.position)}: {width} x {height} px take {size} bytes, a page has "
                 f"{page_size}; use --page_size={1 << (size - 1).bit_length()} or a smaller --max_side"
             )
-        if self._pages[-1].used + size > page_size:
-            self._pages.append(_Page(self._pages[-1].start + page_size))
-        page = self._pages[-1]
+        if self._page.used + size > page_size:
+            self._note()
+            self._page = _Page(self._page.start + page_size)
+        page = self._page
         ptr = page.start + page.used
         checksum = int(np.frombuffer(digest, beton.CHECKSUM_TYPE)[0])
         record = [mode, width, height, size, checksum, *([changes] if changes else [])]
@@ -149,21 +134,12 @@ class PageLayout:
         page.hashes += digest
         return ptr
 
-    def finish_chunk(self, placed: Placed) -> None:
-        """Write the images that were handed over, and note the pages on which no image is missing any more."""
-        for ptr, content in zip(placed.ptr, placed.contents, strict=True):
-            self.partial.write(content, ptr)
-        for page in self._pages_of_chunk.pop(placed.chunk):
-            page.unwritten -= 1
-        while len(self._pages) > 1 and not self._pages[0].unwritten:
-            self._note(self._pages.popleft())
-
     def close(self) -> None:
-        """Note the last page. All images must have been written."""
-        assert not self._pages_of_chunk and len(self._pages) == 1
-        if self._pages[0].record:
-            self._note(self._pages.popleft())
+        """Note the last page, and wait until all pages are on disk."""
+        if self._page.record:
+            self._note()
         self.partial.flush()
 
-    def _note(self, page: _Page) -> None:
+    def _note(self) -> None:
+        page = self._page
         self.partial.append_page(sha256(page.hashes).hexdigest(), {"samples": page.record}, page.used)

@@ -5,10 +5,12 @@ settings and the versions of the libraries that encode. The number of workers or
 do not change them. ``docs/WRITING.md`` describes what is on disk during a run.
 """
 
+import pickle
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +24,25 @@ from ffcv_ops.lock import OwnerLock
 from ffcv_ops.sources.kinds import SourceSpec, open_source
 from ffcv_ops.sources.source import Source, Stage, class_difference
 from ffcv_ops.units import show_bytes
-from ffcv_ops.workers.processes import WorkerKilled, Workers, choose_num_workers, end_if_imported, map_in_order
-from ffcv_ops.workers.ranks import Leader
-from ffcv_ops.writing.encode import Encoded, Encoder, Placed, encode_request
+from ffcv_ops.workers.processes import choose_num_workers, end_if_imported, use_executor
+from ffcv_ops.workers.tasks import NoWorkers, WorkerKilled, run_in_order
+from ffcv_ops.writing.encode import Encoded, EncodeJob, EncodeTask, encoder_versions
 from ffcv_ops.writing.manifest import build_manifest, build_tables, change_remarks, complete_manifest, write_manifest
 from ffcv_ops.writing.pages import PageLayout
 from ffcv_ops.writing.partial_file import PartialFile, index_path, partial_paths, read_journal, remove_partial
 from ffcv_ops.writing.plan import BadImage, WritePlan, WriteSettings, build_plan
 
-_CHUNK = 16
-_CHUNKS_A_WORKER = 4
+# The images of a task. A message to another machine costs more than one to a process of this machine.
+_CHUNK, _CHUNK_ELSEWHERE = 16, 64
+_CHUNK_BYTES = 1 << 24
+# The most that encoded images which wait for their turn may take of this machine's memory.
+_WAITING_BYTES = 1 << 31
 _SAMPLE_IMAGES = 64, 256
+_SAMPLE_CHUNK = 4
 
 Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]
+Results = Generator[Encoded, None, None]
 
 
 class WriteError(RuntimeError):
@@ -48,10 +55,10 @@ def write(
     settings: WriteSettings | None = None,
     *,
     num_workers: int = -1,
+    executor: Executor | None = None,
     on_error: str = "stop",
     overwrite: bool = False,
     classes: Sequence[str] | None = None,
-    leader: Leader | None = None,
     notice: Notice = print,
     progress: Progress = lambda done, total: None,
     stage: Stage = lambda what, count: None,
@@ -66,8 +73,12 @@ def write(
         The file to write. ``<target>.partial`` and its journal hold the unfinished work.
     settings : WriteSettings, optional
     num_workers : int
-        Processes of this rank that encode; -1: as many as CPUs allowed. They are started by a fork server. A script
-        that calls this function needs the guard ``if __name__ == "__main__"``.
+        Processes that encode; -1: as many as CPUs allowed. They are started by a fork server. A script that calls this
+        function needs the guard ``if __name__ == "__main__"``. With an `executor`, the number of tasks that it runs at
+        a time; -1: as many as it tells (see `ffcv_ops.workers.tasks.count_workers`).
+    executor : concurrent.futures.Executor, optional
+        Encodes the images, instead of processes of this machine. It may run a task more than once, and on any machine
+        that sees the images. It stays open. Only this process writes the file.
     on_error : {"stop", "skip"}
         ``stop``: a bad image ends the run and deletes what was written. ``skip``: the file leaves out the image, and
         the manifest lists it.
@@ -76,8 +87,6 @@ def write(
     classes : sequence of str, optional
         Class names in the order of their numbers, such as those of the training split's manifest. The source may lack
         some of them, and must not have others.
-    leader : Leader, optional
-        The other ranks, which lend their workers (see `ffcv_ops.workers.ranks`).
     notice : callable
         Called with each line that the user should know.
     progress : callable
@@ -104,7 +113,7 @@ def write(
     settings.check()
     if on_error not in ("stop", "skip"):
         raise UserError(f"on_error must be stop or skip, not {on_error!r}")
-    num_workers = choose_num_workers(num_workers)
+    choose_num_workers(num_workers)
     _check_target(target, overwrite)
     spec = source if isinstance(source, SourceSpec) else SourceSpec(str(source))
     listed = open_source(replace(spec, index=index_path(target)), stage)
@@ -123,7 +132,7 @@ def write(
     partial_path = partial_paths(target)[0]
     conflict = f"{partial_path}: another process is writing this file"
     with OwnerLock(Path(f"{partial_path}.lock"), conflict, "choose another --target", notice):
-        return _write(plan, target, num_workers, leader, on_error, notice, progress, stage)
+        return _write(plan, target, executor, num_workers, on_error, notice, progress, stage)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -154,8 +163,8 @@ def _numbered_as(source: Source, classes: Sequence[str], notice: Notice) -> Sour
 def _write(
     plan: WritePlan,
     target: Path,
+    executor: Executor | None,
     num_workers: int,
-    leader: Leader | None,
     on_error: str,
     notice: Notice,
     progress: Progress,
@@ -168,9 +177,7 @@ def _write(
     except OSError as error:
         raise UserError(f"{target}.partial: cannot be written ({error.strerror})") from error
     try:
-        with closing(partial), closing(_start_workers(num_workers, plan, partial.path, leader)) as workers:
-            if leader:
-                notice(f"{workers.num_workers} workers on {len(leader.hosts)} machine(s)")
+        with closing(partial), _start_workers(plan, executor, num_workers) as workers:
             if plan.source.save_index and not index_path(target).exists():
                 plan.source.save_index(index_path(target))
             if partial.changed:
@@ -184,7 +191,7 @@ def _write(
             tables = (
                 choose_tables(counts, plan.settings.quality) if plan.encoder != jpeg.ENCODER_OF_OWN_TABLES else None
             )
-            _encode_rest(plan, layout, workers, tables, on_error, progress)
+            _encode_rest(plan, layout, workers, tables, sizes, on_error, progress)
             manifest = _finish(plan, layout, target)
             for remark in change_remarks(plan, layout.stored):
                 notice(remark.line())
@@ -196,6 +203,8 @@ def _write(
         if not partial.page_hashes:
             remove_partial(target)
         raise
+    except (NoWorkers, BrokenExecutor) as error:
+        raise WriteError(f"{error or type(error).__name__}; the same command goes on from {partial.path}") from error
     except (WorkerKilled, MemoryError) as error:
         raise WriteError(
             f"{str(error) or 'out of memory'}; most often memory is short: give the run more, or fewer --num_workers; "
@@ -219,14 +228,33 @@ def _check_sizes(plan: WritePlan) -> None:
         raise plan.bad_image(int(np.flatnonzero(plan.order == empty[0])[0]), f"the file is empty (0 bytes){more}")
 
 
-def _start_workers(num_workers: int, plan: WritePlan, partial_path: Path, leader: Leader | None) -> Workers:
+@dataclass(frozen=True)
+class _Workers:
+    """The executor of a run, and what all of its tasks have in common."""
+
+    executor: Executor
+    num_workers: int | None
+    plan: WritePlan
+    job: EncodeJob
+
+    def run(self, job: EncodeJob, chunks: Iterable[np.ndarray], max_waiting: int | None = None) -> Results:
+        """Yield the result for each of some chunks of positions in the storage order."""
+        tasks = (EncodeTask.of_positions(job, self.plan, chunk) for chunk in chunks)
+        return run_in_order(self.executor, tasks, self.num_workers, max_waiting)
+
+
+@contextmanager
+def _start_workers(plan: WritePlan, executor: Executor | None, num_workers: int) -> Iterator[_Workers]:
+    """Yield the workers: the executor, or processes of this machine, which end behind the block."""
     # The encoder's kernels are loaded once, before the processes are forked.
-    preload = [] if plan.settings.mode == "raw" else ["ffcv_ops.codec.encoder"]
-    reader = plan.source.reader
-    return Workers(num_workers, Encoder, plan.settings, reader, partial_path, leader=leader, preload=preload)
+    preload = ["ffcv_ops.writing.encode", *([] if plan.settings.mode == "raw" else ["ffcv_ops.codec.encoder"])]
+    versions = None if executor is None else encoder_versions(plan.settings.mode != "raw")
+    job = EncodeJob(plan.settings, pickle.dumps(plan.source.reader), versions=versions)
+    with use_executor(executor, num_workers, preload) as chosen:
+        yield _Workers(chosen, None if num_workers == -1 else num_workers, plan, job)
 
 
-def _measure_sample(plan: WritePlan, workers: Workers) -> tuple[list[int], list[np.ndarray]]:
+def _measure_sample(plan: WritePlan, workers: _Workers) -> tuple[list[int], list[np.ndarray]]:
     """Return the sizes in bytes of a few images, and the symbols of the JPEGs among them.
 
     The images are evenly spaced in the storage order. They decide the Huffman tables, and so the bytes of the file.
@@ -234,10 +262,10 @@ def _measure_sample(plan: WritePlan, workers: Workers) -> tuple[list[int], list[
     """
     count = min(plan.num_images, max(_SAMPLE_IMAGES[0], min(plan.num_images // 50, _SAMPLE_IMAGES[1])))
     positions = np.arange(count) * plan.num_images // count
-    messages = (encode_request(plan, None, chunk) for chunk in np.array_split(positions, -(-count // 4)))
+    chunks = np.array_split(positions, -(-count // _SAMPLE_CHUNK))
     sizes: list[int] = []
     counts: list[np.ndarray] = []
-    for encoded in map_in_order(workers, messages):
+    for encoded in workers.run(replace(workers.job, is_sample=True), chunks):
         sizes += [entry[3] for entry in encoded.entries if not isinstance(entry, str)]
         counts += encoded.counts
     return sizes, counts
@@ -263,42 +291,30 @@ def _check_space(plan: WritePlan, done: int, target: Path, sizes: list[int], not
 def _encode_rest(
     plan: WritePlan,
     layout: PageLayout,
-    workers: Workers,
+    workers: _Workers,
     tables: np.ndarray | None,
+    sizes: list[int],
     on_error: str,
     progress: Progress,
 ) -> None:
-    """Encode the images that are not in the file yet.
+    """Encode the images that are not in the file yet, anywhere and in any order, and write them in their order.
 
-    Any worker encodes a run of images. This process gives the runs their places in their order. The worker that encoded
-    a run then writes it.
+    `sizes` are those of a few images in bytes. They bound what waits in memory.
     """
     stored = layout.stored
     if on_error == "stop" and stored.reasons:
         raise plan.bad_image(*next(iter(stored.reasons.items())))
-    starts = range(stored.position, plan.num_images, _CHUNK)
-    waiting: dict[int, tuple[int, Encoded]] = {}
-    num_sent = num_placed = num_written = 0
+    image_bytes = max(1, int(np.mean(sizes or [1])))
+    chunk = max(1, min(_CHUNK if workers.job.versions is None else _CHUNK_ELSEWHERE, _CHUNK_BYTES // image_bytes))
+    starts = range(stored.position, plan.num_images, chunk)
+    chunks = (np.arange(start, min(start + chunk, plan.num_images)) for start in starts)
     progress(stored.position, plan.num_images)
-    while num_written < len(starts):
-        worker = workers.idle()
-        if worker is not None and num_sent < min(len(starts), num_placed + _CHUNKS_A_WORKER * workers.num_workers):
-            stop = min(starts[num_sent] + _CHUNK, plan.num_images)
-            workers.send(worker, encode_request(plan, num_sent, np.arange(starts[num_sent], stop), tables))
-            num_sent += 1
-            continue
-        worker, answer = workers.receive()
-        if isinstance(answer, Placed):
-            layout.finish_chunk(answer)
-            num_written += 1
-            continue
-        waiting[answer.chunk] = worker, answer
-        while num_placed in waiting:
-            owner, encoded = waiting.pop(num_placed)
+    job = replace(workers.job, tables=tables)
+    with closing(workers.run(job, chunks, max(1, _WAITING_BYTES // (chunk * image_bytes)))) as results:
+        for encoded in results:
             if on_error == "stop":
                 _check_images(plan, stored.position, encoded)
-            workers.send(owner, layout.place(encoded, hand_over=workers.is_lent(owner)))
-            num_placed += 1
+            layout.add(encoded)
             progress(stored.position, plan.num_images)
     layout.close()
 
