@@ -178,6 +178,9 @@ def modes(check: Check) -> None:
     for precision in check.sizes.precisions:
         modes_of(check, precision)
         judge_modes(check, precision)
+    failed = [line["mode"] for line in check.figures("modes") if "error" in line]
+    if failed:
+        raise SystemExit(f"no figure of {', '.join(failed)}: see the record")
 
 
 def modes_of(check: Check, precision: str) -> None:

@@ -70,6 +70,10 @@ class Timed:
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def storage_wait_s(self) -> float:
+        return self.loader.storage_wait_s
+
     def __iter__(self) -> Iterator[Any]:
         return self._watch(iter(self.loader))
 
