@@ -303,7 +303,7 @@ def train_command(check: Check, folder: Path, data: Path, *arguments: str) -> li
     if not check.on_gpu:
         settings["data.num_workers"] = 1
     flags = [f"--{key}={value}" for key, value in settings.items()]
-    recipe = ["--config-file", "rn50_configs/demo.yaml", "--no_wandb"]
+    recipe = ["--config-file", "rn50_configs/demo.yaml", "--lr.warmup_epochs=1", "--no_wandb"]
     return [sys.executable, str(ROOT / "train_imagenet.py"), *recipe, *flags, *arguments]
 
 

@@ -57,7 +57,7 @@ class DeviceCrop(RandomResizedCrop):
             raise ValueError("the file holds raw images: write one with --write_mode jpg")
         heights, widths = fields["height"].astype(np.int64), fields["width"].astype(np.int64)
         boxes, flips = np.empty((len(fields), 4)), np.zeros(len(fields), np.bool_)
-        self._boxes_into(batch, heights, widths, boxes, flips)
+        self._draw_into(batch, heights, widths, boxes, flips)
         jpegs = [torch.from_numpy(self.data[ptr : ptr + self.sizes[ptr]]) for ptr in fields["data_ptr"].tolist()]
         images = decode_jpeg(jpegs, ImageReadMode.RGB, device=self.device)
         for i, (top, left, height, width) in enumerate(boxes.round().astype(int).tolist()):

@@ -99,10 +99,6 @@ class Guarded:
     def storage_wait_s(self):
         return self.loader.storage_wait_s
 
-    @property
-    def storage_wait_s(self):
-        return self.loader.storage_wait_s
-
     def epoch(self, epoch, *, skip_samples=0):
         for number, batch in enumerate(self.loader.epoch(epoch, skip_samples=skip_samples)):
             torch.cuda.set_sync_debug_mode("error" if 3 <= number < 8 else "default")
