@@ -437,7 +437,7 @@ def decode(check: Check) -> None:
     if done.returncode:
         raise SystemExit((done.stderr.strip().splitlines() or ["no error"])[-1])
     line = done.stdout.strip().splitlines()[-1]
-    ours, device, ratio = (float(number.replace(",", "")) for number in re.findall(r"[\d,]+\.?\d*", line))
+    ours, device, ratio = (float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*\.?\d*", line))
     check.add("decode", ours_images_per_s=ours, device_images_per_s=device, ratio=ratio, px=sizes.px[0])
 
 
