@@ -1,5 +1,6 @@
 """Encode images: the tasks of the workers, and the rules by which an image becomes bytes."""
 
+import errno
 import pickle
 import socket
 import threading
@@ -21,6 +22,9 @@ from ffcv_ops.writing.plan import WritePlan, WriteSettings, library_versions
 
 # Threads of one process that read images. A network file system answers in milliseconds, and several at once.
 _NUM_READERS = 8
+# Errors of opening a file that are the file's own: no target of a link, no permission, a circle of links, a folder. For
+# other errors, storage has failed, and no image may be left out.
+_FAULTS_OF_IMAGES = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENXIO}
 
 Entry = tuple[int, int, int, int, bytes, int]
 """Mode, width, height, size in bytes, SHA-256 and `Change` of an encoded image."""
@@ -195,6 +199,14 @@ def _load(name: str, content: Future[bytes], max_pixels: int) -> tuple[np.ndarra
         raise
     except UserError as error:
         return str(error)
+    except OSError as error:
+        # The errors of decoders have no number.
+        if error.errno is not None and error.errno not in _FAULTS_OF_IMAGES:
+            reason = f"[Errno {error.errno}] {error.strerror}"
+            raise SourceError(
+                f"{name}: cannot be read ({reason}): storage failed; once it is back, the same command goes on"
+            ) from error
+        return f"{type(error).__name__}: {error}"
     except Exception as error:  # Pillow documents no class for what its decoders raise
         return f"{type(error).__name__}: {error}"
 
