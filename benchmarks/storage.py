@@ -128,9 +128,7 @@ def write(tree: str, path: Path, kind: str, num_workers: int) -> dict[str, Any]:
 def boundary(tree: str, path: Path, kind: str, num_workers: int) -> dict[str, float]:
     """Measure the time between the steps of two epochs, with a checkout's trainer."""
     import train_imagenet
-    from imagenet_training.data import build_loaders
-    from imagenet_training.recipe import read_recipe
-    from imagenet_training.run_folder import locked_folder
+    from ffcv_ops import read_beton
     from imagenet_training.trainer import Trainer
 
     begun_s, ended_s = [], []
@@ -140,36 +138,27 @@ def boundary(tree: str, path: Path, kind: str, num_workers: int) -> dict[str, fl
         begun_s.append(time.perf_counter())
         return backward(*arguments, **options)
 
-    def timed_step(*arguments: Any, **options: Any) -> None:
-        optimizer_step(*arguments, **options)
+    def timed_step(*arguments: Any, **options: Any) -> Any:
+        result = optimizer_step(*arguments, **options)
         ended_s.append(time.perf_counter())
+        return result
 
     Trainer.backward, Trainer.optimizer_step = timed_backward, timed_step  # type: ignore[method-assign]
     settings = {
-        **{"model.arch": "shufflenet_v2_x0_5", "model.num_classes": "auto", "data.num_workers": num_workers},
+        **{"model.arch": "shufflenet_v2_x0_5", "model.num_classes": read_beton(path).num_classes},
         **{"data.train_dataset": path, "data.val_dataset": path, "logging.folder": path.parent / f"run_{os.getpid()}"},
         **{"resolution.min_res": 64, "resolution.max_res": 64, "validation.resolution": 64},
         **{"validation.batch_size": 50, "training.batch_size": 50, "training.epochs": NUM_BOUNDARY_EPOCHS},
         **{"lr.lr_peak_epoch": 0, "lr.lr": 0.01, "logging.log_every": 1, "training.precision": 32, "wandb.enable": 0},
+        "data.num_workers": num_workers,
     }
+    sys.argv[1:] = [f"--{key}={value}" for key, value in settings.items()]
     with contextlib.redirect_stdout(sys.stderr):
-        recipe = read_recipe([f"--{key}={value}" for key, value in settings.items()])
-        recipe = recipe.with_values({"model.num_classes": _num_classes(path)}, "the file")
-        world, paper = train_imagenet.meet(recipe)
-        with locked_folder(recipe, world) as lock:
-            run = train_imagenet.build(recipe, world, paper)
-            recipe = getattr(run, "recipe", recipe)
-            train_imagenet.train_epochs(recipe, run, build_loaders(recipe, run.plan, run.data, world), lock)
+        train_imagenet.main()
     num_steps = len(ended_s) // NUM_BOUNDARY_EPOCHS
     ends = range(num_steps, len(ended_s), num_steps)
     boundaries_s = [begun_s[step] - ended_s[step - 1] for step in ends]
     return {"value": statistics.median(boundaries_s[1:])}  # before the first one, kernels are loaded
-
-
-def _num_classes(path: Path) -> int:
-    from ffcv_ops import read_beton
-
-    return read_beton(path).num_classes
 
 
 def read_ahead(tree: str, path: Path, kind: str, num_workers: int) -> dict[str, float]:
