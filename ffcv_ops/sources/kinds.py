@@ -7,7 +7,9 @@ from pathlib import Path
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.addresses import is_pattern
+from ffcv_ops.sources.arrow import fits_arrow, open_arrow
 from ffcv_ops.sources.folder import list_classes, list_flat, scan
+from ffcv_ops.sources.parquet import fits_parquet, open_parquet
 from ffcv_ops.sources.source import Source, Stage
 from ffcv_ops.sources.tar import SPLITS, open_tar
 from ffcv_ops.sources.webdataset import fits_shards, open_webdataset
@@ -33,7 +35,7 @@ class SourceSpec:
         A file with the names of the classes, one on each line, for sources that number classes.
     image_column, label_column : str or None
         Where samples have several parts, those with the image and with the class: extensions of shards, or a key of
-        their JSON.
+        their JSON. For tables, columns.
     index : Path or None
         Where an interrupted run may have left its listing (``Source.save_index``).
     """
@@ -92,7 +94,11 @@ def _fits_tar(spec: SourceSpec) -> bool:
     return os.path.exists(spec.address) or is_pattern(spec.address)
 
 
+_TABLE_OPTIONS = frozenset(["split", "class_names", "image_column", "label_column"])
+
 KINDS: dict[str, Kind] = {
+    "parquet": Kind("Parquet files", _TABLE_OPTIONS, fits_parquet, open_parquet),
+    "arrow": Kind("Arrow files", _TABLE_OPTIONS, fits_arrow, open_arrow),
     "folder": Kind("folder of images", frozenset(["split", "labels"]), _fits_folder, _open_folder),
     "webdataset": Kind(
         "WebDataset shards", frozenset(["class_names", "image_column", "label_column"]), fits_shards, open_webdataset

@@ -31,18 +31,20 @@ class Write:
     """Split to write. The classes of a val folder are numbered as in the train manifest, and may be fewer."""
     source: str | None = setting(Text())
     """Images: a folder with one subfolder for each class, a tar archive, or shards such as "train-{0000..1023}.tar" in
-    quotes. None: /fsx/ns1/SPLIT."""
+    quotes. Also Parquet files, or a folder of them or of Arrow files, as Hugging Face's datasets writes both. None:
+    /fsx/ns1/SPLIT."""
     source_kind: str = setting(Choice(AUTO, *KINDS), default=AUTO)
     """How the source is read. auto: what is there decides."""
     labels: str | None = setting(Text())
     """Classes of a folder or archive without class folders: a file of lines "name class", ILSVRC2012_devkit_t12.tar.gz
     or LOC_val_solution.csv."""
     class_names: str | None = setting(Text())
-    """Names of the classes that shards number, one on each line. None: classes.txt beside the shards, if it exists."""
+    """Names of the classes that shards or tables number, one on each line. None: classes.txt beside the shards, or the
+    names in the table, if they exist."""
     image_column: str | None = setting(Text())
-    """Extension of the images in shards. None: the one image of each sample."""
+    """Extension of the images in shards, or their column in Parquet. None: the only one."""
     label_column: str | None = setting(Text())
-    """Extension, or key of .json, with the class in shards. None: cls, or label, cls or class in .json."""
+    """Extension, or key of .json, with the class in shards, or the column in Parquet. None: cls, label or class."""
     target: str | None = setting(Text())
     """File to write. None: the path of the source folder with .beton after it, or SPLIT.beton beside archives."""
     train_manifest: str | None = setting(Text())
@@ -115,16 +117,18 @@ def choose_source(chosen: Write) -> tuple[SourceSpec, Path]:
     options = {name: getattr(chosen, name) for name in OPTIONS}
     spec = SourceSpec(address, chosen.source_kind, chosen.split, **options)
     spec = replace(spec, kind=find_kind(spec))
-    return spec, Path(chosen.target) if chosen.target else _beside(Path(os.path.abspath(address)), chosen.split)
+    return spec, Path(chosen.target) if chosen.target else _beside(spec)
 
 
-def _beside(source: Path, split: str | None) -> Path:
+def _beside(spec: SourceSpec) -> Path:
     """Return the path of a file beside its source."""
-    if source.is_dir():
+    source, split = Path(os.path.abspath(spec.address)), spec.split
+    # The files of several splits may lie in one folder.
+    if source.is_dir() and not (split and spec.kind in ("parquet", "arrow")):
         return source.parent / f"{source.name}.beton"
     if split is None and not source.exists():
         raise UserError(f"{source}: stands for several files; name the file to write with --target, or use --split")
-    return source.parent / f"{split or source.name.removesuffix('.tar')}.beton"
+    return source.parent / f"{split or source.name.removesuffix('.tar').removesuffix('.parquet')}.beton"
 
 
 @contextmanager

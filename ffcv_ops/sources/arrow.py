@@ -1,0 +1,229 @@
+"""List images in Arrow files, as ``save_to_disk`` of Hugging Face's `datasets` leaves them in a folder.
+
+Arrow files are not compressed. The listing maps them into memory, touches the columns of classes and names, and notes
+where the bytes of each image are in the file. A reader needs neither pyarrow nor a map.
+"""
+
+import json
+import os
+import time
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ffcv_ops import _sigbus
+from ffcv_ops.errors import UserError
+from ffcv_ops.sources.archives import ArchiveReader
+from ffcv_ops.sources.columns import Columns, Labels, choose_columns, import_pyarrow, select
+from ffcv_ops.sources.ranges import RangeFile, list_file
+from ffcv_ops.sources.source import Source, Stage
+from ffcv_ops.sources.tables import EMBED, Rows, build_source, choose_split, find_files, pack_names, split_name
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from ffcv_ops.sources.kinds import SourceSpec
+
+SUFFIX = ".arrow"
+_DICT, _STATE = "dataset_dict.json", "state.json"
+# What `datasets` keeps beside the data in its cache: results of maps and shuffles, and unfinished files.
+_CACHE_FILES = ("cache-", "tmp")
+_FILE_MAGIC = b"ARROW1"
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+_PROGRESS_EVERY_S = 0.5
+
+
+def fits_arrow(spec: "SourceSpec") -> bool:
+    """Return whether an address names Arrow files, or a folder that ``save_to_disk`` has left."""
+    if not os.path.isdir(spec.address):
+        return spec.address.endswith(SUFFIX)
+    return any(name in (_DICT, _STATE) or name.endswith(SUFFIX) for name in os.listdir(spec.address))
+
+
+def open_arrow(spec: "SourceSpec", stage: Stage) -> Source:
+    """List the images of Arrow files.
+
+    Raises
+    ------
+    UserError
+        If pyarrow is missing, if a file is damaged, if columns cannot be chosen or read, or if an image or a class is
+        missing.
+    """
+    import_pyarrow(spec.address)
+    files = [list_file(path) for path in _find(spec)]
+    rows = Rows([file.path for file in files])
+    labels: Labels | None = None
+    places, num_outer, reported_s = array("q"), 0, time.monotonic()
+    for number, file in enumerate(files):
+        count = num_unnamed = 0
+        block = bytearray()
+        for batch, content in _read_batches(file):
+            if not count:
+                columns = choose_columns(batch.schema, spec, file.path)
+                labels = labels or Labels(columns)
+                labels.columns.check_same(columns, file.path)
+            num_outer += _find_images(batch, content, columns, number, file, count, places)
+            more, missing = pack_names(select(batch, columns.path) if columns.path else None, len(batch), file.path)
+            block += more
+            num_unnamed += missing
+            assert labels is not None
+            labels.add(select(batch, columns.label), file.path, count)
+            count += len(batch)
+            if time.monotonic() - reported_s > _PROGRESS_EVERY_S:
+                stage("images listed", rows.total + count)
+                reported_s = time.monotonic()
+        rows.add(bytes(block), count, num_unnamed)
+    if labels is None:
+        raise UserError(f"{spec.address}: has no rows")
+    columns = labels.columns
+    if 0 < num_outer < rows.total:
+        raise UserError(f"{spec.address}: {num_outer} of {rows.total} rows have no bytes in {columns.image}; {EMBED}")
+    identity = ["arrow", [file.identity for file in files], columns.image, columns.label]
+    if num_outer:
+        return build_source(spec, rows, labels, None, identity)
+    found = np.frombuffer(places, np.int64).reshape(-1, 3)
+    return build_source(spec, rows, labels, (ArchiveReader(spec.address, files), found), identity, 2)
+
+
+def _find(spec: "SourceSpec") -> list[str]:
+    """Return the files of the table that the user wants.
+
+    Raises
+    ------
+    UserError
+        If there are several tables, or none, or if rows are to be taken by an index.
+    """
+    folder = spec.address
+    if not os.path.isdir(folder):
+        return choose_split(find_files(folder, SUFFIX), spec)
+    if os.path.exists(os.path.join(folder, _DICT)):
+        splits = [str(name) for name in _read_json(os.path.join(folder, _DICT)).get("splits", [])]
+        wanted = [name for name in splits if split_name(name) == spec.split]
+        if len(splits) == 1 and not spec.split:
+            wanted = splits
+        if len(wanted) != 1:
+            raise UserError(
+                f"{folder}: holds the splits {', '.join(splits)}; choose one with --split, or name its folder"
+            )
+        folder = os.path.join(folder, wanted[0])
+    if not os.path.exists(os.path.join(folder, _STATE)):
+        paths = [path for path in find_files(folder, SUFFIX) if not os.path.basename(path).startswith(_CACHE_FILES)]
+        if not paths:
+            raise UserError(f"{folder}: has no file that ends in {SUFFIX}, but for those of the cache of `datasets`")
+        return choose_split(paths, spec)
+    state = _read_json(os.path.join(folder, _STATE))
+    if state.get("_indices_files") or state.get("_indices_data_files"):
+        raise UserError(
+            f"{folder}: an old version of `datasets` stored rows in another order here, which {_STATE} tells; load the "
+            "folder with that version, and save it after flatten_indices()"
+        )
+    try:
+        paths = [os.path.join(folder, entry["filename"]) for entry in state["_data_files"]]
+    except (KeyError, TypeError):
+        raise UserError(f"{os.path.join(folder, _STATE)}: does not name the files of a table; save it again") from None
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        raise UserError(f"{missing[0]}: no such file, but {_STATE} names it; copy or save the table again")
+    return paths
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); copy or save the table again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: does not describe a table; copy or save the table again")
+    return found
+
+
+@contextmanager
+def _mapped(file: RangeFile) -> Iterator["pa.Buffer"]:
+    """Map a file. If another process cuts it, raise UserError at the end.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read.
+    """
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(file.path) as opened:
+            content = opened.read_buffer(file.size_bytes)
+            watch = _sigbus.watch(content.address, max(1, content.size))
+            try:
+                yield content
+                if _sigbus.was_cut(watch):
+                    raise UserError(f"{file.path}: was cut while its images were listed; leave it alone")
+            finally:
+                _sigbus.forget(watch)
+    except (pa.ArrowException, OSError) as error:
+        message = " ".join(str(error).split())
+        raise UserError(f"{file.path}: cannot be read as Arrow file ({message}); copy or save it again") from error
+
+
+def _read_batches(file: RangeFile) -> Iterator[tuple["pa.RecordBatch", "pa.Buffer"]]:
+    """Yield the batches of a file that have rows, each with the map of the file, where its buffers are.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read.
+    """
+    import pyarrow as pa
+
+    with _mapped(file) as content:
+        if content.size >= len(_FILE_MAGIC) and bytes(content[: len(_FILE_MAGIC)]) == _FILE_MAGIC:
+            opened = pa.ipc.open_file(pa.BufferReader(content))
+            batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
+            yield from ((batch, content) for batch in batches if len(batch))
+            return
+        # Without its end mark, a file that was cut between two batches would look whole.
+        if bytes(content[-len(_STREAM_END) :]) != _STREAM_END:
+            raise UserError(f"{file.path}: has no end mark, so it is cut or not an Arrow file; copy or save it again")
+        yield from ((batch, content) for batch in pa.ipc.open_stream(pa.BufferReader(content)) if len(batch))
+
+
+def _find_images(
+    batch: "pa.RecordBatch",
+    content: "pa.Buffer",
+    columns: Columns,
+    number: int,
+    file: RangeFile,
+    first_row: int,
+    places: array,
+) -> int:
+    """Add the places of the images in a batch, and return how many rows have no bytes.
+
+    Raises
+    ------
+    UserError
+        If the images have no place in the file, or if only some of them have bytes.
+    """
+    if columns.content is None:
+        return len(batch)
+    values = select(batch, columns.content)
+    where = f"{file.path}: the column {columns.image}"
+    if str(values.type) not in ("binary", "large_binary"):
+        raise UserError(f"{where} is of the type {values.type}; store the images as binary")
+    if values.null_count == len(values):
+        return len(values)
+    if values.null_count:
+        row = first_row + int(np.flatnonzero(values.is_null())[0])
+        raise UserError(
+            f"{where} has {values.null_count} rows without bytes, such as row {row}; {EMBED}, or remove these rows"
+        )
+    _, offsets, data = values.buffers()
+    kind = np.int32 if str(values.type) == "binary" else np.int64
+    bounds = np.frombuffer(offsets, kind)[values.offset : values.offset + len(values) + 1].astype(np.int64)
+    start = data.address - content.address if data is not None else 0
+    if not 0 <= start <= start + bounds[-1] <= content.size:
+        raise UserError(f"{where} is compressed; save it without compression, as save_to_disk does")
+    found = np.column_stack([np.full(len(values), number), start + bounds[:-1], np.diff(bounds)])
+    places.frombytes(found.astype(np.int64).tobytes())
+    return 0

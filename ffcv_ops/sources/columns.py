@@ -1,0 +1,347 @@
+"""Choose the columns of a table that hold images and classes, and number the classes.
+
+Tables are those of Hugging Face's `datasets`: in Parquet, and in Arrow files as ``save_to_disk`` leaves them. Their
+schema carries metadata with the kind of each column (`Image`, `ClassLabel`) and the names of the classes. Tables of
+other writers have no such metadata. Then names and types of columns decide.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ffcv_ops.errors import UserError
+from ffcv_ops.sources.remarks import Remark
+from ffcv_ops.sources.webdataset import read_class_names
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from ffcv_ops.sources.kinds import SourceSpec
+
+_IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "pixels", "bytes", "data")
+_LABEL_NAMES = ("label", "labels", "cls", "class", "class_name", "target", "category", "y")
+_JSON_LABELS = ("label", "cls", "class")
+_MOST_CLASSES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of images and classes, by their dotted paths, such as ``image.bytes``.
+
+    Attributes
+    ----------
+    image, label : str
+    content, path : str or None
+        The columns with the bytes and with the names of the images, within that of the images.
+    mode : str or None
+        The mode to which `datasets` converts the images when it decodes them.
+    names : list of str or None
+        The names of class numbers, if the metadata has any.
+    """
+
+    image: str
+    label: str
+    content: str | None
+    path: str | None
+    mode: str | None
+    names: list[str] | None
+
+    def check_same(self, other: "Columns", path: str) -> None:
+        """Raise UserError if another file has other columns."""
+        for what, mine, its in (
+            (
+                "columns",
+                (self.image, self.content, self.path, self.label),
+                (other.image, other.content, other.path, other.label),
+            ),
+            ("names of classes", self.names, other.names),
+        ):
+            if mine != its:
+                raise UserError(f"{path}: has other {what} than the first file; name files of one table only")
+
+
+def select(batch: Any, name: str) -> Any:
+    """Return a column of a batch or table by its dotted path. What is null within a null struct is null."""
+    import pyarrow as pa
+
+    first, *rest = name.split(".")
+    values = batch.column(first)
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks()
+    for part in rest:
+        values = values.flatten()[values.type.get_field_index(part)]
+    return values
+
+
+def import_pyarrow(address: str) -> Any:
+    """Return the package pyarrow.
+
+    Raises
+    ------
+    UserError
+        If it is not installed.
+    """
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise UserError(
+            f"{address}: Parquet and Arrow files need the package pyarrow ({error}); pip install pyarrow, or this "
+            "package with its extra, pip install '.[parquet]'"
+        ) from error
+    return pyarrow
+
+
+def choose_columns(schema: "pa.Schema", spec: "SourceSpec", path: str) -> Columns:
+    """Return the columns with images and classes.
+
+    Parameters
+    ----------
+    schema : pyarrow.Schema
+    spec : SourceSpec
+    path : str
+        The file, for messages.
+
+    Raises
+    ------
+    UserError
+        If there is no such column, if there are several, or if it cannot be read.
+    """
+    fields = dict(_flatten(schema))
+    features = _read_features(schema)
+    image = _choose_image(fields, features, spec.image_column, path)
+    label = _choose_label(fields, features, spec.label_column, path)
+    content, names = _find_content(image, fields[image], path)
+    mode = _feature(features, image).get("mode")
+    return Columns(image, label, content, names, mode, _read_names(features, label))
+
+
+def _flatten(fields: Any, prefix: str = "") -> Iterator[tuple[str, "pa.DataType"]]:
+    """Yield the dotted path and the type of each column, also of those within a struct."""
+    import pyarrow as pa
+
+    for found in fields:
+        yield prefix + found.name, found.type
+        if pa.types.is_struct(found.type) and not _is_image_struct(found.type):
+            yield from _flatten(found.type, f"{prefix}{found.name}.")
+
+
+def _is_image_struct(kind: "pa.DataType") -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_struct(kind) and any(
+        child.name == "bytes" and _is_binary(child.type) for child in (kind.field(i) for i in range(kind.num_fields))
+    )
+
+
+def _is_binary(kind: "pa.DataType") -> bool:
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or str(kind) == "binary_view"
+
+
+def _is_text(kind: "pa.DataType") -> bool:
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or str(kind) == "string_view"
+
+
+def _is_number(kind: "pa.DataType") -> bool:
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_integer(kind))
+
+
+def _read_features(schema: "pa.Schema") -> dict[str, Any]:
+    """Return what `datasets` tells about the columns; nothing if another writer wrote the schema."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def _feature(features: dict[str, Any], name: str) -> dict[str, Any]:
+    found: Any = features
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _choose_image(fields: dict[str, "pa.DataType"], features: dict[str, Any], wanted: str | None, path: str) -> str:
+    if wanted is not None:
+        return _wanted(fields, wanted, "image", path)
+    candidates = [
+        [name for name in fields if _feature(features, name).get("_type") == "Image"],
+        [name for name, kind in fields.items() if _is_image_struct(kind)],
+        [name for name, kind in fields.items() if _is_binary(kind) and name.lower() in _IMAGE_NAMES],
+    ]
+    found = next((names for names in candidates if names), [])
+    if len(found) > 1:
+        found = [name for name in found if name in ("image", "jpg")] or found
+    return _only(found, fields, "image", path)
+
+
+def _choose_label(fields: dict[str, "pa.DataType"], features: dict[str, Any], wanted: str | None, path: str) -> str:
+    if wanted is not None:
+        return _wanted(fields, wanted, "label", path)
+    candidates = [
+        [name for name in fields if _feature(features, name).get("_type") == "ClassLabel"],
+        [name for name in fields if name.lower() in _LABEL_NAMES and "." not in name],
+        [f"json.{name}" for name in _JSON_LABELS if f"json.{name}" in fields][:1],
+    ]
+    found = next((names for names in candidates if names), [])
+    if len(found) > 1:
+        found = [name for name in found if name == "label"] or found
+    return _only(found, fields, "label", path)
+
+
+def _wanted(fields: dict[str, "pa.DataType"], wanted: str, what: str, path: str) -> str:
+    if wanted not in fields:
+        raise UserError(f"{path}: has no column {wanted} but {_list(fields)}; choose one with --{what}_column")
+    return wanted
+
+
+def _only(found: list[str], fields: dict[str, "pa.DataType"], what: str, path: str) -> str:
+    if len(found) == 1:
+        return found[0]
+    problem = f"has several columns for the {what}" if found else f"has no column that is known to hold the {what}"
+    raise UserError(f"{path}: {problem} ({_list({name: fields[name] for name in found or fields})}); "
+                    f"choose one with --{what}_column")  # fmt: skip
+
+
+def _list(fields: dict[str, "pa.DataType"]) -> str:
+    names = [f"{name} ({_name_type(kind)})" for name, kind in fields.items()]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _name_type(kind: "pa.DataType") -> str:
+    text = str(kind)
+    return text if len(text) < 50 else f"{text[:47]}..."
+
+
+def _find_content(name: str, kind: "pa.DataType", path: str) -> tuple[str | None, str | None]:
+    """Return the columns with the bytes and with the names of the images."""
+    if _is_binary(kind):
+        return name, None
+    if _is_text(kind):
+        return None, name
+    if _is_image_struct(kind):
+        names = {kind.field(i).name for i in range(kind.num_fields)}
+        return f"{name}.bytes", f"{name}.path" if "path" in names else None
+    raise UserError(
+        f"{path}: the column {name} is of the type {_name_type(kind)}; images are binary, or a struct of bytes and "
+        "path, one in each row; choose another with --image_column, or write the table again"
+    )
+
+
+def _read_names(features: dict[str, Any], label: str) -> list[str] | None:
+    names = _feature(features, label).get("names")
+    return [str(name) for name in names] if isinstance(names, list) and names else None
+
+
+@dataclass
+class Labels:
+    """The classes of rows, as they are read: numbers, or texts in `found`."""
+
+    columns: Columns
+    numbers: list[np.ndarray] = field(default_factory=list)
+    found: dict[str, int] = field(default_factory=dict)
+    is_text: bool | None = None
+
+    def add(self, values: "pa.Array", path: str, first_row: int) -> None:
+        """Add the classes of further rows.
+
+        Parameters
+        ----------
+        values : pyarrow.Array
+        path : str
+            The file, for messages.
+        first_row : int
+            The number of the first row in the file.
+
+        Raises
+        ------
+        UserError
+            If a class is missing, or no class.
+        """
+        import pyarrow as pa
+
+        where = f"{path}: the column {self.columns.label}"
+        is_text = _is_text(values.type)
+        if not is_text and not _is_number(values.type):
+            raise UserError(
+                f"{where} is of the type {_name_type(values.type)}; a class is a number or a text; choose another "
+                "column with --label_column"
+            )
+        if self.is_text not in (None, is_text):
+            raise UserError(f"{where} has texts in some files and numbers in others; write them with one schema")
+        self.is_text = is_text
+        if values.null_count:
+            row = first_row + int(np.flatnonzero(values.is_null())[0])
+            raise UserError(f"{where} has {values.null_count} rows without a class, such as row {row}; remove them")
+        if pa.types.is_dictionary(values.type):
+            values = values.dictionary_decode()
+        if is_text:
+            encoded = values.dictionary_encode()
+            texts = encoded.dictionary.to_pylist()
+            table = np.array([self.found.setdefault(text, len(self.found)) for text in texts], np.int64)
+            self.numbers.append(table[encoded.indices.to_numpy()].astype(np.int32))
+            return
+        try:
+            numbers = values.cast(pa.int64()).to_numpy()
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{where} has numbers that are no classes ({error})") from error
+        bad = np.flatnonzero((numbers < 0) | (numbers >= _MOST_CLASSES))
+        if len(bad):
+            hint = ", as test splits without classes have" if numbers[bad[0]] == -1 else ""
+            raise UserError(f"{where} has {numbers[bad[0]]} in row {first_row + bad[0]}, which is no class{hint}")
+        self.numbers.append(numbers.astype(np.int32))
+
+    def finish(self, spec: "SourceSpec") -> tuple[list[str], np.ndarray, list[Remark]]:
+        """Return the classes, the class number of each row, and remarks.
+
+        Raises
+        ------
+        UserError
+            If a class has no name, or a name is there twice.
+        """
+        labels = np.concatenate(self.numbers)
+        self.numbers = []
+        names = read_class_names(Path(spec.class_names)) if spec.class_names else self.columns.names
+        whose = spec.class_names or f"the metadata of the column {self.columns.label}"
+        if names is not None and len(set(names)) < len(names):
+            name = next(name for name in names if names.count(name) > 1)
+            raise UserError(
+                f"{spec.address}: {whose} has the class {name} twice; give the names with --class_names FILE"
+            )
+        remarks: list[Remark] = []
+        if self.is_text and not all(text.isascii() and text.isdigit() for text in self.found):
+            if names is not None and not set(self.found) <= set(names):
+                raise UserError(
+                    f"{spec.address}: has the class {min(set(self.found) - set(names))}, which {whose} does not name"
+                )
+            names = sorted(self.found) if names is None else names
+            places = {name: place for place, name in enumerate(names)}
+            labels = np.array([places[text] for text in self.found], np.int32)[labels]
+        elif self.is_text:  # as in shards, texts that are numbers are class numbers
+            labels = np.array([min(int(text), _MOST_CLASSES) for text in self.found], np.int32)[labels]
+        count = int(labels.max()) + 1
+        if count > _MOST_CLASSES:
+            raise UserError(f"{spec.address}: has texts in {self.columns.label} that are too large for class numbers")
+        if names is None:
+            names = [str(number) for number in range(count)]
+            what = "classes without names, which are named by their numbers"
+            remarks.append(Remark(what, count, "0", "name them with --class_names FILE, one on each line"))
+        elif count > len(names):
+            raise UserError(f"{spec.address}: has the class {count - 1}, but {whose} names {len(names)} classes")
+        empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
+        if len(empty):
+            remarks.append(Remark("classes without an image", len(empty), names[empty[0]]))
+        return names, labels, remarks

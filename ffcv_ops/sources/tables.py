@@ -1,0 +1,322 @@
+"""Find the files of a table, and name and order its rows: what Parquet and Arrow files share.
+
+The name of an image is the path that its row holds, which `datasets` fills with the file name. Images are ordered by
+class number, then by this name, as in a folder. So the order is that of a folder with the same names. If a row has no
+path, or if two rows of a class have the same one, all images are named by file and row, such as
+``train-00000.parquet/000000007``.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ffcv_ops.errors import UserError
+from ffcv_ops.sources.addresses import expand
+from ffcv_ops.sources.columns import Labels
+from ffcv_ops.sources.folder import FolderReader, stat_image
+from ffcv_ops.sources.remarks import Remark, similar_names
+from ffcv_ops.sources.source import PackedKeys, Reader, Source, sort_keys
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from ffcv_ops.sources.kinds import SourceSpec
+
+_SPLIT = re.compile(r"(?:^|[-_./])(train|training|validation|valid|val|dev|test)(?=[-_./]|$)", re.IGNORECASE)
+_SPLITS = {"training": "train", "validation": "val", "valid": "val", "dev": "val"}
+_SHARD = re.compile(r"(.*?)(\d+)-of-(\d+)(\.\w+)")
+# A dataset's folder holds its files, or a folder `data`, or one folder for each split. Others may be classes of images.
+_FOLDERS = frozenset("data default train training validation valid val dev test".split())
+_MOST_DEPTH = 2
+_ROW_DIGITS = 9
+EMBED = "store the bytes of all images, as save_to_disk and push_to_hub of `datasets` do"
+# How many images are looked at.
+_SAMPLE = 32
+# The start of libjpeg's table for brightness at quality 75, in the order of the file.
+_LUMA_75 = bytes.fromhex("080606070605080707070909080a0c140d0c0b0b0c191213")
+
+
+def find_files(address: str, suffix: str) -> list[str]:
+    """Return the files with a suffix that an address names. Of a folder, `data` and folders of splits count too.
+
+    Raises
+    ------
+    UserError
+        If there is none.
+    """
+    return (walk(address, suffix) if os.path.isdir(address) else None) or expand(address, (suffix,))
+
+
+def walk(folder: str, suffix: str, depth: int = 0) -> list[str]:
+    """Return the files of a folder; if there are none, those of `data` and of folders of splits within it."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    found = [os.path.join(folder, name) for name in names if name.endswith(suffix)]
+    if found or depth == _MOST_DEPTH:
+        return found
+    folders = (os.path.join(folder, name) for name in names if name.lower() in _FOLDERS)
+    return [path for inner in folders if os.path.isdir(inner) for path in walk(inner, suffix, depth + 1)]
+
+
+def split_of(path: str, address: str) -> str | None:
+    """Return the split that the name of a file tells, or that of a folder between the file and the address."""
+    if os.path.isdir(address):
+        path = os.path.relpath(path, address)
+    for part in (os.path.basename(path), os.path.dirname(path) if os.path.isdir(address) else ""):
+        if match := _SPLIT.search(part):
+            return split_name(match[1])
+    return None
+
+
+def split_name(name: str) -> str:
+    """Return the name of a split as ``--split`` has it, such as ``val`` for ``validation``."""
+    return _SPLITS.get(name.lower(), name.lower())
+
+
+def choose_split(paths: Sequence[str], spec: "SourceSpec") -> list[str]:
+    """Return the files of the wanted split.
+
+    Raises
+    ------
+    UserError
+        If there are files of several splits, and it is not clear which are wanted.
+    """
+    splits = {path: split_of(path, spec.address) for path in paths}
+    found = sorted({str(split) for split in splits.values() if split})
+    if len(found) > 1 or (found and spec.split and os.path.isdir(spec.address)):
+        if spec.split not in found:
+            many = f"holds the splits {', '.join(found)}" if len(found) > 1 else f"holds only the split {found[0]}"
+            raise UserError(f"{spec.address}: {many}; choose one with --split, or name its files")
+        paths = [path for path in paths if splits[path] == spec.split]
+    folders = sorted({os.path.dirname(path) for path in paths})
+    if len(folders) > 1 and os.path.isdir(spec.address):
+        raise UserError(
+            f"{spec.address}: has such files in several folders, {folders[0]} and {folders[1]}; name the files of one"
+        )
+    return list(paths)
+
+
+def shard_remarks(paths: Sequence[str]) -> list[Remark]:
+    """Return a remark if files of a series such as ``train-00000-of-00294.parquet`` are missing."""
+    series: dict[tuple[str, str, str, int], set[int]] = {}
+    for path in paths:
+        if match := _SHARD.fullmatch(path):
+            series.setdefault((match[1], match[3], match[4], len(match[2])), set()).add(int(match[2]))
+    remarks = []
+    for (before, count, suffix, width), numbers in series.items():
+        missing = sorted(set(range(int(count))) - numbers)
+        if missing:
+            name = f"{os.path.basename(before)}{missing[0]:0{width}d}-of-{count}{suffix}"
+            remarks.append(Remark("shards that are not there", len(missing), name, "the file will be without them"))
+    return remarks
+
+
+@dataclass
+class Rows:
+    """The rows of files, in the order of files and rows.
+
+    Attributes
+    ----------
+    paths : sequence of str
+        The files.
+    counts : list of int
+        The number of rows of each file.
+    names : PackedKeys
+        What the rows hold as path. A missing one is empty.
+    num_unnamed : int
+    """
+
+    paths: Sequence[str]
+    counts: list[int] = field(default_factory=list)
+    names: PackedKeys = field(default_factory=PackedKeys)
+    num_unnamed: int = 0
+
+    @property
+    def total(self) -> int:
+        """Return the number of all rows."""
+        return sum(self.counts)
+
+    def add(self, block: bytes, count: int, num_unnamed: int) -> None:
+        """Add the rows of the next file, with their names as `pack_names` returns them."""
+        self.names.extend(block)
+        self.counts.append(count)
+        self.num_unnamed += num_unnamed
+
+    def arrange(self, labels: np.ndarray) -> tuple[np.ndarray, PackedKeys, list[Remark]]:
+        """Return the order of the images, their keys in this order, and remarks. The names are then forgotten."""
+        names, self.names = self.names, PackedKeys()
+        if not self.num_unnamed:
+            order = sort_keys(names, labels)
+            keys = names.take(order)
+            del names  # with those of ImageNet, 40 MB
+            twice = _find_twice(keys, labels[order])
+            if twice is None:
+                return order, keys, []
+            why, count, example = "one class has a path twice", len(labels), twice
+        else:
+            why, count = "rows without a path", self.num_unnamed
+            example = ""
+        names = self._number()
+        order = sort_keys(names, labels)
+        keys = names.take(order)
+        what = f"images named by file and row ({why})"
+        return order, keys, [Remark(what, count, example or keys[0], "their order is that of the rows in each class")]
+
+    def _number(self) -> PackedKeys:
+        """Return names of files and rows."""
+        names = PackedKeys()
+        for path, count in zip(name_files(self.paths), self.counts, strict=True):
+            prefix = os.fsencode(path) + b"/%0" + b"%dd\0" % _ROW_DIGITS
+            for start in range(0, count, 4096):
+                names.extend(b"".join(prefix % row for row in range(start, min(start + 4096, count))))
+        return names
+
+
+def pack_names(values: "pa.Array | None", count: int, where: str) -> tuple[bytes, int]:
+    """Return names as `PackedKeys.extend` takes them, and how many are missing.
+
+    Raises
+    ------
+    UserError
+        If a name holds a zero byte.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if values is None:
+        return bytes(count), count
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    # A string of Python for each name would take more memory than all that is kept.
+    empty, zero = pa.scalar(b"", pa.large_binary()), pa.scalar(b"\0", pa.large_binary())
+    joined = pc.binary_join_element_wise(values.cast(pa.large_binary()).fill_null(b""), empty, zero)
+    bounds = np.frombuffer(joined.buffers()[1], np.int64)[joined.offset : joined.offset + count + 1]
+    block = joined.buffers()[2][bounds[0] : bounds[-1]].to_pybytes()
+    if block.count(0) != count:
+        raise UserError(f"{where}: the path of an image has a zero character, which no file name has")
+    return block, int(np.count_nonzero(np.diff(bounds) == 1))
+
+
+def name_files(paths: Sequence[str]) -> list[str]:
+    """Return the paths relative to the folder that holds all files."""
+    folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    return [os.path.relpath(os.path.abspath(path), folder) for path in paths]
+
+
+def _find_twice(keys: PackedKeys, labels: np.ndarray) -> str | None:
+    """Return a key that two images of one class have; None if there is none. Equal ones are neighbours."""
+    before = b""
+    for index, is_other_class in enumerate((np.diff(labels, prepend=-1) != 0).tobytes()):
+        key = keys.encoded(index)
+        if key == before and not is_other_class:
+            return os.fsdecode(key)
+        before = key
+    return None
+
+
+def outer_files(rows: Rows) -> tuple[Reader, np.ndarray]:
+    """Return the reader and the places of images whose rows hold a path but no bytes.
+
+    Raises
+    ------
+    UserError
+        If a path is not that of a file here.
+    """
+    where = rows.paths[0]
+    if rows.num_unnamed:
+        raise UserError(f"{where}: has {rows.num_unnamed} rows with neither bytes nor a path; remove them")
+    folders = {os.path.dirname(os.path.abspath(path)) for path in rows.paths}
+    root = min(folders)
+    places = np.empty((len(rows.names), 2), np.int64)
+    for index, name in enumerate(rows.names):
+        if "://" in name:
+            raise UserError(f"{where}: holds addresses of images and not their bytes, such as {name}; {EMBED}")
+        if len(folders) > 1 and not os.path.isabs(name):
+            raise UserError(f"{where}: {name} is relative, and the files lie in several folders; name those of one")
+        try:
+            places[index] = stat_image(os.path.join(root, name))
+        except FileNotFoundError:
+            raise UserError(
+                f"{where}: holds paths of images and not their bytes, and {os.path.join(root, name)} is not there; put "
+                f"the images there, or {EMBED}"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{os.path.join(root, name)}: cannot be read ({error.strerror})") from error
+    return FolderReader(root), places
+
+
+def build_source(
+    spec: "SourceSpec",
+    rows: Rows,
+    labels: Labels,
+    embedded: tuple[Reader, np.ndarray] | None,
+    identity: list[Any],
+    sizes_column: int | None = None,
+) -> Source:
+    """Return the source of rows, in the order of a folder.
+
+    Parameters
+    ----------
+    spec : SourceSpec
+    rows : Rows
+    labels : Labels
+    embedded : tuple or None
+        The reader and the places of the images. If None, the rows hold paths of images.
+    identity : list
+        See `Source`.
+    sizes_column : int or None
+        The column of the places that has the sizes of the images.
+
+    Raises
+    ------
+    UserError
+        If there are no rows, or if classes or images are missing.
+    """
+    if not rows.total:
+        raise UserError(f"{spec.address}: has no rows")
+    classes, numbers, remarks = labels.finish(spec)
+    reader, places = embedded or outer_files(rows)
+    order, keys, order_remarks = rows.arrange(numbers)
+    places = places[order]
+    columns = labels.columns
+    remarks = [*shard_remarks(rows.paths), *remarks, *order_remarks, *similar_names(classes)]
+    if columns.mode not in (None, "RGB"):
+        what = "columns whose images `datasets` would convert, written as they are stored"
+        remarks.append(Remark(what, 1, f"{columns.image} (mode {columns.mode})"))
+    if rows.num_unnamed:
+        remarks += sample_remarks(reader, keys, places)
+    facts = {"path": os.path.abspath(spec.address), "num_files": len(rows.paths), "num_images": len(keys)}
+    facts |= {"image_column": columns.image, "label_column": columns.label}
+    if embedded is None:
+        identity, sizes_column = [], 0
+    sizes_bytes = None if sizes_column is None else places[:, sizes_column]
+    return Source(
+        spec.kind, spec.address, classes, keys, numbers[order], places, sizes_bytes, reader,
+        identity=identity, facts=facts, remarks=remarks,
+    )  # fmt: skip
+
+
+def sample_remarks(reader: Reader, keys: PackedKeys, places: np.ndarray) -> list[Remark]:
+    """Return a remark if images without a path look as if `datasets` had encoded them again.
+
+    If the function of `datasets.map` gets decoded images, `map` stores all images again: JPEGs with Pillow's default
+    quality of 75, and without their path. This also happens if the function only looks at the images.
+    """
+    chosen = np.linspace(0, len(keys) - 1, min(len(keys), _SAMPLE)).astype(int).tolist()
+    count = sum(is_pillow_default(reader.read(keys[index], places[index].tolist())) for index in chosen)
+    if count * 2 <= len(chosen):
+        return []
+    what = f"images without a path that are JPEGs of quality 75 ({count} of {len(chosen)} looked at)"
+    advice = (
+        "`datasets.map` stores decoded images so; if yours were better, map over cast_column(..., Image(decode=False))"
+    )
+    return [Remark(what, count, keys[chosen[0]], advice)]
+
+
+def is_pillow_default(content: bytes) -> bool:
+    """Return whether a JPEG has the quantization that Pillow chooses by default."""
+    position = content.find(b"\xff\xdb", 0, 4096) if content.startswith(b"\xff\xd8") else -1
+    return position > 0 and content[position + 5 : position + 5 + len(_LUMA_75)] == _LUMA_75
