@@ -71,7 +71,7 @@ class StockBatches:
         Random crops, flips and dense targets; else centre crops and labels, in order.
     """
 
-    storage_wait_s, num_prepared = 0.0, 0
+    storage_wait_s = 0.0
 
     def __init__(self, recipe: Recipe, *, train: bool):
         self.smoothing, self.num_classes = (

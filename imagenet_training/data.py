@@ -1,6 +1,5 @@
 """The data of a recipe: its two files, and the loaders that turn them into batches."""
 
-import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -76,7 +75,6 @@ class EarlyLoader(Loader):
     """A loader whose next epoch can begin before it is asked for. The arguments are those of `Loader`."""
 
     _begun: tuple[int, EpochIterator] | None = None
-    _latest: weakref.ref[EpochIterator] | None = None
 
     def begin(self, epoch: int | None = None) -> None:
         """Begin to prepare the next epoch, or that of a number. If that fails, `epoch` tries it again."""
@@ -90,26 +88,18 @@ class EarlyLoader(Loader):
         """Return the batches of an epoch, as `Loader.epoch` does. If it has begun, some of them may be ready."""
         begun, self._begun = self._begun, None
         if begun is not None and begun[0] == epoch and not skip and not skip_samples:
-            self.next_epoch, batches = epoch + 1, begun[1]
-        else:
-            if begun is not None:
-                begun[1].close()
-            batches = super().epoch(epoch, skip, skip_samples=skip_samples)
-        self._latest = weakref.ref(batches)
-        return batches
-
-    @property
-    def num_prepared(self) -> int:
-        """The number of batches that are prepared of the latest epoch, including those that were returned."""
-        batches = self._latest() if self._latest is not None else None
-        return 0 if batches is None else batches.num_prepared
+            self.next_epoch = epoch + 1
+            return begun[1]
+        if begun is not None:
+            begun[1].close()
+        return super().epoch(epoch, skip, skip_samples=skip_samples)
 
 
 @dataclass
 class Loaders:
     """The loaders of a run that trains.
 
-    While one of them has no more to prepare, the other one begins. Both keep the buffers of their batches in any case.
+    When one of them has no more to prepare, the other one begins. Both keep the buffers of their batches in any case.
 
     Attributes
     ----------

@@ -109,7 +109,7 @@ def train_epoch(
     save : callable
         Called with the state every ``plan.save_every_steps`` steps, on all ranks.
     begin_next : callable, optional
-        Called once the loader has prepared the last batch of this epoch.
+        Called when the last batch of this epoch has come.
 
     Returns
     -------
@@ -132,7 +132,7 @@ def train_epoch(
     done = (plan.steps_per_epoch - plan.steps_left(state.samples)) * plan.accumulation
     bar = log.track(batches, f"epoch {state.epoch}", total=plan.batches_per_epoch, done=done)
     num_left = plan.batches_per_epoch - done
-    for count, (images, targets) in enumerate(calling_once_prepared(bar, loader, num_left, begin_next)):
+    for count, (images, targets) in enumerate(calling_at_last(bar, num_left, begin_next)):
         number = count % plan.accumulation
         loss, logits = trainer.backward(images, targets, number=number, place=batch_place(state, plan, number))
         meters.add_batch(loss, logits, targets)
@@ -157,17 +157,14 @@ def train_epoch(
     return {**meters.values(state.totals), **size, **meters.clock.peak_memory()}
 
 
-def calling_once_prepared(
-    batches: Iterable[Batch], loader: Any, num_batches: int, action: Callable[[], None] | None
-) -> Iterator[Batch]:
-    """Yield the batches of a loader. Call `action` once so many are prepared: the loader's workers are idle then.
+def calling_at_last(batches: Iterable[Batch], num_batches: int, action: Callable[[], None] | None) -> Iterator[Batch]:
+    """Yield batches. Call `action` when the last of so many has come: the loader's workers are idle from then on.
 
-    The call comes before a batch is used, so that a GPU still has the work of the batches before.
+    The call comes before the batch is used, so that a GPU still has the work of the batches before.
     """
-    for batch in batches:
-        if action is not None and loader.num_prepared >= num_batches:
+    for number, batch in enumerate(batches, 1):
+        if action is not None and number == num_batches:
             action()
-            action = None
         yield batch
 
 
@@ -229,7 +226,7 @@ def evaluate(
     stop : StopRequest, optional
         Leave the evaluation with `Stopped` if the ranks agree to.
     begin_next : callable, optional
-        Called once the loader has prepared the last batch.
+        Called when the last batch has come.
 
     Returns
     -------
@@ -247,7 +244,7 @@ def evaluate(
     if stop is not None:
         fewest = math.ceil(beton.num_samples // world.world_size / loader.batch_size)
         batches = stop.watched(loader, fewest)
-    batches = calling_once_prepared(batches, loader, len(loader), begin_next)
+    batches = calling_at_last(batches, len(loader), begin_next)
     try:
         values = measure(
             trainer.evaluated_model,

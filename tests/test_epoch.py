@@ -12,7 +12,7 @@ from torch import nn
 
 from imagenet_training.classes import ClassMatch
 from imagenet_training.distributed import World
-from imagenet_training.epoch import calling_once_prepared, evaluate, measure, train_epoch
+from imagenet_training.epoch import calling_at_last, evaluate, measure, train_epoch
 from imagenet_training.failures import RunError
 from imagenet_training.logs import RunLog
 from imagenet_training.loss import soft_target_cross_entropy
@@ -339,17 +339,12 @@ def test_the_part_of_a_wait_in_which_the_loader_waited_for_storage_is_named():
     assert resumed.rates() == {"images_per_s": 5.0, "data_wait": 0.5, "step_s": 0.2}
 
 
-def test_the_next_pipeline_begins_once_the_last_batch_is_prepared():
-    loader, called = SimpleNamespace(num_prepared=0), []
-
-    def batches():
-        for number, loader.num_prepared in enumerate((1, 3, 4, 4)):
-            yield number
-
-    used = []
-    for number in calling_once_prepared(batches(), loader, 4, lambda: called.append(len(used))):
-        used.append(number)
-    assert used == [0, 1, 2, 3] and called == [2], "before the third batch is used"
+def test_the_next_pipeline_begins_before_the_last_batch_is_used():
+    used, called = [], []
+    for batch in calling_at_last(iter("abcd"), 3, lambda: called.append(list(used))):
+        used.append(batch)
+    assert used == list("abcd") and called == [["a", "b"]]
+    assert list(calling_at_last("ab", 2, None)) == ["a", "b"]
 
 
 def test_the_estimate_counts_evaluations_and_larger_images():

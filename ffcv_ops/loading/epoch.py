@@ -57,7 +57,6 @@ class EpochProducer:
         self.ids = ids
         self.copies = copies
         self.stopping = False
-        self.num_prepared = 0
         self._num_done = itertools.count()
         self.ready: SimpleQueue = SimpleQueue()
         self.free: SimpleQueue = SimpleQueue()
@@ -105,10 +104,7 @@ class EpochProducer:
                 slot_and_event = self.free.get()
                 if slot_and_event is None or self.stopping:
                     break
-                prepared = self._prepare(number, *slot_and_event)
-                self.num_prepared = number + 1
-                self.ready.put(prepared)
-                del prepared
+                self.ready.put(self._prepare(number, *slot_and_event))
         except BaseException as error:  # the consumer raises it
             last = error
         try:
@@ -239,11 +235,6 @@ class EpochIterator(Iterator):
 
     def __len__(self) -> int:
         return len(self._producer)
-
-    @property
-    def num_prepared(self) -> int:
-        """The number of batches that are prepared, including those that were returned."""
-        return self._producer.num_prepared
 
     def __iter__(self) -> EpochIterator:
         return self
