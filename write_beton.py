@@ -6,13 +6,14 @@
     python write_beton.py --split train --source ILSVRC2012_img_train.tar
     python write_beton.py --split val --source ILSVRC2012_img_val.tar      # with ILSVRC2012_devkit_t12.tar.gz beside it
     python write_beton.py --split train --source "train-{0000..1023}.tar"  # WebDataset shards
+    python write_beton.py --split train --source imagenet-1k/data          # Parquet files of Hugging Face's datasets
     python write_beton.py --source FOLDER_OR_TAR --labels labels.csv       # lines of a name and a class
     python write_beton.py --verify /fsx/ns1/train.beton
     python write_beton.py --split train --cluster tcp://HOST:8786    # on the workers of a Dask cluster
     python write_beton.py --inspect /fsx/ns1/train.beton --sheet train.png
 
-The source is a folder with one subfolder of images for each class, an archive, or shards. Nothing has to be unpacked;
-docs/WRITING.md lists what is read. A manifest, FILE.json, appears beside the file. It holds classes,
+The source is a folder with one subfolder of images for each class, an archive, shards, or tables. Nothing has to be
+unpacked; docs/WRITING.md lists what is read. A manifest, FILE.json, appears beside the file. It holds classes,
 counts, settings and digest. If the command is killed, the same command resumes and writes the same bytes. Until the
 file is whole, its name ends in .partial. The workers of a cluster read and encode the images, and only this machine
 writes. The bytes are those that one machine writes.

@@ -46,8 +46,10 @@ def find_files(address: str, suffix: str) -> list[str]:
     Raises
     ------
     UserError
-        If there is none.
+        If there is none, or if the address is not of this machine.
     """
+    if "://" in address:
+        raise UserError(f"{address}: only files of this machine are read; copy the files here, or mount their storage")
     return (walk(address, suffix) if os.path.isdir(address) else None) or expand(address, (suffix,))
 
 
