@@ -301,7 +301,7 @@ def train_command(check: Check, folder: Path, data: Path, *arguments: str) -> li
     settings: dict[str, Any] = {"data.train_dataset": data / "train.beton", "data.val_dataset": data / "val.beton"}
     settings |= {"logging.folder": folder, "training.epochs": check.sizes.epochs}
     if not check.on_gpu:
-        settings["data.num_workers"] = 1
+        settings |= {"data.num_workers": 1, "model.arch": "test_resnet"}  # timm's smallest
     flags = [f"--{key}={value}" for key, value in settings.items()]
     recipe = ["--config-file", "rn50_configs/demo.yaml", "--lr.warmup_epochs=1", "--no_wandb"]
     return [sys.executable, str(ROOT / "train_imagenet.py"), *recipe, *flags, *arguments]
