@@ -131,6 +131,15 @@ def test_images_deeper_than_their_class_are_taken_as_torchvision_does(root):
     ]
 
 
+def test_one_folder_of_folders_is_no_class(tmp_path):
+    """One class with all images is what the wrong folder would give."""
+    root = make(tmp_path / "data", "imagenet/a/0.jpg", "imagenet/b/0.jpg", "notes.txt")
+    with pytest.raises(UserError, match=f"holds one folder, imagenet, .* perhaps {root / 'imagenet'}$"):
+        open_source(SourceSpec(str(root)))
+    make(root, "imagenet/1.jpg")
+    assert open_source(SourceSpec(str(root))).classes == ["imagenet"]
+
+
 def test_an_empty_class_folder_is_named_with_what_it_has(root):
     make(root, "c/0.jfif", "c/1.jfif", "c/x.txt")
     with pytest.raises(UserError, match=r"/c: class folder without an image but with other files \(2 .jfif, 1 .txt\);"):

@@ -268,6 +268,17 @@ def test_kaggles_layout_has_its_labels_above(tmp_path, folder, flat):
     assert [source.classes[label] for label in source.labels] == sorted(name[:3] for name in NAMES)
 
 
+def test_the_folder_above_ilsvrcs_images_is_refused_with_the_right_one(tmp_path, ilsvrc):
+    kaggle = make_folder(tmp_path / "kaggle" / "ILSVRC" / "Data" / "CLS-LOC" / "train", CONTENTS)
+    for address, split, wanted in (
+        (ilsvrc, "train", ilsvrc / "ILSVRC2012_img_train.tar"),
+        (ilsvrc, "val", ilsvrc / "ILSVRC2012_img_val.tar"),
+        *((above, "train", kaggle) for above in kaggle.parents[:4]),
+    ):
+        with pytest.raises(UserError, match=f"use --source {wanted}$"):
+            open_source(SourceSpec(str(address), split=split))
+
+
 @pytest.mark.parametrize("change", ["cut", "no truth", "no text"])
 def test_a_damaged_development_kit_is_named(tmp_path, flat, change):
     path = make_devkit(tmp_path, ["n01"])

@@ -140,6 +140,22 @@ def test_one_name_in_two_shards_is_refused(tmp_path):
         listed(tmp_path / "{a,b}.tar")
 
 
+def test_shards_of_a_split_are_chosen_and_gaps_named(tmp_path, folder):
+    shards = write_shards(tmp_path / "shards", samples(lambda name: {"cls": name[:3].encode()}))
+    val = write_shards(tmp_path / "val", samples(lambda name: {"cls": name[:3].encode()})[:2])
+    (val / "train-0000.tar").rename(shards / "validation-0000.tar")
+    assert listed(shards, split="train") == listed(folder)
+    assert len(listed(shards, split="val")) == 2
+    for address in (shards, shards / "*.tar"):
+        with pytest.raises(UserError, match="holds the splits train, val; choose one with --split"):
+            listed(address)
+    assert not open_source(SourceSpec(str(shards), split="train")).remarks
+    (shards / "train-0001.tar").unlink()
+    for address in (shards, shards / "train-*.tar"):
+        (remark,) = open_source(SourceSpec(str(address), split="train")).remarks
+        assert remark.line() == "shards that are not there: 1, such as train-0001.tar; the file will be without them"
+
+
 def test_a_cut_or_compressed_shard_is_refused(tmp_path):
     shards = write_shards(tmp_path / "shards", samples())
     path = shards / "train-0001.tar"

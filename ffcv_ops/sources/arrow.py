@@ -20,7 +20,8 @@ from ffcv_ops.sources.archives import ArchiveReader
 from ffcv_ops.sources.columns import Columns, Labels, choose_columns, import_pyarrow, select
 from ffcv_ops.sources.ranges import RangeFile, list_file
 from ffcv_ops.sources.source import Source, Stage
-from ffcv_ops.sources.tables import EMBED, Rows, build_source, choose_split, find_files, pack_names, split_name
+from ffcv_ops.sources.splits import choose_split, split_name
+from ffcv_ops.sources.tables import EMBED, Rows, build_source, find_files, pack_names
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -185,6 +185,12 @@ def list_classes(root: Path, tally: Tally | None = None, extensions: Tally | Non
     return [name for name in folders if not is_hidden(name)]
 
 
+def holds_folders_only(folder: Path) -> bool:
+    """Return whether a folder holds folders, and no image beside them."""
+    folders, files = _list_entries(folder)
+    return bool(folders) and not any(map(_is_image, files))
+
+
 @dataclass
 class _ClassListing:
     """The images of a class: their paths for `PackedKeys`, and size and time of change of each in turn.

@@ -8,13 +8,14 @@ from pathlib import Path
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.addresses import is_pattern
 from ffcv_ops.sources.arrow import fits_arrow, open_arrow
-from ffcv_ops.sources.folder import list_classes, list_flat, scan
+from ffcv_ops.sources.folder import holds_folders_only, list_classes, list_flat, scan
 from ffcv_ops.sources.parquet import fits_parquet, open_parquet
 from ffcv_ops.sources.source import Source, Stage
 from ffcv_ops.sources.tar import SPLITS, open_tar
 from ffcv_ops.sources.webdataset import fits_shards, open_webdataset
 
 AUTO = "auto"
+_KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,19 @@ class Kind:
     open: Callable[[SourceSpec, Stage], Source]
 
 
+def _check_place(spec: SourceSpec) -> None:
+    """Refuse a folder that holds ImageNet as it is distributed: the archives, or Kaggle's folders of both splits."""
+    root, split = Path(spec.address), spec.split or "train"
+    archives = sorted(root.glob("ILSVRC2012_img_*.tar"))
+    if archives:
+        wanted = root / f"ILSVRC2012_img_{split}.tar"
+        path = wanted if wanted in archives else archives[0]
+        raise UserError(f"{root}: holds archives of ILSVRC, each of one split; use --source {path}")
+    for above in _KAGGLE_FOLDERS:
+        if (root / above / split).is_dir():
+            raise UserError(f"{root}: holds Kaggle's folders of ILSVRC; use --source {root / above / split}")
+
+
 def _fits_folder(spec: SourceSpec) -> bool:
     if not os.path.isdir(spec.address):
         return False
@@ -87,6 +101,11 @@ def _open_folder(spec: SourceSpec, stage: Stage) -> Source:
         raise UserError(f"{root}: holds the splits, not the classes of one; use --source {root / name}")
     if spec.labels or (root.is_dir() and not inner):
         return list_flat(root, spec.labels, stage)
+    if len(inner) == 1 and holds_folders_only(root / inner[0]):
+        raise UserError(
+            f"{root}: holds one folder, {inner[0]}, and that holds folders; --source names the folder right above the "
+            f"folders of the classes, perhaps {root / inner[0]}"
+        )
     return scan(root, stage)
 
 
@@ -94,15 +113,13 @@ def _fits_tar(spec: SourceSpec) -> bool:
     return os.path.exists(spec.address) or is_pattern(spec.address)
 
 
-_TABLE_OPTIONS = frozenset(["split", "class_names", "image_column", "label_column"])
+_SAMPLE_OPTIONS = frozenset(["split", "class_names", "image_column", "label_column"])
 
 KINDS: dict[str, Kind] = {
-    "parquet": Kind("Parquet files", _TABLE_OPTIONS, fits_parquet, open_parquet),
-    "arrow": Kind("Arrow files", _TABLE_OPTIONS, fits_arrow, open_arrow),
+    "parquet": Kind("Parquet files", _SAMPLE_OPTIONS, fits_parquet, open_parquet),
+    "arrow": Kind("Arrow files", _SAMPLE_OPTIONS, fits_arrow, open_arrow),
     "folder": Kind("folder of images", frozenset(["split", "labels"]), _fits_folder, _open_folder),
-    "webdataset": Kind(
-        "WebDataset shards", frozenset(["class_names", "image_column", "label_column"]), fits_shards, open_webdataset
-    ),
+    "webdataset": Kind("WebDataset shards", _SAMPLE_OPTIONS, fits_shards, open_webdataset),
     "tar": Kind("tar archives", frozenset(["split", "labels"]), _fits_tar, open_tar),
 }
 OPTIONS = ("labels", "class_names", "image_column", "label_column")
@@ -135,4 +152,5 @@ def find_kind(spec: SourceSpec) -> str:
 def open_source(spec: SourceSpec, stage: Stage = lambda what, count: None) -> Source:
     """List the images of a source. See `find_kind` and `Kind.open` for what it raises."""
     kind = find_kind(spec)
+    _check_place(spec)
     return KINDS[kind].open(replace(spec, kind=kind), stage)

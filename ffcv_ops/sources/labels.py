@@ -185,7 +185,7 @@ def assign(keys: PackedKeys, table: dict[str, str], source: str, path: str) -> t
         used.add(found)
         labels[index] = numbers[table[found]]
     if missing:
-        more = f" nor have {len(missing) - 1} more images" if len(missing) > 1 else ""
+        more = f", nor have {len(missing) - 1} more images" if len(missing) > 1 else ""
         raise UserError(f"{source}: {missing[0]} has no label in {path}{more}; add the labels or remove the images")
     if len(used) < len(table):
         surplus = next(name for name in table if name not in used)

@@ -26,7 +26,8 @@ from ffcv_ops.sources.parquet_pages import ColumnPages
 from ffcv_ops.sources.ranges import RangeFile, RangeReader, list_file
 from ffcv_ops.sources.remarks import Remark
 from ffcv_ops.sources.source import Source, SourceError, Stage
-from ffcv_ops.sources.tables import EMBED, Rows, build_source, choose_split, find_files, pack_names, walk
+from ffcv_ops.sources.splits import choose_split
+from ffcv_ops.sources.tables import EMBED, Rows, build_source, find_files, pack_names, walk
 from ffcv_ops.units import show_bytes
 
 if TYPE_CHECKING:

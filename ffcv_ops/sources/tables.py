@@ -7,7 +7,6 @@ path, or if two rows of a class have the same one, all images are named by file 
 """
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,15 +19,13 @@ from ffcv_ops.sources.columns import Labels
 from ffcv_ops.sources.folder import FolderReader, stat_image
 from ffcv_ops.sources.remarks import Remark, similar_names
 from ffcv_ops.sources.source import PackedKeys, Reader, Source, sort_keys
+from ffcv_ops.sources.splits import shard_remarks
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from ffcv_ops.sources.kinds import SourceSpec
 
-_SPLIT = re.compile(r"(?:^|[-_./])(train|training|validation|valid|val|dev|test)(?=[-_./]|$)", re.IGNORECASE)
-_SPLITS = {"training": "train", "validation": "val", "valid": "val", "dev": "val"}
-_SHARD = re.compile(r"(.*?)(\d+)-of-(\d+)(\.\w+)")
 # A dataset's folder holds its files, or a folder `data`, or one folder for each split. Others may be classes of images.
 _FOLDERS = frozenset("data default train training validation valid val dev test".split())
 _MOST_DEPTH = 2
@@ -61,59 +58,6 @@ def walk(folder: str, suffix: str, depth: int = 0) -> list[str]:
         return found
     folders = (os.path.join(folder, name) for name in names if name.lower() in _FOLDERS)
     return [path for inner in folders if os.path.isdir(inner) for path in walk(inner, suffix, depth + 1)]
-
-
-def split_of(path: str, address: str) -> str | None:
-    """Return the split that the name of a file tells, or that of a folder between the file and the address."""
-    if os.path.isdir(address):
-        path = os.path.relpath(path, address)
-    for part in (os.path.basename(path), os.path.dirname(path) if os.path.isdir(address) else ""):
-        if match := _SPLIT.search(part):
-            return split_name(match[1])
-    return None
-
-
-def split_name(name: str) -> str:
-    """Return the name of a split as ``--split`` has it, such as ``val`` for ``validation``."""
-    return _SPLITS.get(name.lower(), name.lower())
-
-
-def choose_split(paths: Sequence[str], spec: "SourceSpec") -> list[str]:
-    """Return the files of the wanted split.
-
-    Raises
-    ------
-    UserError
-        If there are files of several splits, and it is not clear which are wanted.
-    """
-    splits = {path: split_of(path, spec.address) for path in paths}
-    found = sorted({str(split) for split in splits.values() if split})
-    if len(found) > 1 or (found and spec.split and os.path.isdir(spec.address)):
-        if spec.split not in found:
-            many = f"holds the splits {', '.join(found)}" if len(found) > 1 else f"holds only the split {found[0]}"
-            raise UserError(f"{spec.address}: {many}; choose one with --split, or name its files")
-        paths = [path for path in paths if splits[path] == spec.split]
-    folders = sorted({os.path.dirname(path) for path in paths})
-    if len(folders) > 1 and os.path.isdir(spec.address):
-        raise UserError(
-            f"{spec.address}: has such files in several folders, {folders[0]} and {folders[1]}; name the files of one"
-        )
-    return list(paths)
-
-
-def shard_remarks(paths: Sequence[str]) -> list[Remark]:
-    """Return a remark if files of a series such as ``train-00000-of-00294.parquet`` are missing."""
-    series: dict[tuple[str, str, str, int], set[int]] = {}
-    for path in paths:
-        if match := _SHARD.fullmatch(path):
-            series.setdefault((match[1], match[3], match[4], len(match[2])), set()).add(int(match[2]))
-    remarks = []
-    for (before, count, suffix, width), numbers in series.items():
-        missing = sorted(set(range(int(count))) - numbers)
-        if missing:
-            name = f"{os.path.basename(before)}{missing[0]:0{width}d}-of-{count}{suffix}"
-            remarks.append(Remark("shards that are not there", len(missing), name, "the file will be without them"))
-    return remarks
 
 
 @dataclass

@@ -21,6 +21,7 @@ from ffcv_ops.sources.index import load_index, with_index
 from ffcv_ops.sources.ranges import RangeReader, list_file
 from ffcv_ops.sources.remarks import listing_remarks
 from ffcv_ops.sources.source import Source, Stage
+from ffcv_ops.sources.splits import choose_split, shard_remarks
 from ffcv_ops.sources.tar import arrange, clean_name, is_image
 from ffcv_ops.sources.tar_headers import FILE, Member, check_not_compressed
 
@@ -59,9 +60,10 @@ def open_webdataset(spec: "SourceSpec", stage: Stage) -> Source:
     ------
     UserError
         If a shard is compressed, damaged or cut, if a sample lacks its image or class, or if names of classes do not
-        fit.
+        fit. Also if the shards are of several splits, and it is not clear which are wanted.
     """
-    files = [list_file(path) for path in expand(spec.address, (".tar",))]
+    paths = choose_split(expand(spec.address, (".tar",)), spec)
+    files = [list_file(path) for path in paths]
     reader = RangeReader(files)
     for number, file in enumerate(files):
         check_not_compressed(reader.read(number, 0, 8), file.path)
@@ -81,7 +83,7 @@ def open_webdataset(spec: "SourceSpec", stage: Stage) -> Source:
     facts: dict[str, Any] = {"path": os.path.abspath(spec.address), "num_archives": len(files)}
     if names_file:
         facts["class_names"] = str(names_file.absolute())
-    remarks = listing_remarks(listing.tally, listing.extensions)
+    remarks = [*shard_remarks(paths), *listing_remarks(listing.tally, listing.extensions)]
     return with_index(arrange(spec, listing, classes, labels, archives, 0, facts, remarks), rests_on)
 
 
