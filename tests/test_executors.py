@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 import random
 import signal
 import threading
@@ -21,7 +22,7 @@ from ffcv_ops.workers.processes import ProcessExecutor, WorkerTraceback
 from ffcv_ops.workers.tasks import NoWorkers, WorkerKilled, count_workers, run_in_order
 from ffcv_ops.workers.versions import OtherMachine
 from ffcv_ops.writing import writer
-from ffcv_ops.writing.encode import EncodeTask
+from ffcv_ops.writing.encode import EncodeJob, EncodeTask
 from ffcv_ops.writing.plan import WriteSettings
 from ffcv_ops.writing.writer import WriteError, write
 from tests.simple_tasks import KillsItsProcess, add_arrays, return_a_lock
@@ -104,11 +105,68 @@ def test_tasks_that_are_repeated_delayed_and_answered_out_of_order(folder, expec
 def test_what_waits_in_memory_is_bounded(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "_CHUNK_ELSEWHERE", 2)
     monkeypatch.setattr(writer, "_WAITING_BYTES", 5 * 2 * 100 * 150 * 3)
-    monkeypatch.setattr(writer, "_SAMPLE_CHUNK", 64)
+    monkeypatch.setattr(writer, "_SAMPLE_CHUNK_ELSEWHERE", 64)
     executor = Disorderly(num_workers=30)
     quiet(folder, tmp_path / "file.beton", executor=executor)
     executor.threads.shutdown()
     assert 2 < executor.most_pending <= 5
+
+
+class Recording(ThreadPoolExecutor):
+    """Notes the number of images of each task."""
+
+    def __init__(self, num_workers):
+        super().__init__(1)
+        self.num_workers, self.sizes = num_workers, []
+
+    def submit(self, task):
+        if not task.job.is_sample:
+            self.sizes.append(len(task.keys))
+        return super().submit(task)
+
+
+def test_tasks_are_large_only_if_each_worker_gets_some(folder, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_LEAST_ELSEWHERE", 16)
+    largest = {}
+    for num_workers in (1, 8):
+        target = tmp_path / f"{num_workers}.beton"
+        with Recording(num_workers) as executor:
+            quiet(folder, target, executor=executor)
+        assert sum(executor.sizes) == 200 and sha256(target) == expected
+        largest[num_workers] = max(executor.sizes)
+    assert largest == {1: 50, 8: 16}
+
+
+class CountingReader:
+    """Notes the largest number of images that are read before their turn."""
+
+    num_read = num_used = most_ahead = 0
+    lock = threading.Lock()
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def locate(self, key):
+        CountingReader.num_used += 1
+        return key
+
+    def read(self, key, place):
+        with self.lock:
+            CountingReader.num_read += 1
+            CountingReader.most_ahead = max(self.most_ahead, self.num_read - self.num_used)
+        return self.paths[place[0]].read_bytes()
+
+
+def test_a_task_of_many_images_reads_only_a_few_ahead(folder):
+    paths = sorted(folder.glob("*/*.jpg"))
+    job = EncodeJob(SETTINGS, pickle.dumps(CountingReader(paths)))
+    task = EncodeTask(job, [path.name for path in paths], [[n] for n in range(len(paths))], [True] * len(paths))
+    task.prepare()
+    encoded = task()
+    assert [len(content) for content in encoded.contents] == [100 * 150 * 3] * len(paths)
+    assert [entry[4] for entry in encoded.entries] == [hashlib.sha256(c).digest() for c in encoded.contents]
+    assert len({entry[4] for entry in encoded.entries}) == len(paths), "each image once"
+    assert CountingReader.num_read == len(paths) and 1 < CountingReader.most_ahead <= 32
 
 
 class Fragile(ThreadPoolExecutor):
@@ -170,6 +228,35 @@ def test_a_process_that_is_killed_costs_its_own_task_only(tmp_path):
         executor.shutdown(cancel_futures=True)
 
 
+def test_a_process_that_is_killed_as_it_starts_costs_no_task():
+    executor = ProcessExecutor(1)
+    try:
+        futures = [executor.submit(abs, -number) for number in range(3)]
+        held = executor._processes[0]
+        os.kill(held.process.pid, signal.SIGSTOP)
+        if held.ready or held.connection.poll():
+            os.kill(held.process.pid, signal.SIGCONT)
+        else:
+            held.process.kill()
+        assert [future.result(timeout=200) for future in futures] == [0, 1, 2]
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def test_no_process_is_started_any_more_if_each_is_killed_as_it_starts():
+    executor = ProcessExecutor(2)
+    try:
+        start_s = time.monotonic()
+        while not executor._broken:
+            for held in executor._processes.copy():
+                held.process.kill()
+            assert time.monotonic() - start_s < 200
+        with pytest.raises(WorkerKilled, match="before it could start"):
+            executor.submit(abs, -1)
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
 def test_a_run_outlives_its_processes(folder, expected, tmp_path):
     import multiprocessing
 
@@ -201,7 +288,7 @@ def test_an_error_in_a_process_comes_with_its_traceback():
 
 def test_an_executor_that_stops_ends_the_run_and_another_one_goes_on(folder, expected, tmp_path):
     class Stops(ThreadPoolExecutor):
-        error, left = None, 18
+        error, left = None, 6
 
         def submit(self, task):
             self.left -= 1

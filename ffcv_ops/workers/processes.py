@@ -31,6 +31,8 @@ from ffcv_ops.workers.tasks import WorkerKilled
 
 # A process has one task to work on, and one to prepare meanwhile.
 _TASKS_A_PROCESS = 2
+# If so many processes in a row are killed before they are ready, no further one is started.
+_MAX_KILLED_STARTS = 8
 _END = object()
 # Exit status of a worker that found its script without a guard.
 _NO_GUARD = 78
@@ -88,7 +90,8 @@ class ProcessExecutor(Executor):
 
     A fork server starts the processes, so they share only a pipe with this process. If this process is killed, its end
     of the pipe closes and the processes end. If a process is killed, its task raises `WorkerKilled`, another process
-    takes its place, and no other task is lost. Processes ignore Ctrl-C and SIGHUP.
+    takes its place, and no other task is lost. If it had not yet started to work, no task is lost at all. Processes
+    ignore Ctrl-C and SIGHUP.
 
     If a submitted function has a method ``prepare``, another thread of the process calls it as soon as the function
     arrives. The process may still work on an earlier function then.
@@ -108,6 +111,7 @@ class ProcessExecutor(Executor):
         self._waiting: deque[_Job] = deque()
         self._broken: Exception | None = None
         self._shut_down = False
+        self._num_killed_starts = 0
         self._idle = threading.Condition(self._lock)
         self._wake, self._waker = self._context.Pipe(duplex=False)
         self._processes = [self._start() for _ in range(num_workers)]
@@ -202,6 +206,7 @@ class ProcessExecutor(Executor):
             return
         if not held.ready:  # the first message only reports that the process has started
             held.ready = True
+            self._num_killed_starts = 0
             return
         with self._lock:
             if held not in self._processes:
@@ -226,12 +231,15 @@ class ProcessExecutor(Executor):
         held.connection.close()
         with self._lock:
             self._processes.remove(held)
-            lost = [held.jobs.popleft()] if held.jobs else []
+            lost = [held.jobs.popleft()] if held.jobs and held.ready else []
             self._waiting.extendleft(reversed(held.jobs))
             error: Exception = WorkerKilled(f"a worker process ended with exit code {exit_code}")
             try:
-                if not held.ready:  # the next one would not start either
-                    raise _start_error(exit_code)
+                if not held.ready:
+                    self._num_killed_starts += 1
+                    was_killed = exit_code is None or exit_code < 0
+                    if not was_killed or self._num_killed_starts == _MAX_KILLED_STARTS:
+                        raise _start_error(exit_code)  # the next one would not start either
                 self._processes.append(self._start())
             except Exception as broken:
                 self._broken = error = broken

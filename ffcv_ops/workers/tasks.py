@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from ffcv_ops.machine import allowed_cpus
 
 # Results wait for their turn. The number of tasks that are not yet used is this number for each worker.
-_TASKS_A_WORKER = 4
+TASKS_A_WORKER = 4
 # A lost task runs alone so often, before it counts as the cause.
 _TRIES_ALONE = 2
 
@@ -87,7 +87,7 @@ def run_in_order(
     exhausted = False
 
     def has_room() -> bool:
-        room = _TASKS_A_WORKER * (num_workers or count_workers(executor))
+        room = TASKS_A_WORKER * (num_workers or count_workers(executor))
         return num_sent - num_used < (min(room, max_waiting) if max_waiting else room)
 
     try:

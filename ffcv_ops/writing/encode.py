@@ -4,6 +4,7 @@ import errno
 import pickle
 import socket
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from ffcv_ops.writing.plan import WritePlan, WriteSettings, library_versions
 
 # Threads of one process that read images. A network file system answers in milliseconds, and several at once.
 _NUM_READERS = 8
+# The most images of a task that are read and not yet encoded. Originals can be much larger than what they become.
+_READ_AHEAD = 32
 # Errors of opening a file that are the file's own: no target of a link, no permission, a circle of links, a folder. For
 # other errors, storage has failed, and no image may be left out.
 _FAULTS_OF_IMAGES = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENXIO}
@@ -85,7 +88,7 @@ class EncodeTask:
 
     def __init__(self, job: EncodeJob, keys: Sequence[str], places: Sequence[Sequence[int]], raw: Sequence[bool]):
         self.job, self.keys, self.places, self.raw = job, keys, places, raw
-        self._reads: list[Future[bytes]] = []
+        self._reads: deque[Future[bytes]] = deque()
 
     @classmethod
     def of_positions(cls, job: EncodeJob, plan: WritePlan, positions: np.ndarray) -> "EncodeTask":
@@ -95,10 +98,12 @@ class EncodeTask:
         return cls(job, keys, places, raw)
 
     def prepare(self) -> None:
-        """Begin to read the images, in threads. Earlier images may still be encoded then."""
-        reader, threads = _open_reader(self.job.reader), _reader_threads()
-        places = zip(self.keys, self.places, strict=True)
-        self._reads = [threads.submit(reader.read, key, place) for key, place in places]
+        """Begin to read the first images, in threads. Images of another task may still be encoded then."""
+        self._reads = deque(self._read(number) for number in range(min(_READ_AHEAD, len(self.keys))))
+
+    def _read(self, number: int) -> Future[bytes]:
+        reader = _open_reader(self.job.reader)
+        return _reader_threads().submit(reader.read, self.keys[number], self.places[number])
 
     def __call__(self) -> Encoded:
         """Return the encoded images.
@@ -117,15 +122,17 @@ class EncodeTask:
             compare_versions(socket.gethostname(), _own_versions(job.settings.mode != "raw"), job.versions)
         if not self._reads:
             self.prepare()
-        reads, self._reads = self._reads, []
-        reads.reverse()  # the content of an image is freed once the image is decoded
+        reads, self._reads = self._reads, deque()
         reader = _open_reader(job.reader)
         encoded = Encoded([], [], [])
         with _no_pillow_limit:
-            for key, keep_raw in zip(self.keys, self.raw, strict=True):
+            for number, (key, keep_raw) in enumerate(zip(self.keys, self.raw, strict=True)):
                 name = reader.locate(key)
+                if number + _READ_AHEAD < len(self.keys):
+                    reads.append(self._read(number + _READ_AHEAD))
                 try:
-                    loaded = _load(name, reads.pop(), job.settings.pixel_limit)
+                    # The content is freed once the image is decoded.
+                    loaded = _load(name, reads.popleft(), job.settings.pixel_limit)
                     entry = loaded if isinstance(loaded, str) else _encode(*loaded, keep_raw, job, encoded)
                 except MemoryError as error:
                     raise MemoryError(f"{name}: out of memory") from error

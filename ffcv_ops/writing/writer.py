@@ -25,20 +25,23 @@ from ffcv_ops.sources.kinds import SourceSpec, open_source
 from ffcv_ops.sources.source import Source, Stage, class_difference
 from ffcv_ops.units import show_bytes
 from ffcv_ops.workers.processes import choose_num_workers, end_if_imported, use_executor
-from ffcv_ops.workers.tasks import NoWorkers, WorkerKilled, run_in_order
+from ffcv_ops.workers.tasks import TASKS_A_WORKER, NoWorkers, WorkerKilled, count_workers, run_in_order
 from ffcv_ops.writing.encode import Encoded, EncodeJob, EncodeTask, encoder_versions
 from ffcv_ops.writing.manifest import build_manifest, build_tables, change_remarks, complete_manifest, write_manifest
 from ffcv_ops.writing.pages import PageLayout
 from ffcv_ops.writing.partial_file import PartialFile, index_path, partial_paths, read_journal, remove_partial
 from ffcv_ops.writing.plan import BadImage, WritePlan, WriteSettings, build_plan
 
-# The images of a task. A message to another machine costs more than one to a process of this machine.
-_CHUNK, _CHUNK_ELSEWHERE = 16, 64
+# The images of a task. On a cluster, a task costs about as much as the encoding of some images.
+_CHUNK, _CHUNK_ELSEWHERE = 16, 256
+# On a cluster, tasks become smaller, down to so many images, until each worker gets several. Then no worker waits long
+# for the last one.
+_LEAST_ELSEWHERE, _MIN_TASKS_A_WORKER = 64, 4
 _CHUNK_BYTES = 1 << 24
 # The most that encoded images which wait for their turn may take of this machine's memory.
 _WAITING_BYTES = 1 << 31
 _SAMPLE_IMAGES = 64, 256
-_SAMPLE_CHUNK = 4
+_SAMPLE_CHUNK, _SAMPLE_CHUNK_ELSEWHERE = 4, 16
 
 Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -237,6 +240,22 @@ class _Workers:
     plan: WritePlan
     job: EncodeJob
 
+    @property
+    def are_elsewhere(self) -> bool:
+        """Return whether the workers are not processes of this run, but those of an executor of the user."""
+        return self.job.versions is not None
+
+    def chunk_size(self, num_images: int, image_bytes: int) -> int:
+        """Return the number of images of a task. The bytes of the file do not depend on this number."""
+        most = min(_CHUNK_ELSEWHERE if self.are_elsewhere else _CHUNK, _CHUNK_BYTES // image_bytes)
+        if self.are_elsewhere:
+            num_workers = self.num_workers or count_workers(self.executor)
+            share = num_images // (_MIN_TASKS_A_WORKER * num_workers)
+            # Enough tasks for all workers may wait in memory.
+            share = min(share, _WAITING_BYTES // (TASKS_A_WORKER * num_workers * image_bytes))
+            most = min(most, max(share, _LEAST_ELSEWHERE))
+        return max(1, most)
+
     def run(self, job: EncodeJob, chunks: Iterable[np.ndarray], max_waiting: int | None = None) -> Results:
         """Yield the result for each of some chunks of positions in the storage order."""
         tasks = (EncodeTask.of_positions(job, self.plan, chunk) for chunk in chunks)
@@ -262,7 +281,8 @@ def _measure_sample(plan: WritePlan, workers: _Workers) -> tuple[list[int], list
     """
     count = min(plan.num_images, max(_SAMPLE_IMAGES[0], min(plan.num_images // 50, _SAMPLE_IMAGES[1])))
     positions = np.arange(count) * plan.num_images // count
-    chunks = np.array_split(positions, -(-count // _SAMPLE_CHUNK))
+    chunk = _SAMPLE_CHUNK_ELSEWHERE if workers.are_elsewhere else _SAMPLE_CHUNK
+    chunks = np.array_split(positions, -(-count // chunk))
     sizes: list[int] = []
     counts: list[np.ndarray] = []
     for encoded in workers.run(replace(workers.job, is_sample=True), chunks):
@@ -305,7 +325,7 @@ def _encode_rest(
     if on_error == "stop" and stored.reasons:
         raise plan.bad_image(*next(iter(stored.reasons.items())))
     image_bytes = max(1, int(np.mean(sizes or [1])))
-    chunk = max(1, min(_CHUNK if workers.job.versions is None else _CHUNK_ELSEWHERE, _CHUNK_BYTES // image_bytes))
+    chunk = workers.chunk_size(plan.num_images - stored.position, image_bytes)
     starts = range(stored.position, plan.num_images, chunk)
     chunks = (np.arange(start, min(start + chunk, plan.num_images)) for start in starts)
     progress(stored.position, plan.num_images)
