@@ -39,6 +39,7 @@ from imagenet_training.distributed import World  # noqa: E402
 from imagenet_training.export import export_weights, load_model  # noqa: E402
 from imagenet_training.loss import recipe_loss  # noqa: E402
 from imagenet_training.model import build_model, model_on_paper, recipe_model  # noqa: E402
+from imagenet_training.normalization import settle_normalization  # noqa: E402
 from imagenet_training.plan import plan_run  # noqa: E402
 from imagenet_training.recipe import Recipe, read_recipe  # noqa: E402
 from imagenet_training.trainer import build_trainer  # noqa: E402
@@ -82,7 +83,7 @@ def names_to_try() -> list[str]:
 def recipe_of(name: str, size_px: int, num_classes: int = NUM_CLASSES, *arguments: str) -> Recipe:
     """Return the recipe of an architecture at one size."""
     library, _, arch = name.partition("/")
-    return read_recipe(
+    recipe = read_recipe(
         [
             f"--model.arch={arch}", f"--model.library={library}", f"--model.num_classes={num_classes}", "--no_wandb",
             f"--resolution.min_res={size_px}", f"--resolution.max_res={size_px}", f"--validation.resolution={size_px}",
@@ -90,6 +91,7 @@ def recipe_of(name: str, size_px: int, num_classes: int = NUM_CLASSES, *argument
             "--training.grad_clip=1", *arguments,
         ]
     )  # fmt: skip
+    return settle_normalization(recipe)
 
 
 def smallest_size(recipe: Recipe, paper: torch.nn.Module) -> int | None:
