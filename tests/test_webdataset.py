@@ -10,6 +10,7 @@ from archives import CONTENTS, NAMES, jpeg, listed, make_folder, tar
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.kinds import SourceSpec, open_source
+from ffcv_ops.writing.command import Write, choose_source
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -150,6 +151,9 @@ def test_shards_of_a_split_are_chosen_and_gaps_named(tmp_path, folder):
         with pytest.raises(UserError, match="holds the splits train, val; choose one with --split"):
             listed(address)
     assert not open_source(SourceSpec(str(shards), split="train")).remarks
+    for name in ("train", "val"):  # the files of the splits do not replace each other
+        _, target = choose_source(Write(source=str(shards), split=name))
+        assert target == shards.parent / f"{name}.beton"
     (shards / "train-0001.tar").unlink()
     for address in (shards, shards / "train-*.tar"):
         (remark,) = open_source(SourceSpec(str(address), split="train")).remarks

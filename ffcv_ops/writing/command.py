@@ -34,7 +34,7 @@ class Write:
     quotes. Also Parquet files, or a folder of them or of Arrow files, as Hugging Face's datasets writes both. None:
     /fsx/ns1/SPLIT."""
     source_kind: str = setting(Choice(AUTO, *KINDS), default=AUTO)
-    """How the source is read. auto: what is there decides."""
+    """Kind of the source. auto: what is there decides."""
     labels: str | None = setting(Text())
     """Classes of a folder or archive without class folders: a file of lines "name class", ILSVRC2012_devkit_t12.tar.gz
     or LOC_val_solution.csv."""
@@ -124,7 +124,7 @@ def _beside(spec: SourceSpec) -> Path:
     """Return the path of a file beside its source."""
     source, split = Path(os.path.abspath(spec.address)), spec.split
     # The files of several splits may lie in one folder.
-    if source.is_dir() and not (split and spec.kind in ("parquet", "arrow")):
+    if source.is_dir() and not (split and spec.kind in ("webdataset", "parquet", "arrow")):
         return source.parent / f"{source.name}.beton"
     if split is None and not source.exists():
         raise UserError(f"{source}: stands for several files; name the file to write with --target, or use --split")
