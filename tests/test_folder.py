@@ -21,6 +21,7 @@ from ffcv_ops.beton.layout import manifest_path
 from ffcv_ops.errors import UserError
 from ffcv_ops.progress import Progress
 from ffcv_ops.sources import folder as folders
+from ffcv_ops.sources import in_threads
 from ffcv_ops.sources.folder import scan
 from ffcv_ops.sources.image import Change, load_image, read_image
 from ffcv_ops.sources.kinds import SourceSpec, open_source
@@ -226,7 +227,7 @@ def slow_stats(monkeypatch, seconds):
 def test_a_long_listing_reports_its_progress(tmp_path, monkeypatch):
     make(tmp_path, *(f"{number % 3}/{number}.jpg" for number in range(600)))
     slow_stats(monkeypatch, 0.003)
-    monkeypatch.setattr(folders, "_PROGRESS_EVERY_S", 0.05)
+    monkeypatch.setattr(in_threads, "_PROGRESS_EVERY_S", 0.05)
     seen: list[tuple[str, int]] = []
     scan(tmp_path, lambda what, count: seen.append((what, count)))
     assert len(seen) >= 3 and {what for what, _ in seen} == {"images listed"}
@@ -236,7 +237,7 @@ def test_a_long_listing_reports_its_progress(tmp_path, monkeypatch):
 def test_a_listing_that_is_stopped_ends_its_threads(tmp_path, monkeypatch):
     make(tmp_path, *(f"{number % 10}/{number}.jpg" for number in range(400)))
     asked, before = slow_stats(monkeypatch, 0.05), threading.active_count()
-    monkeypatch.setattr(folders, "_PROGRESS_EVERY_S", 0.05)
+    monkeypatch.setattr(in_threads, "_PROGRESS_EVERY_S", 0.05)
 
     def interrupt(what, count):
         raise KeyboardInterrupt

@@ -1,17 +1,13 @@
-"""List archives in threads, and read their images: what tar archives and shards share."""
+"""List archives and read their images, for tar archives and for shards."""
 
 import os
-import threading
-import time
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 from ffcv_ops.sources.folder import EXTENSIONS
+from ffcv_ops.sources.in_threads import Count, list_in_threads
 from ffcv_ops.sources.ranges import RangeFile, RangeReader
 from ffcv_ops.sources.remarks import HIDDEN_FILES, HIDDEN_FOLDERS, Tally
 from ffcv_ops.sources.source import PackedKeys, Stage
@@ -19,7 +15,6 @@ from ffcv_ops.sources.tar_headers import TarWalk
 
 IMAGE_ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 _THREADS = 16
-_PROGRESS_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -115,55 +110,16 @@ class Listing:
             self.tally.add(HIDDEN_FOLDERS, os.fsdecode(name))
 
 
-ListPart = Callable[[Part, Callable[[], None]], Listing]
-"""Lists a part. It calls its second argument for each image, which raises `Stopped` if the run ends."""
-
-
-class Stopped(Exception):
-    """The listing is not needed any more."""
+ListPart = Callable[[Part, Count], Listing]
+"""Lists a part, and counts each image."""
 
 
 def list_parts(parts: Sequence[Part], list_part: ListPart, stage: Stage) -> Listing:
-    """List parts in threads, and return all of their images. A slow disk then has several questions at once."""
+    """List parts in threads, and return all of their images."""
     whole = Listing()
-    for listing in _in_threads(parts, list_part, stage):
+    for listing in list_in_threads(parts, list_part, stage, _THREADS):
         whole.merge(listing)
     return whole
-
-
-def _in_threads(parts: Sequence[Part], list_part: ListPart, stage: Stage) -> Iterator[Listing]:
-    counts, stop, reported_s = [0] * len(parts), threading.Event(), time.monotonic()
-
-    def run(number: int, part: Part) -> Listing:
-        def count() -> None:
-            counts[number] += 1
-            if stop.is_set():
-                raise Stopped
-
-        return list_part(part, count)
-
-    def report(last_s: float) -> float:
-        now_s = time.monotonic()
-        if now_s - last_s < _PROGRESS_EVERY_S:
-            return last_s
-        stage("images listed", sum(counts))
-        return now_s
-
-    futures: deque[Future[Listing]] = deque()
-    threads = ThreadPoolExecutor(_THREADS)
-    rest = iter(enumerate(parts))
-    try:
-        while True:
-            futures.extend(threads.submit(run, *part) for part in islice(rest, 2 * _THREADS - len(futures)))
-            if not futures:
-                return
-            while not wait([futures[0]], _PROGRESS_EVERY_S).done:
-                reported_s = report(reported_s)
-            reported_s = report(reported_s)
-            yield futures.popleft().result()
-    finally:
-        stop.set()
-        threads.shutdown(cancel_futures=True)
 
 
 class ArchiveReader:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".arrow"
 _DICT, _STATE = "dataset_dict.json", "state.json"
-# What `datasets` keeps beside the data in its cache: results of maps and shuffles, and unfinished files.
+# Files that `datasets` keeps beside the data in its cache: results of maps and shuffles, and unfinished files.
 _CACHE_FILES = ("cache-", "tmp")
 _FILE_MAGIC = b"ARROW1"
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"

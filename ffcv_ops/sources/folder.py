@@ -2,19 +2,17 @@
 
 import os
 import socket
-import threading
-import time
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from stat import S_ISLNK, S_ISREG
 
 import numpy as np
 
 from ffcv_ops.errors import UserError
+from ffcv_ops.sources.in_threads import Count, list_in_threads
 from ffcv_ops.sources.labels import FLAT, assign, find_labels, number_remarks, read_labels
 from ffcv_ops.sources.remarks import (
     BESIDE,
@@ -32,9 +30,6 @@ from ffcv_ops.sources.source import PackedKeys, Source, SourceChanged, Stage, so
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # A network file system answers one question at a time slowly, and many questions at once quickly.
 _SCAN_THREADS = 32
-# Its start needs Python's lock, which busy threads give up late. So only as many classes wait as keep threads busy.
-_MOST_WAITING = 2 * _SCAN_THREADS
-_PROGRESS_EVERY_S = 0.5
 
 
 class FolderReader:
@@ -100,7 +95,8 @@ def scan(root: str | os.PathLike[str], stage: Stage = lambda what, count: None) 
         raise UserError(f"{root}: has no class folders; it should have one subfolder of images a class")
     keys, stats, counts, empty = PackedKeys(), array("q"), [], []
     seen: dict[tuple[int, int], str] = {}
-    for name, listing in zip(classes, _list_in_threads(root, classes, stage), strict=True):
+    listings = list_in_threads(classes, partial(_list_class, root, _identify(root)), stage, _SCAN_THREADS)
+    for name, listing in zip(classes, listings, strict=True):
         keys.extend(listing.block)
         stats.extend(listing.stats)
         counts.append(len(listing.stats) // 2)
@@ -152,7 +148,7 @@ def list_flat(root: str | os.PathLike[str], labels_path: str | None, stage: Stag
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; it should have images")
     table = read_labels(labels_path) if labels_path else None  # a mistake in it is found before the folder is listed
-    (listing,) = _list_in_threads(root, [""], stage)
+    (listing,) = list_in_threads([""], partial(_list_class, root, _identify(root)), stage, _SCAN_THREADS)
     keys = PackedKeys()
     keys.extend(listing.block)
     if not len(keys):
@@ -205,41 +201,8 @@ class _ClassListing:
     others: Tally
 
 
-def _list_in_threads(root: Path, classes: Sequence[str], stage: Stage) -> Iterator[_ClassListing]:
-    """Yield the listing of each class. If the caller stops early, the threads stop too."""
-    counts, stop, reported_s = [0] * len(classes), threading.Event(), time.monotonic()
-
-    def report() -> None:
-        nonlocal reported_s
-        if time.monotonic() - reported_s > _PROGRESS_EVERY_S:
-            stage("images listed", sum(counts))
-            reported_s = time.monotonic()
-
-    futures, top = deque[Future[_ClassListing]](), _identify(root)
-    threads = ThreadPoolExecutor(_SCAN_THREADS)
-    try:
-        for number, name in enumerate(classes):
-            futures.append(threads.submit(_list_class, root, name, top, counts, number, stop))
-            if len(futures) == _MOST_WAITING:
-                yield _await(futures.popleft(), report)
-        while futures:
-            yield _await(futures.popleft(), report)
-    finally:
-        stop.set()
-        threads.shutdown(cancel_futures=True)
-
-
-def _await(future: Future[_ClassListing], report: Callable[[], None]) -> _ClassListing:
-    while not wait([future], _PROGRESS_EVERY_S).done:
-        report()
-    report()
-    return future.result()
-
-
-def _list_class(
-    root: Path, name: str, top: tuple[int, int], counts: list[int], number: int, stop: threading.Event
-) -> _ClassListing:
-    """List a class, and keep ``counts[number]`` up to date for the progress. Without a name, list the whole folder."""
+def _list_class(root: Path, top: tuple[int, int], name: str, count: Count) -> _ClassListing:
+    """List a class, and count each image. Without a name, list the whole folder."""
     listing = _ClassListing(b"", array("q"), [], Tally(), Tally())
     for folder, identity, files in sorted(_walk(root, name, (top,) if name else (), listing.tally)):
         inside = os.path.relpath(folder, root) if name else os.path.relpath(folder, root).removeprefix(".")
@@ -248,10 +211,8 @@ def _list_class(
             for file in files:
                 _count_file(file, os.path.join(inside, file), listing.tally, listing.others)
         for file in images:
-            if stop.is_set():
-                return listing
             listing.stats.extend(stat_image(os.path.join(folder, file)))
-            counts[number] += 1
+            count()
         listing.block += os.fsencode("".join(f"{os.path.join(inside, file)}\0" for file in images))
         listing.folders.append((identity, inside, len(images)))
         if name and inside != name and images:

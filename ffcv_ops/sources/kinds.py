@@ -20,7 +20,7 @@ _KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """What the user tells about a source.
+    """A source as the user describes it.
 
     Attributes
     ----------

@@ -7,20 +7,20 @@ in a row group (see `ffcv_ops.sources.parquet_pages`).
 import io
 import os
 import threading
-import time
 from bisect import bisect_right
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.columns import Columns, Labels, choose_columns, import_pyarrow, select
+from ffcv_ops.sources.in_threads import Count, list_in_threads
 from ffcv_ops.sources.parquet_content import PageError
 from ffcv_ops.sources.parquet_pages import ColumnPages
 from ffcv_ops.sources.ranges import RangeFile, RangeReader, list_file
@@ -40,7 +40,6 @@ SUFFIX = ".parquet"
 # More of them hold more memory of pyarrow, and its readers need Python's lock for each read.
 _THREADS = 4
 _ROWS_AT_ONCE = 1 << 16
-_PROGRESS_EVERY_S = 0.5
 _ENCODINGS = frozenset("PLAIN RLE BIT_PACKED PLAIN_DICTIONARY RLE_DICTIONARY".split())
 _CODECS = frozenset("UNCOMPRESSED SNAPPY GZIP BROTLI ZSTD LZ4".split())
 # Places of pages and values that a process keeps. Those of ImageNet take less than half of it.
@@ -162,7 +161,7 @@ class _RangeStream(io.RawIOBase):
 
 @dataclass
 class _FileRows:
-    """What the listing finds in a file. `num_outer` rows have no bytes, but may have the path of a file."""
+    """The rows of a file as the listing finds them. `num_outer` rows have no bytes, but may have the path of a file."""
 
     block: bytearray = field(default_factory=bytearray)
     labels: list["pa.Array"] = field(default_factory=list)
@@ -195,7 +194,8 @@ def open_parquet(spec: "SourceSpec", stage: Stage) -> Source:
     columns = choose_columns(schema, spec, paths[0])
     labels, rows, groups = Labels(columns), Rows(paths), list[RowGroup]()
     num_outer = 0
-    for path, found in zip(paths, _list_in_threads(ranges, spec, columns, stage), strict=True):
+    listed = list_in_threads(range(len(files)), partial(_list_file, ranges, spec, columns), stage, _THREADS)
+    for path, found in zip(paths, listed, strict=True):
         first = 0
         for values in found.labels:
             labels.add(values, path, first)
@@ -248,46 +248,21 @@ def _open(ranges: RangeReader, number: int) -> "pq.ParquetFile":
     return pq.ParquetFile(_RangeStream(ranges, number))
 
 
-def _list_in_threads(ranges: RangeReader, spec: "SourceSpec", columns: Columns, stage: Stage) -> Iterator[_FileRows]:
-    """Yield the rows of each file. If the caller stops early, the threads stop too."""
-    counts, stop, reported_s = [0] * len(ranges.files), threading.Event(), time.monotonic()
-    futures: deque[Future[_FileRows]] = deque()
-    threads = ThreadPoolExecutor(_THREADS)
-    rest = iter(range(len(ranges.files)))
-    try:
-        while True:
-            more = islice(rest, 2 * _THREADS - len(futures))
-            futures.extend(threads.submit(_list_file, ranges, number, spec, columns, counts, stop) for number in more)
-            if not futures:
-                return
-            while not wait([futures[0]], _PROGRESS_EVERY_S).done or time.monotonic() - reported_s > _PROGRESS_EVERY_S:
-                stage("images listed", sum(counts))
-                reported_s = time.monotonic()
-            yield futures.popleft().result()
-    finally:
-        stop.set()
-        threads.shutdown(cancel_futures=True)
-
-
-def _list_file(
-    ranges: RangeReader, number: int, spec: "SourceSpec", columns: Columns, counts: list[int], stop: threading.Event
-) -> _FileRows:
-    """List a file, and keep ``counts[number]`` up to date for the progress."""
+def _list_file(ranges: RangeReader, spec: "SourceSpec", columns: Columns, number: int, count: Count) -> _FileRows:
+    """List a file, by its number in the reader."""
     path, found = ranges.files[number].path, _FileRows()
     with _reading(path):
         file = _open(ranges, number)
     columns.check_same(choose_columns(file.schema_arrow, spec, path), path)
     _list_groups(file, number, columns, path, found)
     for batch in _read_batches(file, columns, path):
-        if stop.is_set():
-            break
         values = select(batch, columns.path) if columns.path else None
         block, num_unnamed = pack_names(values, len(batch), path)
         found.block += block
         found.num_unnamed += num_unnamed
         found.labels.append(select(batch, columns.label))
         found.num_rows += len(batch)
-        counts[number] += len(batch)
+        count(len(batch))
     return found
 
 

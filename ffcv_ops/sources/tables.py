@@ -31,7 +31,7 @@ _FOLDERS = frozenset("data default train training validation valid val dev test"
 _MOST_DEPTH = 2
 _ROW_DIGITS = 9
 EMBED = "store the bytes of all images, as save_to_disk and push_to_hub of `datasets` do"
-# How many images are looked at.
+# Number of images that are looked at.
 _SAMPLE = 32
 # The start of libjpeg's table for brightness at quality 75, in the order of the file.
 _LUMA_75 = bytes.fromhex("080606070605080707070909080a0c140d0c0b0b0c191213")

@@ -2,7 +2,6 @@
 
 import os
 from array import array
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.addresses import expand
 from ffcv_ops.sources.archives import IMAGE_ENDINGS, ArchiveReader, Listing, Part, list_parts
+from ffcv_ops.sources.in_threads import Count
 from ffcv_ops.sources.index import load_index, with_index
 from ffcv_ops.sources.labels import FLAT, assign, find_labels, number_remarks, read_labels
 from ffcv_ops.sources.ranges import RangeFile, RangeReader, list_file
@@ -123,9 +123,7 @@ def _list(files: list[RangeFile], reader: RangeReader, stage: Stage) -> Listing:
     return whole
 
 
-def _list_part(
-    part: Part, reader: RangeReader, count: Callable[[], None], inner: list[Part] | None, is_class: bool
-) -> Listing:
+def _list_part(part: Part, reader: RangeReader, count: Count, inner: list[Part] | None, is_class: bool) -> Listing:
     """List an archive.
 
     Parameters

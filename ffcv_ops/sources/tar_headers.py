@@ -12,7 +12,7 @@ from ffcv_ops.errors import UserError
 
 BLOCK = 512
 _LEAST_WINDOW, _MOST_WINDOW = 4 * BLOCK, 1 << 18
-# How far behind the end mark another archive is looked for. GNU tar fills the last 10 KiB with zeros.
+# Distance behind the end mark within which another archive is looked for. GNU tar fills the last 10 KiB with zeros.
 _BEHIND_END = 64 << 10
 # A long name, and what else a pax header holds. Linux's longest path has 4 KiB.
 _MOST_HEADER_BYTES = 1 << 20

@@ -8,7 +8,7 @@ value in ``.json``. Unlike in ``webdataset``, the files of a sample may lie anyw
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.addresses import expand, is_pattern
 from ffcv_ops.sources.archives import ArchiveReader, Listing, Part, list_parts
+from ffcv_ops.sources.in_threads import Count
 from ffcv_ops.sources.index import load_index, with_index
 from ffcv_ops.sources.ranges import RangeReader, list_file
 from ffcv_ops.sources.remarks import listing_remarks
@@ -88,7 +89,7 @@ def open_webdataset(spec: "SourceSpec", stage: Stage) -> Source:
 
 
 class _Sample:
-    """What has been found of a sample so far."""
+    """Parts of a sample that have been found so far."""
 
     __slots__ = ("image", "is_json", "text")
 
@@ -101,7 +102,7 @@ class _Sample:
 class _ShardLister:
     """The listing of one shard. Only samples that are not complete yet are kept as objects."""
 
-    def __init__(self, part: Part, reader: RangeReader, count: Callable[[], None], spec: "SourceSpec"):
+    def __init__(self, part: Part, reader: RangeReader, count: Count, spec: "SourceSpec"):
         self.listing = Listing()
         self._part, self._count, self._walk = part, count, part.walk(reader)
         self._image_column = (spec.image_column or "").lower().removeprefix(".")
