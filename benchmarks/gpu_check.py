@@ -26,7 +26,7 @@ OTHER_MODES: dict[str, dict[str, Any]] = {
     "reduce-overhead": {"mode": "reduce-overhead"},
     "max-autotune, pointwise only": {"options": {"max_autotune_pointwise": True}},
 }
-# What is wanted of the best mode.
+# Goals of the best mode.
 TARGETS = {"trainer / model": 0.97, "trainer / peer": 1.2, "trainer / eager": 1.25, "trainer / compiled": 1.1}
 # Published images/s of ResNet-50 on one GPU.
 PUBLISHED = {"MLPerf MXNet": {"H100": 7140, "H200": 7950}, "PyTorch eager NCHW": {"H100": 2790, "H200": 3079}}
