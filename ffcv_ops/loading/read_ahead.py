@@ -6,7 +6,8 @@ that is in the page cache it only tries a few values of each batch.
 
 No question to the kernel replaces the trial. ``mincore`` and ``cachestat`` answer only the owner of a file, and
 ``RWF_NOWAIT`` works on few file systems. So the time of a read decides: a value in the page cache is copied faster than
-any storage answers.
+any storage answers. On busy CPUs, a read may take long because its thread had to wait for a CPU. Linux counts such waits
+apart from those for storage.
 """
 
 import os
@@ -40,7 +41,9 @@ _CHUNK = 4
 _MOST_WAIT_S = 1.0
 _SCRATCH_BYTES = 1 << 20
 
-_CLOCK_MONOTONIC = 1
+_CLOCK_MONOTONIC, _RUSAGE_THREAD = 1, 1
+# The fields of ``struct rusage`` in words of 64 bits, and the place of the voluntary context switches (getrusage(2)).
+_RUSAGE_WORDS, _VOLUNTARY = 18, 16
 
 
 def _external(symbol: str, result: Any, *arguments: Any) -> Any:
@@ -50,14 +53,22 @@ def _external(symbol: str, result: Any, *arguments: Any) -> Any:
 
 _pread = _external("pread", nb.int64, nb.int32, nb.int64, nb.int64, nb.int64)
 _clock_gettime = _external("clock_gettime", nb.int32, nb.int32, nb.int64)
+_getrusage = _external("getrusage", nb.int32, nb.int32, nb.int64)
 
 
 @kernel
 def _read_values(
     file: int, offsets: np.ndarray, sizes: np.ndarray, scratch: np.ndarray, clock: np.ndarray, cached_ns: int
 ) -> tuple[int, int]:
-    """Read values and forget them. Return how many were not in the page cache, and the first that failed, or -1."""
+    """Read values and forget them. Return how many were not in the page cache, and the first that failed, or -1.
+
+    `clock` is int64 (`_RUSAGE_WORDS`,) for the answers of the kernel.
+    """
     num_slow = 0
+    if len(offsets):
+        _getrusage(_RUSAGE_THREAD, clock.ctypes.data)
+    num_waits = clock[_VOLUNTARY] if len(offsets) else 0
+    counts_waits = num_waits > 0  # a reader has waited for this task, so 0 means that nothing is counted
     for i in range(len(offsets)):
         _clock_gettime(_CLOCK_MONOTONIC, clock.ctypes.data)
         start_ns = clock[0] * 1_000_000_000 + clock[1]
@@ -69,7 +80,10 @@ def _read_values(
             done += count
         _clock_gettime(_CLOCK_MONOTONIC, clock.ctypes.data)
         elapsed_ns = clock[0] * 1_000_000_000 + clock[1] - start_ns
-        num_slow += elapsed_ns > cached_ns + sizes[i]
+        if elapsed_ns > cached_ns + sizes[i]:
+            _getrusage(_RUSAGE_THREAD, clock.ctypes.data)
+            num_slow += clock[_VOLUNTARY] > num_waits or not counts_waits
+            num_waits = clock[_VOLUNTARY]
     return num_slow, -1
 
 
@@ -202,7 +216,7 @@ class ReadAhead:
 
     def _serve(self, file: int) -> None:
         """Read what is asked for, until None is."""
-        scratch, clock = np.empty(_SCRATCH_BYTES, np.uint8), np.empty(2, np.int64)
+        scratch, clock = np.empty(_SCRATCH_BYTES, np.uint8), np.zeros(_RUSAGE_WORDS, np.int64)
         try:
             while (task := self._wanted.get()) is not None and self._error is None:
                 reads, positions = task
