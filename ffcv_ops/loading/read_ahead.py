@@ -6,8 +6,8 @@ that is in the page cache it only tries a few values of each batch.
 
 No question to the kernel replaces the trial. ``mincore`` and ``cachestat`` answer only the owner of a file, and
 ``RWF_NOWAIT`` works on few file systems. So the time of a read decides: a value in the page cache is copied faster than
-any storage answers. On busy CPUs, a read may take long because its thread had to wait for a CPU. Linux counts such waits
-apart from those for storage.
+any storage answers. On busy CPUs, a read may take long because its thread had to wait for a CPU. Linux counts such
+waits apart from those for storage.
 """
 
 import os

@@ -1,19 +1,86 @@
-"""Expand what the user names into the files that are there: ``train-{0000..1023}.tar``, ``train-*.tar``, a folder."""
+"""Expand what the user names into the files that are there: ``train-{0000..1023}.tar``, ``train-*.tar``, a folder.
+
+An address is a path of this machine or a URL. The other modules handle both by these functions.
+"""
 
 import glob
 import os
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 from ffcv_ops.errors import UserError
+from ffcv_ops.sources import remote
+from ffcv_ops.sources.remote import is_remote, public_name
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LIST = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 
+def is_folder(address: str) -> bool:
+    """Return whether an address names a folder. See `remote.is_folder`."""
+    return remote.is_folder(address) if is_remote(address) else os.path.isdir(address)
+
+
+def list_names(folder: str) -> list[tuple[str, bool]]:
+    """Return the names in a folder, sorted, each with whether it is a folder. See `remote.list_names`."""
+    if is_remote(folder):
+        return remote.list_names(folder)
+    with os.scandir(folder) as entries:
+        return sorted((entry.name, entry.is_dir()) for entry in entries)
+
+
+def join(folder: str, name: str) -> str:
+    """Return the address of a name in a folder."""
+    return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
+
+
+def exists(address: str) -> bool:
+    """Return whether there is a file. A server may refuse to tell, and then there is none."""
+    return remote.exists(address) if is_remote(address) else os.path.exists(address)
+
+
+def read(address: str) -> bytes:
+    """Return the content of a small file.
+
+    Raises
+    ------
+    UserError
+        If it cannot be read from a server.
+    OSError
+        If it cannot be read from this machine.
+    """
+    return remote.read_whole(address) if is_remote(address) else Path(address).read_bytes()
+
+
+def full_name(address: str) -> str:
+    """Return an address so that it holds in any folder, without secrets."""
+    return public_name(address) if is_remote(address) else os.path.abspath(address)
+
+
+def relative_name(address: str, folder: str) -> str:
+    """Return the part of an address behind a folder."""
+    if is_remote(address):
+        return public_name(address).removeprefix(public_name(folder).rstrip("/") + "/")
+    return os.path.relpath(address, folder)
+
+
+def name_files(addresses: Sequence[str]) -> list[str]:
+    """Return the addresses relative to the folder that holds all files."""
+    names = [full_name(address) for address in addresses]
+    folder = os.path.commonpath([os.path.dirname(name) for name in names])
+    return [os.path.relpath(name, folder) for name in names]
+
+
+def _has_magic(address: str) -> bool:
+    """Return whether an address has wildcards. In one of the web, a question mark is none."""
+    return glob.has_magic(public_name(address).replace("?", "") if address.startswith("http") else address)
+
+
 def is_pattern(address: str) -> bool:
     """Return whether an address stands for several files. A file of just that name is only itself."""
-    is_several = bool(_RANGE.search(address) or _LIST.search(address) or glob.has_magic(address))
-    return is_several and not os.path.lexists(address)
+    is_several = bool(_RANGE.search(address) or _LIST.search(address) or _has_magic(address))
+    return is_several and (is_remote(address) or not os.path.lexists(address))
 
 
 def expand_braces(address: str) -> list[str]:
@@ -46,25 +113,26 @@ def expand(address: str, suffixes: tuple[str, ...]) -> list[str]:
     UserError
         If a file is missing, or if there is none.
     """
-    if os.path.isdir(address):
-        names = sorted(name for name in os.listdir(address) if name.endswith(suffixes) and not name.startswith("."))
-        found = [os.path.join(address, name) for name in names]
-        if not found:
+    if is_folder(address):
+        names = [name for name, _ in list_names(address) if name.endswith(suffixes) and not name.startswith(".")]
+        if not names:
             raise UserError(f"{address}: has no file that ends in {' or '.join(suffixes)}")
-        return found
+        return [join(address, name) for name in names]
     if not is_pattern(address):
-        if not os.path.exists(address):
+        if not is_remote(address) and not os.path.exists(address):
             raise UserError(f"{address}: no such file")
         return [address]
     paths: list[str] = []
     for name in expand_braces(address):
-        if glob.has_magic(name):
-            paths += sorted(glob.glob(name))
-        else:
+        if not _has_magic(name):
             paths.append(name)
+        elif is_remote(name):
+            paths += remote.find(name)
+        else:
+            paths += sorted(glob.glob(name))
     if not paths:
         raise UserError(f"{address}: no file has such a name")
-    missing = [path for path in paths if not os.path.exists(path)]
+    missing = [path for path in paths if not is_remote(path) and not os.path.exists(path)]
     if missing:
         more = f", and {len(missing) - 1} more of {len(paths)}" if len(missing) > 1 else ""
         raise UserError(f"{missing[0]}: no such file{more}; {address} names it")

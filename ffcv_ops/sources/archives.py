@@ -10,6 +10,7 @@ from ffcv_ops.sources.folder import EXTENSIONS
 from ffcv_ops.sources.in_threads import Count, list_in_threads
 from ffcv_ops.sources.ranges import RangeFile, RangeReader
 from ffcv_ops.sources.remarks import HIDDEN_FILES, HIDDEN_FOLDERS, Tally
+from ffcv_ops.sources.remote import public_name
 from ffcv_ops.sources.source import PackedKeys, Stage
 from ffcv_ops.sources.tar_headers import TarWalk
 
@@ -41,7 +42,10 @@ class Part:
 
     def walk(self, reader: RangeReader) -> TarWalk:
         """Return the members of the archive."""
-        return TarWalk(lambda offset, size: reader.read(self.file, offset, size), self.where, self.start, self.end)
+        return TarWalk(
+            lambda offset, size: reader.read(self.file, offset, size), self.where, self.start, self.end,
+            reader.window_sizes,
+        )  # fmt: skip
 
 
 @dataclass
@@ -126,7 +130,7 @@ class ArchiveReader:
     """The files in archives. The place of an image is the number of the archive, offset and size in bytes."""
 
     def __init__(self, address: str, files: Sequence[RangeFile]):
-        self.address, self._ranges = address, RangeReader(files)
+        self.address, self._ranges = public_name(address), RangeReader(files)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.address, self.files)
@@ -143,3 +147,7 @@ class ArchiveReader:
     def read(self, key: str, place: Sequence[int]) -> bytes:
         """Return the content of a file. See `ffcv_ops.sources.source.Reader`."""
         return self._ranges.read(*place)
+
+    def check(self) -> None:
+        """See `ffcv_ops.sources.source.Reader`."""
+        self._ranges.check()

@@ -18,7 +18,8 @@ from ffcv_ops import _sigbus
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.archives import ArchiveReader
 from ffcv_ops.sources.columns import Columns, Labels, choose_columns, import_pyarrow, select
-from ffcv_ops.sources.ranges import RangeFile, list_file
+from ffcv_ops.sources.ranges import RangeFile, list_files
+from ffcv_ops.sources.remote import is_remote
 from ffcv_ops.sources.source import Source, Stage
 from ffcv_ops.sources.splits import choose_split, split_name
 from ffcv_ops.sources.tables import EMBED, Rows, build_source, find_files, pack_names
@@ -53,8 +54,13 @@ def open_arrow(spec: "SourceSpec", stage: Stage) -> Source:
         If pyarrow is missing, if a file is damaged, if columns cannot be chosen or read, or if an image or a class is
         missing.
     """
+    if is_remote(spec.address):
+        raise UserError(
+            f"{spec.address}: Arrow files are mapped into memory, so they must lie on this machine; copy the folder "
+            "here, or store the table as Parquet"
+        )
     import_pyarrow(spec.address)
-    files = [list_file(path) for path in _find(spec)]
+    files = list_files(_find(spec))
     rows = Rows([file.path for file in files])
     labels: Labels | None = None
     places, num_outer, reported_s = array("q"), 0, time.monotonic()

@@ -8,7 +8,6 @@ other writers have no such metadata. Then names and types of columns decide.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -314,7 +313,7 @@ class Labels:
         """
         labels = np.concatenate(self.numbers)
         self.numbers = []
-        names = read_class_names(Path(spec.class_names)) if spec.class_names else self.columns.names
+        names = read_class_names(spec.class_names) if spec.class_names else self.columns.names
         whose = spec.class_names or f"the metadata of the column {self.columns.label}"
         if names is not None and len(set(names)) < len(names):
             name = next(name for name in names if names.count(name) > 1)

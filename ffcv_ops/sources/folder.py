@@ -61,6 +61,9 @@ class FolderReader:
                 content += more
         return content
 
+    def check(self) -> None:
+        """Each read has noticed a change of its file. See `Reader`."""
+
 
 def _changed(path: str) -> SourceChanged:
     return SourceChanged(

@@ -10,6 +10,7 @@ from ffcv_ops.sources.addresses import is_pattern
 from ffcv_ops.sources.arrow import fits_arrow, open_arrow
 from ffcv_ops.sources.folder import holds_folders_only, list_classes, list_flat, scan
 from ffcv_ops.sources.parquet import fits_parquet, open_parquet
+from ffcv_ops.sources.remote import is_remote
 from ffcv_ops.sources.source import Source, Stage
 from ffcv_ops.sources.tar import SPLITS, open_tar
 from ffcv_ops.sources.webdataset import fits_shards, open_webdataset
@@ -25,7 +26,7 @@ class SourceSpec:
     Attributes
     ----------
     address : str
-        A path, or what else a kind understands.
+        A path, a pattern, or a URL that fsspec knows.
     kind : str
         A name in `KINDS`, or ``auto``.
     split : str or None
@@ -75,6 +76,8 @@ class Kind:
 
 def _check_place(spec: SourceSpec) -> None:
     """Refuse a folder that holds ImageNet as it is distributed: the archives, or Kaggle's folders of both splits."""
+    if is_remote(spec.address):
+        return
     root, split = Path(spec.address), spec.split or "train"
     archives = sorted(root.glob("ILSVRC2012_img_*.tar"))
     if archives:
@@ -94,6 +97,11 @@ def _fits_folder(spec: SourceSpec) -> bool:
 
 
 def _open_folder(spec: SourceSpec, stage: Stage) -> Source:
+    if is_remote(spec.address):
+        raise UserError(
+            f"{spec.address}: archives, shards and Parquet files are read from other machines, no folders of images; "
+            "mount the folder"
+        )
     root = Path(spec.address)
     inner = list_classes(root) if root.is_dir() else []
     if inner and set(inner) <= SPLITS and not spec.labels:
@@ -110,7 +118,7 @@ def _open_folder(spec: SourceSpec, stage: Stage) -> Source:
 
 
 def _fits_tar(spec: SourceSpec) -> bool:
-    return os.path.exists(spec.address) or is_pattern(spec.address)
+    return is_remote(spec.address) or os.path.exists(spec.address) or is_pattern(spec.address)
 
 
 _SAMPLE_OPTIONS = frozenset(["split", "class_names", "image_column", "label_column"])

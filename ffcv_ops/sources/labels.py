@@ -12,6 +12,7 @@ import numpy as np
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.remarks import Remark
+from ffcv_ops.sources.remote import is_remote
 from ffcv_ops.sources.source import PackedKeys
 
 FLAT = (
@@ -31,6 +32,8 @@ _FOLDERS_ABOVE = 5
 
 def find_labels(address: str) -> Path | None:
     """Return the labels of ILSVRC's validation images that lie beside them, or above them in Kaggle's layout."""
+    if is_remote(address):
+        return None
     folder = Path(os.path.abspath(address)).parent
     for place in [folder, *folder.parents][:_FOLDERS_ABOVE]:
         for name in (*DEVKITS, KAGGLE_FILE):

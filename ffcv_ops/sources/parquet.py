@@ -5,7 +5,6 @@ in a row group (see `ffcv_ops.sources.parquet_pages`).
 """
 
 import io
-import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -19,15 +18,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ffcv_ops.errors import UserError
+from ffcv_ops.sources.addresses import is_folder
 from ffcv_ops.sources.columns import Columns, Labels, choose_columns, import_pyarrow, select
 from ffcv_ops.sources.in_threads import Count, list_in_threads
 from ffcv_ops.sources.parquet_content import PageError
 from ffcv_ops.sources.parquet_pages import ColumnPages
-from ffcv_ops.sources.ranges import RangeFile, RangeReader, list_file
+from ffcv_ops.sources.ranges import RangeFile, RangeReader, list_files
 from ffcv_ops.sources.remarks import Remark
+from ffcv_ops.sources.remote import public_name
 from ffcv_ops.sources.source import Source, SourceError, Stage
 from ffcv_ops.sources.splits import choose_split
 from ffcv_ops.sources.tables import EMBED, Rows, build_source, find_files, pack_names, walk
+from ffcv_ops.sources.window import REMOTE, Read, Window
 from ffcv_ops.units import show_bytes
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".parquet"
 # More of them hold more memory of pyarrow, and its readers need Python's lock for each read.
-_THREADS = 4
+_THREADS, _THREADS_REMOTE = 4, 16
 _ROWS_AT_ONCE = 1 << 16
 _ENCODINGS = frozenset("PLAIN RLE BIT_PACKED PLAIN_DICTIONARY RLE_DICTIONARY".split())
 _CODECS = frozenset("UNCOMPRESSED SNAPPY GZIP BROTLI ZSTD LZ4".split())
@@ -46,6 +48,8 @@ _CODECS = frozenset("UNCOMPRESSED SNAPPY GZIP BROTLI ZSTD LZ4".split())
 _MOST_PAGES_BYTES = 64 << 20
 # From here on, decompressing a page for each image takes about as long as encoding the image.
 _LARGE_PAGE_BYTES = 4 << 20
+# Headers of pages and lengths of values take up to this size, and images seldom so little.
+_SMALL_BYTES = 4 << 10
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,12 @@ class ParquetReader:
     """The images in Parquet files. The place of an image is the number of its row, counted through all row groups."""
 
     def __init__(self, address: str, files: Sequence[RangeFile], groups: Sequence[RowGroup]):
-        self.address, self._ranges, self._groups = address, RangeReader(files), groups
+        self.address, self._ranges, self._groups = public_name(address), RangeReader(files), groups
         self._first_rows = [0, *accumulate(group.num_rows for group in groups)]
         self._pages: OrderedDict[int, ColumnPages] = OrderedDict()
         self._memory_bytes = 0
         self._lock = threading.Lock()
+        self._windows = threading.local()  # the one that a thread has used last, with its row group
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.address, self._ranges.files, self._groups)
@@ -99,7 +104,7 @@ class ParquetReader:
         except PageError as error:
             group = self._groups[number]
             raise SourceError(
-                f"{self._ranges.files[group.file].path}: is damaged in the row group whose images begin at byte "
+                f"{self._ranges.files[group.file].name}: is damaged in the row group whose images begin at byte "
                 f"{group.offset}, at {key} ({error}); copy or write the file again"
             ) from error
 
@@ -117,10 +122,7 @@ class ParquetReader:
                 self._pages.move_to_end(number)
                 return found
         group = self._groups[number]
-        found = ColumnPages(
-            lambda offset, size_bytes: self._ranges.read(group.file, offset, size_bytes),
-            group.offset, group.size_bytes, group.codec, group.max_level,
-        )  # fmt: skip
+        found = ColumnPages(self._read_of(group), group.offset, group.size_bytes, group.codec, group.max_level)
         with self._lock:
             if number not in self._pages:
                 self._pages[number] = found
@@ -128,6 +130,27 @@ class ParquetReader:
             while self._memory_bytes > _MOST_PAGES_BYTES and len(self._pages) > 1:
                 self._memory_bytes -= self._pages.popitem(last=False)[1].memory_bytes
         return found
+
+    def _read_of(self, group: RowGroup) -> Read:
+        """Return how the column of a row group is read. A server gives headers and lengths of many pages at once."""
+
+        def read(offset: int, size_bytes: int) -> bytes:
+            return self._ranges.read(group.file, offset, size_bytes)
+
+        def read_small(offset: int, size_bytes: int) -> bytes:
+            if size_bytes > _SMALL_BYTES:
+                return read(offset, size_bytes)
+            window, owner = getattr(self._windows, "held", (None, None))
+            if window is None or owner is not group:
+                window = Window(read, group.offset + group.size_bytes, REMOTE)
+                self._windows.held = window, group
+            return bytes(window.get(offset, size_bytes))
+
+        return read_small if self._ranges.window_sizes is REMOTE else read
+
+    def check(self) -> None:
+        """See `ffcv_ops.sources.source.Reader`."""
+        self._ranges.check()
 
 
 class _RangeStream(io.RawIOBase):
@@ -173,7 +196,8 @@ class _FileRows:
 
 def fits_parquet(spec: "SourceSpec") -> bool:
     """Return whether an address names Parquet files, or a folder with such files."""
-    return spec.address.endswith(SUFFIX) or (os.path.isdir(spec.address) and bool(walk(spec.address, SUFFIX)))
+    is_file = public_name(spec.address).endswith(SUFFIX)
+    return is_file or (is_folder(spec.address) and bool(walk(spec.address, SUFFIX)))
 
 
 def open_parquet(spec: "SourceSpec", stage: Stage) -> Source:
@@ -186,15 +210,16 @@ def open_parquet(spec: "SourceSpec", stage: Stage) -> Source:
         missing.
     """
     pyarrow = import_pyarrow(spec.address)
-    files = [list_file(path) for path in choose_split(find_files(spec.address, SUFFIX), spec)]
-    paths = [file.path for file in files]
+    files = list_files(choose_split(find_files(spec.address, SUFFIX), spec))
+    paths = [file.name for file in files]
     ranges = RangeReader(files)
     with _reading(paths[0]):
         schema = _open(ranges, 0).schema_arrow
     columns = choose_columns(schema, spec, paths[0])
     labels, rows, groups = Labels(columns), Rows(paths), list[RowGroup]()
     num_outer = 0
-    listed = list_in_threads(range(len(files)), partial(_list_file, ranges, spec, columns), stage, _THREADS)
+    threads = _THREADS_REMOTE if ranges.window_sizes is REMOTE else _THREADS
+    listed = list_in_threads(range(len(files)), partial(_list_file, ranges, spec, columns), stage, threads)
     for path, found in zip(paths, listed, strict=True):
         first = 0
         for values in found.labels:
@@ -250,7 +275,7 @@ def _open(ranges: RangeReader, number: int) -> "pq.ParquetFile":
 
 def _list_file(ranges: RangeReader, spec: "SourceSpec", columns: Columns, number: int, count: Count) -> _FileRows:
     """List a file, by its number in the reader."""
-    path, found = ranges.files[number].path, _FileRows()
+    path, found = ranges.files[number].name, _FileRows()
     with _reading(path):
         file = _open(ranges, number)
     columns.check_same(choose_columns(file.schema_arrow, spec, path), path)

@@ -1,18 +1,22 @@
-"""Read ranges of large files, such as archives, in any thread, process or machine."""
+"""Read ranges of large files, such as archives, in any thread, process or machine. Files may be remote."""
 
 import os
 import socket
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from stat import S_ISREG
 from typing import Any
 
 from ffcv_ops.errors import UserError
+from ffcv_ops.sources import remote
 from ffcv_ops.sources.source import SourceChanged, SourceError
+from ffcv_ops.sources.window import LOCAL, REMOTE, WindowSizes
 
 # A system may allow a process no more than 1,024 open files.
 _MOST_OPEN = 64
+_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -22,20 +26,31 @@ class RangeFile:
     Attributes
     ----------
     path : str
-        Absolute.
+        Absolute, or a URL.
     size_bytes : int
-    mtime_ns : int
-        The time of the last change.
+    version : int or str
+        The time of the last change in ns, or what a server gives instead, such as an ETag.
     """
 
     path: str
     size_bytes: int
-    mtime_ns: int
+    version: int | str
+
+    @property
+    def name(self) -> str:
+        """Return the path for messages. A URL may hold secrets, which are left out."""
+        return remote.public_name(self.path)
 
     @property
     def identity(self) -> list[Any]:
         """Return what is the same as long as the content is, in JSON's types. The folder may change."""
-        return [os.path.basename(self.path), self.size_bytes, self.mtime_ns]
+        return [os.path.basename(self.name), self.size_bytes, self.version]
+
+
+def list_files(paths: Sequence[str]) -> list[RangeFile]:
+    """Return files as they are now. See `list_file`. Slow storage is asked for several at once."""
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return list(threads.map(list_file, paths))
 
 
 def list_file(path: str | os.PathLike[str]) -> RangeFile:
@@ -46,6 +61,8 @@ def list_file(path: str | os.PathLike[str]) -> RangeFile:
     UserError
         If there is no such file.
     """
+    if isinstance(path, str) and remote.is_remote(path):
+        return RangeFile(path, *remote.describe(path))
     path = os.path.abspath(path)
     try:
         stat = os.stat(path)
@@ -59,6 +76,9 @@ def list_file(path: str | os.PathLike[str]) -> RangeFile:
 class RangeReader:
     """Ranges of files. Each file is opened on first use, and must still be as it was listed.
 
+    A change of a local file is noticed by the next read. A web server is told which version is wanted. Other servers
+    cannot be told, so a process asks them on first use, and `check` asks once more at the end.
+
     Parameters
     ----------
     files : sequence of RangeFile
@@ -67,10 +87,23 @@ class RangeReader:
     def __init__(self, files: Sequence[RangeFile]):
         self.files = tuple(files)
         self._open: dict[int, _OpenFile] = {}
+        self._checked: set[int] = set()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.files,)
+
+    @property
+    def window_sizes(self) -> WindowSizes:
+        """Return how much is read at once where small reads are close to each other."""
+        return REMOTE if any(remote.is_remote(file.path) for file in self.files) else LOCAL
+
+    def check(self) -> None:
+        """Raise SourceChanged if a remote file is not the one that was listed. Local ones are compared at each read."""
+        numbers = [number for number, file in enumerate(self.files) if remote.is_remote(file.path)]
+        self._checked.clear()
+        with ThreadPoolExecutor(_THREADS) as threads:
+            list(threads.map(lambda number: self.read(number, 0, 0), numbers))
 
     def read(self, number: int, offset: int, size_bytes: int) -> bytes:
         """Return a range of a file. The range is shorter only if the file ends there.
@@ -83,25 +116,45 @@ class RangeReader:
             If the file is not the one that was listed.
         """
         file = self.files[number]
+        size_bytes = max(0, min(size_bytes, file.size_bytes - offset))
         try:
-            content = self._read(number, offset, max(0, min(size_bytes, file.size_bytes - offset)))
+            if remote.is_remote(file.path):
+                content = self._read_remote(number, offset, size_bytes)
+            else:
+                content = self._read(number, offset, size_bytes)
         except FileNotFoundError:
             content = None
+        except remote.RemoteError as error:
+            where = f"on {socket.gethostname()}, at byte {offset}"
+            raise SourceError(
+                f"{file.name}: cannot be read {where} ({error}); once the server answers, the same command goes on"
+            ) from error
         except OSError as error:
             where = f"on {socket.gethostname()}, at byte {offset}"
             raise SourceError(f"{file.path}: cannot be read {where} ({error.strerror}); check its disk") from error
         if content is None:
             raise SourceChanged(
-                f"{file.path}: on {socket.gethostname()} not the file that was listed (size or time of change differ, "
+                f"{file.name}: on {socket.gethostname()} not the file that was listed (size or time of change differ, "
                 "or it is gone); leave the file alone while it is read, and let all machines see the same one"
             )
         return content
+
+    def _read_remote(self, number: int, offset: int, size_bytes: int) -> bytes | None:
+        """Return a range; None if the file has changed."""
+        file = self.files[number]
+        try:
+            if number not in self._checked:
+                remote.check(file)
+                self._checked.add(number)
+            return remote.read(file, offset, size_bytes)
+        except remote.RemoteChanged:
+            return None
 
     def _read(self, number: int, offset: int, size_bytes: int) -> bytes | None:
         """Return a range; None if the file has changed."""
         file, opened = self.files[number], self._opened(number)
         stat = os.fstat(opened.descriptor)
-        if (stat.st_size, stat.st_mtime_ns) != (file.size_bytes, file.mtime_ns):
+        if (stat.st_size, stat.st_mtime_ns) != (file.size_bytes, file.version):
             return None
         content = os.pread(opened.descriptor, size_bytes, offset)
         while len(content) < size_bytes:

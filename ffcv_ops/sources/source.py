@@ -102,6 +102,9 @@ class Reader(Protocol):
             If only this image cannot be read. It is then a bad image.
         """
 
+    def check(self) -> None:
+        """Raise SourceChanged if the source is not as it was listed, where `read` cannot notice it. It is the end."""
+
 
 @dataclass(frozen=True, eq=False)
 class Source:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ffcv_ops.errors import UserError
+from ffcv_ops.sources.addresses import is_folder, relative_name
 from ffcv_ops.sources.remarks import Remark
+from ffcv_ops.sources.remote import public_name
 
 if TYPE_CHECKING:
     from ffcv_ops.sources.kinds import SourceSpec
@@ -17,11 +19,10 @@ _SHARD = re.compile(r"(.*?)(\d+)((?:-of-\d+)?\.\w+)")
 _COUNT = re.compile(r"-of-(\d+)")
 
 
-def split_of(path: str, address: str) -> str | None:
+def _split_of(path: str, address: str, is_inside: bool) -> str | None:
     """Return the split that the name of a file tells, or that of a folder between the file and the address."""
-    if os.path.isdir(address):
-        path = os.path.relpath(path, address)
-    for part in (os.path.basename(path), os.path.dirname(path) if os.path.isdir(address) else ""):
+    path = relative_name(path, address) if is_inside else public_name(path)
+    for part in (os.path.basename(path), os.path.dirname(path) if is_inside else ""):
         if match := _SPLIT.search(part):
             return split_name(match[1])
     return None
@@ -40,15 +41,16 @@ def choose_split(paths: Sequence[str], spec: "SourceSpec") -> list[str]:
     UserError
         If there are files of several splits, and it is not clear which are wanted.
     """
-    splits = {path: split_of(path, spec.address) for path in paths}
+    is_inside = is_folder(spec.address)
+    splits = {path: _split_of(path, spec.address, is_inside) for path in paths}
     found = sorted({str(split) for split in splits.values() if split})
-    if len(found) > 1 or (found and spec.split and os.path.isdir(spec.address)):
+    if len(found) > 1 or (found and spec.split and is_inside):
         if spec.split not in found:
             many = f"holds the splits {', '.join(found)}" if len(found) > 1 else f"holds only the split {found[0]}"
             raise UserError(f"{spec.address}: {many}; choose one with --split, or name its files")
         paths = [path for path in paths if splits[path] == spec.split]
     folders = sorted({os.path.dirname(path) for path in paths})
-    if len(folders) > 1 and os.path.isdir(spec.address):
+    if len(folders) > 1 and is_inside:
         raise UserError(
             f"{spec.address}: has such files in several folders, {folders[0]} and {folders[1]}; name the files of one"
         )
@@ -63,7 +65,7 @@ def shard_remarks(paths: Sequence[str]) -> list[Remark]:
     """
     series: dict[tuple[str, str, int], set[int]] = {}
     for path in paths:
-        if match := _SHARD.fullmatch(path):
+        if match := _SHARD.fullmatch(public_name(path)):
             series.setdefault((match[1], match[3], len(match[2])), set()).add(int(match[2]))
     remarks = []
     for (before, behind, width), numbers in series.items():

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ffcv_ops.errors import UserError
-from ffcv_ops.sources.addresses import expand
+from ffcv_ops.sources.addresses import expand, full_name, is_folder, join, list_names, name_files
 from ffcv_ops.sources.columns import Labels
 from ffcv_ops.sources.folder import FolderReader, stat_image
 from ffcv_ops.sources.remarks import Remark, similar_names
+from ffcv_ops.sources.remote import is_remote, public_name
 from ffcv_ops.sources.source import PackedKeys, Reader, Source, sort_keys
 from ffcv_ops.sources.splits import shard_remarks
 
@@ -43,21 +44,19 @@ def find_files(address: str, suffix: str) -> list[str]:
     Raises
     ------
     UserError
-        If there is none, or if the address is not of this machine.
+        If there is none.
     """
-    if "://" in address:
-        raise UserError(f"{address}: only files of this machine are read; copy the files here, or mount their storage")
-    return (walk(address, suffix) if os.path.isdir(address) else None) or expand(address, (suffix,))
+    return (walk(address, suffix) if is_folder(address) else None) or expand(address, (suffix,))
 
 
 def walk(folder: str, suffix: str, depth: int = 0) -> list[str]:
     """Return the files of a folder; if there are none, those of `data` and of folders of splits within it."""
-    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    found = [os.path.join(folder, name) for name in names if name.endswith(suffix)]
+    names = [(name, is_inner) for name, is_inner in list_names(folder) if not name.startswith(".")]
+    found = [join(folder, name) for name, _ in names if name.endswith(suffix)]
     if found or depth == _MOST_DEPTH:
         return found
-    folders = (os.path.join(folder, name) for name in names if name.lower() in _FOLDERS)
-    return [path for inner in folders if os.path.isdir(inner) for path in walk(inner, suffix, depth + 1)]
+    folders = (join(folder, name) for name, is_inner in names if is_inner and name.lower() in _FOLDERS)
+    return [path for inner in folders for path in walk(inner, suffix, depth + 1)]
 
 
 @dataclass
@@ -146,12 +145,6 @@ def pack_names(values: "pa.Array | None", count: int, where: str) -> tuple[bytes
     return block, int(np.count_nonzero(np.diff(bounds) == 1))
 
 
-def name_files(paths: Sequence[str]) -> list[str]:
-    """Return the paths relative to the folder that holds all files."""
-    folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    return [os.path.relpath(os.path.abspath(path), folder) for path in paths]
-
-
 def _find_twice(keys: PackedKeys, labels: np.ndarray) -> str | None:
     """Return a key that two images of one class have; None if there is none. Equal ones are neighbours."""
     before = b""
@@ -172,6 +165,8 @@ def outer_files(rows: Rows) -> tuple[Reader, np.ndarray]:
         If a path is not that of a file here.
     """
     where = rows.paths[0]
+    if is_remote(where):
+        raise UserError(f"{public_name(where)}: holds paths of images and not their bytes; {EMBED}")
     if rows.num_unnamed:
         raise UserError(f"{where}: has {rows.num_unnamed} rows with neither bytes nor a path; remove them")
     folders = {os.path.dirname(os.path.abspath(path)) for path in rows.paths}
@@ -234,7 +229,7 @@ def build_source(
         remarks.append(Remark(what, 1, f"{columns.image} (mode {columns.mode})"))
     if rows.num_unnamed:
         remarks += sample_remarks(reader, keys, places)
-    facts = {"path": os.path.abspath(spec.address), "num_files": len(rows.paths), "num_images": len(keys)}
+    facts = {"path": full_name(spec.address), "num_files": len(rows.paths), "num_images": len(keys)}
     facts |= {"image_column": columns.image, "label_column": columns.label}
     if embedded is None:
         identity, sizes_column = [], 0

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ffcv_ops.errors import UserError
-from ffcv_ops.sources.addresses import expand
+from ffcv_ops.sources.addresses import expand, full_name
 from ffcv_ops.sources.archives import IMAGE_ENDINGS, ArchiveReader, Listing, Part, list_parts
 from ffcv_ops.sources.in_threads import Count
 from ffcv_ops.sources.index import load_index, with_index
 from ffcv_ops.sources.labels import FLAT, assign, find_labels, number_remarks, read_labels
-from ffcv_ops.sources.ranges import RangeFile, RangeReader, list_file
+from ffcv_ops.sources.ranges import RangeFile, RangeReader, list_file, list_files
 from ffcv_ops.sources.remarks import BESIDE, DEEPER, Remark, Tally, is_hidden, listing_remarks, similar_names
 from ffcv_ops.sources.source import PackedKeys, Source, Stage, find_twice, sort_keys
 from ffcv_ops.sources.tar_headers import FOLDER, HARD_LINK, SYMBOLIC_LINK, TarError, check_not_compressed
@@ -34,7 +34,7 @@ def open_tar(spec: "SourceSpec", stage: Stage) -> Source:
     UserError
         If an archive is compressed, damaged or cut, if classes cannot be told, or if labels and images do not fit.
     """
-    files = [list_file(path) for path in expand(spec.address, _ENDINGS)]
+    files = list_files(expand(spec.address, _ENDINGS))
     labels_path = Path(spec.labels) if spec.labels else find_labels(spec.address)
     rests_on = [spec.kind, spec.split, *(file.identity for file in files), _identify(labels_path)]
     reader = ArchiveReader(spec.address, files)
@@ -45,13 +45,15 @@ def open_tar(spec: "SourceSpec", stage: Stage) -> Source:
     listing = _list(files, RangeReader(files), stage)
     if not len(listing.names):
         raise UserError(f"{spec.address}: has no images{_others(listing.extensions)}")
+    if spec.split == "train" and _is_ilsvrc_val(listing):
+        raise UserError(f"{spec.address}: holds ILSVRC's validation images; use --split val")
     if labels_path and (table or _is_ilsvrc_val(listing)):
         classes, labels = assign(listing.names, table or read_labels(labels_path), spec.address, str(labels_path))
         start, remarks = 0, number_remarks(classes)
     else:
         labels_path = None
         classes, labels, start, remarks = _read_classes(listing, spec)
-    facts: dict[str, Any] = {"path": os.path.abspath(spec.address), "num_archives": len(files)}
+    facts: dict[str, Any] = {"path": full_name(spec.address), "num_archives": len(files)}
     if labels_path:
         facts["labels"] = str(labels_path.absolute())
     remarks = [*listing_remarks(listing.tally, listing.extensions), *remarks]
@@ -106,8 +108,8 @@ def arrange(
 def _list(files: list[RangeFile], reader: RangeReader, stage: Stage) -> Listing:
     """Walk the archives, then the class archives within them."""
     for number, file in enumerate(files):
-        check_not_compressed(reader.read(number, 0, 8), file.path)
-    parts = [Part(number, 0, file.size_bytes, file.path) for number, file in enumerate(files)]
+        check_not_compressed(reader.read(number, 0, 8), file.name)
+    parts = [Part(number, 0, file.size_bytes, file.name) for number, file in enumerate(files)]
     inner: list[Part] = []
     listing = list_parts(parts, lambda part, count: _list_part(part, reader, count, inner, len(files) > 1), stage)
     if not inner:

@@ -4,14 +4,13 @@ All formats of GNU tar and of Python's ``tarfile`` are read: v7, ustar, GNU and 
 times as long and keeps an object for each file. Its result is the same (``tests/test_tar.py``).
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from ffcv_ops.errors import UserError
+from ffcv_ops.sources.window import LOCAL, Read, Window, WindowSizes
 
 BLOCK = 512
-_LEAST_WINDOW, _MOST_WINDOW = 4 * BLOCK, 1 << 18
 # Distance behind the end mark within which another archive is looked for. GNU tar fills the last 10 KiB with zeros.
 _BEHIND_END = 64 << 10
 # A long name, and what else a pax header holds. Linux's longest path has 4 KiB.
@@ -36,9 +35,6 @@ _REFUSED = {
     ord("M"): "a part of a file; join the volumes",
 }
 
-Read = Callable[[int, int], bytes]
-"""Called with offset and size in bytes; returns fewer bytes only at the end of the file."""
-
 
 class Member(NamedTuple):
     """A file, folder or link in an archive. `offset` is where its content begins; `target` is that of a link."""
@@ -54,27 +50,6 @@ class TarError(UserError):
     """An archive that is damaged, cut, compressed, or of a kind that cannot be read by place."""
 
 
-@dataclass
-class _Window:
-    """Bytes around the present header. If headers are close to each other, one read gives many."""
-
-    read: Read
-    end: int
-    start: int = 0
-    content: bytes = b""
-    size: int = _LEAST_WINDOW
-
-    def get(self, offset: int, size_bytes: int) -> bytes:
-        at = offset - self.start
-        if at < 0 or at + size_bytes > len(self.content):
-            is_near = 0 <= at <= len(self.content)
-            self.size = min(2 * self.size, _MOST_WINDOW) if is_near else _LEAST_WINDOW
-            wanted = max(0, min(max(self.size, size_bytes), self.end - offset))
-            self.start, self.content = offset, self.read(offset, wanted)
-            at = 0
-        return self.content[at : at + size_bytes]
-
-
 class TarWalk:
     """The members of an archive, in order.
 
@@ -86,10 +61,11 @@ class TarWalk:
         The name of the archive in messages.
     start, end : int
         The place of the archive in what `read` reads, in bytes. An archive may lie in another one.
+    sizes : WindowSizes
     """
 
-    def __init__(self, read: Read, where: str, start: int, end: int):
-        self._window = _Window(read, end)
+    def __init__(self, read: Read, where: str, start: int, end: int, sizes: WindowSizes = LOCAL):
+        self._window = Window(read, end, sizes)
         self._where, self._start, self._end = where, start, end
 
     def content(self, member: Member) -> bytes:

@@ -9,18 +9,18 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ffcv_ops.errors import UserError
-from ffcv_ops.sources.addresses import expand, is_pattern
+from ffcv_ops.sources.addresses import exists, expand, full_name, is_pattern, join, read
 from ffcv_ops.sources.archives import ArchiveReader, Listing, Part, list_parts
 from ffcv_ops.sources.in_threads import Count
 from ffcv_ops.sources.index import load_index, with_index
-from ffcv_ops.sources.ranges import RangeReader, list_file
+from ffcv_ops.sources.ranges import RangeReader, list_file, list_files
 from ffcv_ops.sources.remarks import listing_remarks
+from ffcv_ops.sources.remote import is_remote
 from ffcv_ops.sources.source import Source, Stage
 from ffcv_ops.sources.splits import choose_split, shard_remarks
 from ffcv_ops.sources.tar import arrange, clean_name, is_image
@@ -43,8 +43,8 @@ def has_labels(path: str) -> bool:
     try:
         file = list_file(path)
         reader = RangeReader([file])
-        check_not_compressed(reader.read(0, 0, 8), path)
-        for number, member in enumerate(Part(0, 0, file.size_bytes, path).walk(reader)):
+        check_not_compressed(reader.read(0, 0, 8), file.name)
+        for number, member in enumerate(Part(0, 0, file.size_bytes, file.name).walk(reader)):
             if number == _FIRST_MEMBERS:
                 return False
             if member.kind == FILE and member.name.lower().endswith((b".cls", b".json")):
@@ -64,26 +64,25 @@ def open_webdataset(spec: "SourceSpec", stage: Stage) -> Source:
         fit. Also if the shards are of several splits, and it is not clear which are wanted.
     """
     paths = choose_split(expand(spec.address, (".tar",)), spec)
-    files = [list_file(path) for path in paths]
+    files = list_files(paths)
     reader = RangeReader(files)
     for number, file in enumerate(files):
-        check_not_compressed(reader.read(number, 0, 8), file.path)
-    names_file = Path(spec.class_names) if spec.class_names else _find_names(files[0].path)
-    names = read_class_names(names_file) if names_file else None
+        check_not_compressed(reader.read(number, 0, 8), file.name)
+    names_file, names = _find_names(spec, files[0].name)
     rests_on = [spec.kind, spec.image_column, spec.label_column, names, *(file.identity for file in files)]
     archives = ArchiveReader(spec.address, files)
     earlier = load_index(spec.index, rests_on, spec.kind, spec.address, archives)
     if earlier is not None:
         return earlier
-    parts = [Part(number, 0, file.size_bytes, file.path) for number, file in enumerate(files)]
+    parts = [Part(number, 0, file.size_bytes, file.name) for number, file in enumerate(files)]
     listing = list_parts(parts, lambda part, count: _ShardLister(part, reader, count, spec).run(), stage)
     if not len(listing.names):
         raise UserError(f"{spec.address}: has no images")
     classes, table = _name_classes(listing.found, spec.address, names, names_file)
     labels = table[np.frombuffer(listing.texts, np.int32)]
-    facts: dict[str, Any] = {"path": os.path.abspath(spec.address), "num_archives": len(files)}
+    facts: dict[str, Any] = {"path": full_name(spec.address), "num_archives": len(files)}
     if names_file:
-        facts["class_names"] = str(names_file.absolute())
+        facts["class_names"] = full_name(names_file)
     remarks = [*shard_remarks(paths), *listing_remarks(listing.tally, listing.extensions)]
     return with_index(arrange(spec, listing, classes, labels, archives, 0, facts, remarks), rests_on)
 
@@ -215,7 +214,7 @@ def _text(name: bytes) -> str:
 
 
 def _name_classes(
-    found: dict[str, int], address: str, names: list[str] | None, names_file: Path | None
+    found: dict[str, int], address: str, names: list[str] | None, names_file: str | None
 ) -> tuple[list[str], np.ndarray]:
     """Return the classes, and the class number of each text that tells a class."""
     if all(text.isascii() and text.isdigit() and len(text) < 10 for text in found):
@@ -237,12 +236,24 @@ def _name_classes(
     return names, np.array([places[text] for text in found], np.int32)
 
 
-def _find_names(first: str) -> Path | None:
-    found = [Path(first).parent / name for name in _NAMES_FILES]
-    return next((path for path in found if path.exists()), None)
+def _find_names(spec: "SourceSpec", first: str) -> tuple[str | None, list[str] | None]:
+    """Return the file with the names of the classes, and these names, if there are any.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, or names a class twice.
+    """
+    if spec.class_names:
+        return spec.class_names, read_class_names(spec.class_names)
+    for name in _NAMES_FILES:
+        address = join(os.path.dirname(first), name)
+        if exists(address):
+            return address, read_class_names(address)
+    return None, None
 
 
-def read_class_names(path: Path) -> list[str]:
+def read_class_names(address: str) -> list[str]:
     """Return the names of classes from a file with one name on each line.
 
     Raises
@@ -251,19 +262,19 @@ def read_class_names(path: Path) -> list[str]:
         If the file cannot be read, or names a class twice.
     """
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        names = [line.strip() for line in read(address).decode("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as names of classes, one on each line ({error})") from error
+        raise UserError(f"{address}: cannot be read as names of classes, one on each line ({error})") from error
     if len(set(names)) < len(names):
         name = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{path}: names the class {name} twice")
+        raise UserError(f"{address}: names the class {name} twice")
     return names
 
 
 def fits_shards(spec: "SourceSpec") -> bool:
     """Return whether an address names archives, of which the first one has labels."""
     address = spec.address
-    if spec.labels or not (os.path.exists(address) or is_pattern(address)):
+    if spec.labels or not (is_remote(address) or os.path.exists(address) or is_pattern(address)):
         return False
     try:
         paths: Sequence[str] = expand(address, (".tar",))

@@ -17,6 +17,7 @@ from ffcv_ops.errors import UserError
 from ffcv_ops.settings import Flags, Settings, setting
 from ffcv_ops.settings.fields import Choice, Integer, Number, Switch, Text
 from ffcv_ops.sources.kinds import AUTO, KINDS, OPTIONS, SourceSpec, find_kind
+from ffcv_ops.sources.remote import is_remote
 from ffcv_ops.writing.encode import encoder_versions
 from ffcv_ops.writing.plan import MODES, WriteSettings
 
@@ -122,6 +123,8 @@ def choose_source(chosen: Write) -> tuple[SourceSpec, Path]:
 
 def _beside(spec: SourceSpec) -> Path:
     """Return the path of a file beside its source."""
+    if is_remote(spec.address):
+        raise UserError(f"{spec.address}: lies on another machine; name the file to write with --target")
     source, split = Path(os.path.abspath(spec.address)), spec.split
     # The files of several splits may lie in one folder.
     if source.is_dir() and not (split and spec.kind in ("webdataset", "parquet", "arrow")):

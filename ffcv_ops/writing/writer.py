@@ -7,6 +7,7 @@ do not change them. ``docs/WRITING.md`` describes what is on disk during a run.
 
 import pickle
 import shutil
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from contextlib import closing, contextmanager
@@ -42,6 +43,8 @@ _CHUNK_BYTES = 1 << 24
 _WAITING_BYTES = 1 << 31
 _SAMPLE_IMAGES = 64, 256
 _SAMPLE_CHUNK, _SAMPLE_CHUNK_ELSEWHERE = 4, 16
+# The first images take longer than this if kernels are being compiled, or if the storage is slow.
+_QUIET_S = 10.0
 
 Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -152,7 +155,9 @@ def _numbered_as(source: Source, classes: Sequence[str], notice: Notice) -> Sour
     """Return a source whose class numbers are the positions in `classes`. Some of these classes may have no images."""
     if not set(source.classes) <= set(classes):
         difference = class_difference(classes, source.classes)
-        raise UserError(f"{source.address}: not the classes of the training split: it {difference}")
+        are_numbers = all(name.isdigit() for name in source.classes) and not all(name.isdigit() for name in classes)
+        hint = "; it numbers its classes: name them with --class_names FILE" if are_numbers else ""
+        raise UserError(f"{source.address}: not the classes of the training split: it {difference}{hint}")
     missing = [name for name in classes if name not in set(source.classes)]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -189,11 +194,10 @@ def _write(
             done = layout.stored.position
             if done:
                 notice(f"resuming: {done} of {plan.num_images} images are on disk already")
-            sizes, counts = _measure_sample(plan, workers)
+            with _saying_after(_QUIET_S, notice, "if this is the first start here, the encoder is being compiled"):
+                sizes, counts = _measure_sample(plan, workers)
             _check_space(plan, done, target, sizes, notice)
-            tables = (
-                choose_tables(counts, plan.settings.quality) if plan.encoder != jpeg.ENCODER_OF_OWN_TABLES else None
-            )
+            tables = workers.choose_tables(counts) if plan.encoder != jpeg.ENCODER_OF_OWN_TABLES else None
             _encode_rest(plan, layout, workers, tables, sizes, on_error, progress)
             manifest = _finish(plan, layout, target)
             for remark in change_remarks(plan, layout.stored):
@@ -218,6 +222,18 @@ def _write(
             f"{partial.path}: writing stopped ({error.strerror or error}); fix the cause, then the same command goes "
             "on from there"
         ) from error
+
+
+@contextmanager
+def _saying_after(time_s: float, notice: Notice, text: str) -> Iterator[None]:
+    """Print a text if the block takes longer than a time."""
+    timer = threading.Timer(time_s, notice, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _check_sizes(plan: WritePlan) -> None:
@@ -260,6 +276,17 @@ class _Workers:
         """Yield the result for each of some chunks of positions in the storage order."""
         tasks = (EncodeTask.of_positions(job, self.plan, chunk) for chunk in chunks)
         return run_in_order(self.executor, tasks, self.num_workers, max_waiting)
+
+    def choose_tables(self, counts: list[np.ndarray]) -> np.ndarray | None:
+        """Choose the Huffman tables of the file. A process of this run has the kernels for it, which load for seconds.
+
+        On a cluster, this machine chooses. A machine that joins only now has not been compared with it.
+        """
+        quality = self.job.settings.quality
+        if self.are_elsewhere:
+            return choose_tables(counts, quality)
+        tables: np.ndarray | None = self.executor.submit(choose_tables, counts, quality).result()
+        return tables
 
 
 @contextmanager
@@ -351,6 +378,7 @@ def _finish(plan: WritePlan, layout: PageLayout, target: Path) -> dict[str, Any]
     stored, partial = layout.stored, layout.partial
     if len(stored.reasons) == plan.num_images:
         raise plan.bad_image(*next(iter(stored.reasons.items())))
+    plan.source.reader.check()
     head, alloc_table = tables = build_tables(plan, stored, len(partial.page_hashes))
     manifest = build_manifest(plan, stored, tables, partial.page_hashes, target)
     header_bytes = beton.HEADER_TYPE.itemsize

@@ -1,0 +1,323 @@
+"""Files at addresses such as ``s3://bucket/train.tar``: listed, and read in ranges, through fsspec.
+
+What fsspec and its file systems do not do is done here. They do not compare a file with the one that was listed. Their
+HTTP file system reports all failures as a missing file, tries nothing twice, and takes the whole file from a server
+that ignores the range (``tests/test_remote.py``). Credentials and endpoints come from the environment, as fsspec and
+its file systems document.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+from ffcv_ops.errors import UserError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+    from ffcv_ops.sources.ranges import RangeFile
+
+_WEB = ("http", "https")
+# What tells that a file has changed, as the file systems name it. The first one that is there is taken.
+_VERSIONS = (
+    "generation", "ETag", "etag", "blob_id", "md5Hash", "content_md5", "Content-MD5", "LastModified", "last_modified",
+    "Last-Modified", "mtime", "updated", "modified", "created",
+)  # fmt: skip
+# Seconds between tries: a listing has a user who waits, and a run of hours should outlive the restart of a server.
+_LISTING_WAITS_S = (0.5, 1.5)
+_READING_WAITS_S = (0.5, 1.5, 5.0, 15.0, 40.0)
+_TIMEOUT_S = 120.0
+_HOPELESS = (PermissionError, IsADirectoryError, ImportError, ValueError, NotImplementedError)
+_CHANGED, _GONE, _TRY_AGAIN = 412, (404, 410), (408, 425, 429)
+
+Answer = TypeVar("Answer")
+
+
+class RemoteChanged(Exception):
+    """A file is not the one that was listed."""
+
+
+class RemoteError(Exception):
+    """A file cannot be read; the message is the reason in a few words."""
+
+
+class RemoteMissing(RemoteError):
+    """There is no such file."""
+
+
+def is_remote(address: str) -> bool:
+    """Return whether an address is a URL, and not a path of this machine."""
+    return "://" in address
+
+
+def public_name(address: str) -> str:
+    """Return an address without what may be secret: a password, and the part behind the question mark."""
+    if not is_remote(address):
+        return address
+    parts = urlsplit(address)
+    user, _, host = parts.netloc.rpartition("@")
+    netloc = host if ":" in user else parts.netloc
+    if parts.scheme in _WEB:
+        return urlunsplit((parts.scheme, netloc, parts.path, "", ""))
+    return address.replace(parts.netloc, netloc, 1)
+
+
+def is_folder(address: str) -> bool:
+    """Return whether an address names a folder. On the web, only a slash at its end tells.
+
+    Raises
+    ------
+    UserError
+        If the server does not answer, or refuses.
+    """
+    if urlsplit(address).scheme in _WEB:
+        return address.endswith("/")
+    return _list(address, lambda fs, path: bool(fs.isdir(path, **_limit(fs))))
+
+
+def list_names(folder: str) -> list[tuple[str, bool]]:
+    """Return the names in a folder, sorted, each with whether it is a folder. On the web, names without a dot are.
+
+    Raises
+    ------
+    UserError
+        If the folder cannot be listed.
+    """
+    is_of_the_web = urlsplit(folder).scheme in _WEB
+
+    def is_inner(entry: dict[str, Any]) -> bool:
+        return entry["type"] == "directory" or (is_of_the_web and "." not in entry["name"].rpartition("/")[2])
+
+    def ask(fs: "AbstractFileSystem", path: str) -> list[tuple[str, bool]]:
+        start = path.rstrip("/") + "/"
+        found = {
+            entry["name"].removeprefix(start).rstrip("/"): is_inner(entry)
+            for entry in fs.ls(path, detail=True, **_limit(fs))
+            if entry["name"].startswith(start)
+        }
+        return sorted((name, inner) for name, inner in found.items() if name and "/" not in name)
+
+    return _list(folder, ask)
+
+
+def find(pattern: str) -> list[str]:
+    """Return the addresses of the files that a pattern with wildcards names, sorted.
+
+    Raises
+    ------
+    UserError
+        If the folder cannot be listed.
+    """
+
+    def ask(fs: "AbstractFileSystem", path: str) -> list[str]:
+        return sorted(fs.unstrip_protocol(name) for name in fs.glob(path, **_limit(fs)))
+
+    return _list(pattern, ask)
+
+
+def exists(address: str) -> bool:
+    """Return whether there is a file, as far as the server tells."""
+    try:
+        return _list(address, lambda fs, path: bool(fs.exists(path, **_limit(fs))))
+    except UserError:
+        return False
+
+
+def read_whole(address: str) -> bytes:
+    """Return the content of a small file.
+
+    Raises
+    ------
+    UserError
+        If it cannot be read.
+    """
+    return _list(address, lambda fs, path: fs.cat_file(path, **_limit(fs)))
+
+
+def describe(address: str) -> tuple[int, str]:
+    """Return the size of a file in bytes, and what tells that it has changed; nothing if the server does not tell.
+
+    Raises
+    ------
+    UserError
+        If there is no such file, or if it cannot be read in ranges.
+    """
+    name = public_name(address)
+    info = _list(address, lambda fs, path: fs.info(path, **_limit(fs)))
+    if info.get("type") == "directory":
+        raise UserError(f"{name}: is a folder, not a file")
+    size = info.get("size")
+    if size is None:
+        raise UserError(f"{name}: the server does not tell the size of the file; copy it here, or to another server")
+    if info.get("partial") is False or (address.startswith("http") and not _gives_ranges(address, size)):
+        raise UserError(
+            f"{name}: the server gives whole files only, no ranges; copy the file here, or to another server"
+        )
+    return size, _version(info)
+
+
+def check(file: "RangeFile") -> None:
+    """Raise RemoteChanged if a file is not the one that was listed, or RemoteError if the server does not answer."""
+    try:
+        info = _ask(file.path, lambda fs, path: fs.info(path, **_limit(fs)), _READING_WAITS_S)
+    except RemoteMissing as error:
+        raise RemoteChanged from error
+    if (info.get("size"), _version(info)) != (file.size_bytes, file.version):
+        raise RemoteChanged
+
+
+def read(file: "RangeFile", offset: int, size_bytes: int) -> bytes:
+    """Return a range of a file, which lies in it.
+
+    Raises
+    ------
+    RemoteChanged
+        If the server tells that the file is not the one that was listed.
+    RemoteError
+        If the file cannot be read, also after a minute.
+    """
+    if not size_bytes:
+        return b""
+
+    def ask(fs: "AbstractFileSystem", path: str) -> bytes:
+        return fs.cat_file(path, start=offset, end=offset + size_bytes, **_options(fs, file))
+
+    try:
+        content = _ask(file.path, ask, _READING_WAITS_S)
+    except RemoteMissing as error:
+        raise RemoteChanged from error
+    if len(content) > size_bytes:
+        raise RemoteError("the server gave more than the range it was asked for")
+    if len(content) < size_bytes:
+        raise RemoteChanged
+    return content
+
+
+def _limit(fs: "AbstractFileSystem") -> dict[str, Any]:
+    """Return the time limit of a question, for file systems that have one."""
+    return {"timeout": _TIMEOUT_S} if fs.async_impl else {}
+
+
+def _options(fs: "AbstractFileSystem", file: "RangeFile") -> dict[str, Any]:
+    """Return how a range is asked for: with a time limit, and on the web only from the file that was listed."""
+    options = _limit(fs)
+    if urlsplit(file.path).scheme in _WEB:
+        kind, _, value = str(file.version).partition(" ")
+        condition = {"ETag": "If-Match", "Last-Modified": "If-Unmodified-Since"}.get(kind)
+        headers = {**getattr(fs, "kwargs", {}).get("headers", {}), "Accept-Encoding": "identity"}
+        if condition and not value.startswith("W/"):  # a weak tag never matches
+            headers[condition] = value
+        options["headers"] = headers
+    return options
+
+
+def _version(info: dict[str, Any]) -> str:
+    return next((f"{name} {info[name]}" for name in _VERSIONS if info.get(name)), "")
+
+
+_gives_ranges_on: dict[str, bool] = {}
+
+
+def _gives_ranges(address: str, size_bytes: int) -> bool:
+    """Return whether a web server gives ranges. Each server is asked once."""
+    host = urlsplit(address).netloc
+    if size_bytes > 1 and host not in _gives_ranges_on:
+
+        def ask(fs: "AbstractFileSystem", path: str) -> bool:
+            with fs.open(path, "rb", cache_type="none", size=size_bytes) as file:
+                file.seek(size_bytes - 1)
+                try:
+                    return len(file.read(1)) == 1
+                except ValueError:  # it begins with the whole file
+                    return False
+
+        _gives_ranges_on[host] = _list(address, ask)
+    return _gives_ranges_on.get(host, True)
+
+
+def _list(address: str, ask: Callable[["AbstractFileSystem", str], Answer]) -> Answer:
+    """Return an answer about an address that the user gave."""
+    name = public_name(address)
+    try:
+        return _ask(address, ask, _LISTING_WAITS_S)
+    except RemoteError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def _ask(address: str, ask: Callable[["AbstractFileSystem", str], Answer], waits_s: tuple[float, ...]) -> Answer:
+    """Return the answer of a file system, which may take several tries.
+
+    Raises
+    ------
+    RemoteChanged
+        If the server tells that the file has changed.
+    RemoteMissing
+        If there is no such file.
+    RemoteError
+        If there is no answer.
+    """
+    started_s, num_tries = time.monotonic(), 0
+    while True:
+        num_tries += 1
+        try:
+            fs, path = _file_system(address)
+            return ask(fs, path)
+        except Exception as raised:  # each file system has classes of its own
+            error = _hidden_error(raised)
+            status, reason = getattr(error, "status", None), _reason(error)
+            if status == _CHANGED:
+                raise RemoteChanged from error
+            if isinstance(error, FileNotFoundError) or status in _GONE:
+                raise RemoteMissing(reason) from error
+            is_refusal = isinstance(status, int) and 400 <= status < 500 and status not in _TRY_AGAIN
+            if isinstance(error, _HOPELESS) or is_refusal:
+                raise RemoteError(reason) from error
+            if num_tries > len(waits_s):
+                took_s = time.monotonic() - started_s
+                raise RemoteError(f"{reason}; tried {num_tries} times in {took_s:.0f} s") from error
+        time.sleep(waits_s[num_tries - 1])
+
+
+def _hidden_error(error: Exception) -> BaseException:
+    """Return the error behind another one. fsspec's HTTP file system reports each failure as a missing file."""
+    hidden = error.__cause__
+    is_of_the_web = isinstance(hidden, OSError) or type(hidden).__module__.startswith(("aiohttp", "asyncio"))
+    return hidden if isinstance(error, FileNotFoundError) and hidden is not None and is_of_the_web else error
+
+
+def _reason(error: BaseException) -> str:
+    """Return what went wrong in a few words, without the address, which may hold a secret."""
+    status = getattr(error, "status", None)
+    if isinstance(error, FileNotFoundError) or status in _GONE:
+        return "no such file"
+    if isinstance(status, int):
+        return f"the server answers {status} ({getattr(error, 'message', '') or 'no reason given'})"
+    text = " ".join(str(error).split())
+    if isinstance(error, ImportError):
+        return f"{text}; or install all of them: pip install '.[remote]'"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+_lock = threading.Lock()
+_file_systems: dict[tuple[str, int, int], "AbstractFileSystem"] = {}
+
+
+def _file_system(address: str) -> tuple["AbstractFileSystem", str]:
+    """Return the file system of an address, and the path in it.
+
+    A process opens each file system once, or once in each thread if it serves one thread only.
+    """
+    from fsspec.core import url_to_fs
+
+    parts = urlsplit(address)
+    root, process = f"{parts.scheme}://{parts.netloc}", os.getpid()  # what a parent has opened does not work in a fork
+    with _lock:
+        own, shared = (root, process, threading.get_ident()), (root, process, 0)
+        fs = _file_systems.get(shared) or _file_systems.get(own)
+        if fs is None:
+            fs, _ = url_to_fs(f"{root}/", use_listings_cache=False)
+            _file_systems[shared if fs.async_impl else own] = fs
+    return fs, fs._strip_protocol(address)
