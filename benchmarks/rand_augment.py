@@ -31,7 +31,7 @@ from timm.data.auto_augment import rand_augment_transform
 from ffcv_ops.operations.base import Batch, Storage
 from ffcv_ops.operations.image_operation import IMAGENET_MEAN
 from ffcv_ops.operations.rand_augment import Augmentation, RandAugment, TrivialAugmentWide
-from ffcv_ops.operations.workers import WorkerPool
+from ffcv_ops.operations.threads import WorkerPool
 
 BATCH_SIZE = 64
 

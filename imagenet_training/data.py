@@ -17,17 +17,15 @@ from ffcv_ops import (
     Mix,
     Normalize,
     OrderOption,
-    RandAugment,
-    RandomErasing,
     RandomResizedCrop,
     ToDevice,
     ToTensor,
-    TrivialAugmentWide,
     UserError,
     read_beton,
 )
 from ffcv_ops.loading.epoch import EpochIterator
 from ffcv_ops.machine import cpus_per_rank
+from imagenet_training.augmentation import build_augmentations
 from imagenet_training.classes import ClassMatch, imagenet_names, match_classes
 from imagenet_training.contact_sheet import denormalized
 from imagenet_training.distributed import World
@@ -254,29 +252,6 @@ def random_crop(recipe: Recipe, size_px: int) -> RandomResizedCrop:
         flip=augmentation.flip,
         interpolation=augmentation.interpolation,
     )
-
-
-def build_augmentations(recipe: Recipe) -> list[Any]:
-    """Build the operations between crop and mixing, on 8-bit images.
-
-    Raises
-    ------
-    UserError
-        If ``augmentation.auto_augment`` names an operation that does not exist.
-    """
-    augmentation = recipe.augmentation
-    operations: list[Any] = []
-    if augmentation.auto_augment == "trivial":
-        operations.append(TrivialAugmentWide())
-    elif augmentation.auto_augment:
-        try:
-            operations.append(RandAugment(augmentation.auto_augment))
-        except UserError as error:
-            key = "augmentation.auto_augment"
-            raise UserError(f"{key} ({recipe.source(key)}): {error}") from None
-    if augmentation.erasing:
-        operations.append(RandomErasing(augmentation.erasing))
-    return operations
 
 
 def train_loader(

@@ -1,6 +1,7 @@
 """Print the plan of a run without starting it."""
 
-from imagenet_training.data import build_augmentations, planned_data
+from imagenet_training.augmentation import build_augmentations
+from imagenet_training.data import planned_data
 from imagenet_training.distributed import planned_world_size
 from imagenet_training.loss import recipe_loss
 from imagenet_training.model import drop_path_notices, model_on_paper, model_size

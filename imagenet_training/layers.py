@@ -96,9 +96,3 @@ def _blocks(module: nn.Module, num_parameters: int, prefix: str = "") -> Iterato
             yield from _blocks(child, num_parameters, path)
         elif size:
             yield path, child
-
-
-def describe_scales(scales: Collection[float]) -> str:
-    """Return the number of layers and the smallest factor in words."""
-    values = sorted(set(scales))
-    return f"{len(values)} layers, the first with {values[0]:.3g} of the learning rate"

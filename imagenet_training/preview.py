@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from imagenet_training import distributed
+from imagenet_training.augmentation import describe_augmentations
 from imagenet_training.contact_sheet import caption, class_names, denormalized, draw_contact_sheet, take_images
 from imagenet_training.data import open_train_file, random_crop, train_loader
 from imagenet_training.normalization import pixel_statistics
@@ -41,6 +42,6 @@ def preview_title(recipe: Recipe, size_px: int) -> str:
     mixing = f"Mixup {augmentation.mixup_alpha:g}, CutMix {augmentation.cutmix_alpha:g}"
     return (
         f"{names}: epoch 0, {size_px} px, seed {recipe.training.seed}, the first images of the first batches\n"
-        f"augmentation {augmentation.auto_augment or 'none'}, erasing {augmentation.erasing:g}, {mixing}, "
+        f"augmentation {describe_augmentations(recipe)}, {mixing}, "
         f"label smoothing {recipe.training.label_smoothing:g}; below each image its classes and their target weights"
     )

@@ -41,10 +41,11 @@ class StepModeName(Checker[bool | str]):
     """The name of a mode of `imagenet_training.step_mode`, ``auto``, or a switch for ``torch.compile``."""
 
     words = ("auto", "graph", "compiled-graph")
+    switches = {"compiled": True, "eager": False}  # as the log names these modes
 
     def check(self, value: Any) -> bool | str:
         word = str(value).strip().lower()
-        return word if word in self.words else Switch().check(value)
+        return word if word in self.words else self.switches[word] if word in self.switches else Switch().check(value)
 
     def help(self) -> str:
         return f"{', '.join(self.words)}, 1 or 0"
@@ -219,7 +220,8 @@ class Training:
     tf32: bool = setting(Switch(), default=True)
     """Multiply float32 matrices in TF32 (10 bits of mantissa) on GPUs that can. It is faster."""
     compile: bool | str = setting(StepModeName(), default="auto")
-    """1: use torch.compile. graph: record the step as CUDA graphs. auto: on a GPU, what is measured to be fastest."""
+    """1: use torch.compile. graph: record the step as CUDA graphs. auto: on one GPU, the mode that is measured to be
+    fastest; on several, 1 if the run is long enough to gain by it."""
     grad_clip: float = setting(Number(min=0), default=0.0)
     """Largest norm of the gradient. 0: no limit."""
     agc: float = setting(Number(min=0), default=0.0)

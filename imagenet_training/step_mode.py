@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from imagenet_training.trainer import Trainer
 
 # A compilation takes about a minute, a recording and its trial some seconds. A shorter run gains less than that.
-MIN_STEPS_TO_COMPILE, MIN_STEPS_TO_RECORD = 2000, 300
+MIN_BATCHES_TO_COMPILE, MIN_BATCHES_TO_RECORD = 2000, 300
 # The timed steps of a trial: the median of so many rounds of so many steps.
 NUM_ROUNDS, NUM_STEPS_OF_A_ROUND = 3, 5
 # A mode that is faster by less than this share is not worth what it adds.
@@ -50,7 +50,7 @@ EAGER, COMPILED, GRAPH, COMPILED_GRAPH = StepMode(), StepMode(True), StepMode(gr
 MODES = {"eager": EAGER, "graph": GRAPH, "compiled": COMPILED, "compiled-graph": COMPILED_GRAPH}
 
 
-def candidate_modes(setting: bool | str, world: World, num_steps: int) -> tuple[tuple[StepMode, ...], list[str]]:
+def candidate_modes(setting: bool | str, world: World, num_batches: int) -> tuple[tuple[StepMode, ...], list[str]]:
     """Return the modes that a run may use, and notices of what it cannot use.
 
     Parameters
@@ -59,7 +59,7 @@ def candidate_modes(setting: bool | str, world: World, num_steps: int) -> tuple[
         ``training.compile``.
     world : World
         Only a single process on a GPU records. Ranks exchange gradients within a step, which is not recorded.
-    num_steps : int
+    num_batches : int
         Batches that the run trains on.
 
     Returns
@@ -70,10 +70,10 @@ def candidate_modes(setting: bool | str, world: World, num_steps: int) -> tuple[
     """
     records = world.device.type == "cuda" and world.world_size == 1
     if setting == "auto":
-        compiles = can_compile(world.device) and num_steps >= MIN_STEPS_TO_COMPILE
+        compiles = can_compile(world.device) and num_batches >= MIN_BATCHES_TO_COMPILE
         if not records:
             return ((COMPILED,) if compiles else (EAGER,)), []
-        graphs = num_steps >= MIN_STEPS_TO_RECORD
+        graphs = num_batches >= MIN_BATCHES_TO_RECORD
         return tuple(mode for mode in MODES.values() if mode.compiled <= compiles and mode.graph <= graphs), []
     mode = MODES[setting] if isinstance(setting, str) else COMPILED if setting else EAGER
     if mode.graph and not records:

@@ -7,6 +7,7 @@ import yaml
 
 from ffcv_ops.settings.collect import DEFAULT
 from ffcv_ops.settings.fields import show
+from imagenet_training.augmentation import describe_augmentations
 from imagenet_training.loss import AUXILIARY_WEIGHTS
 from imagenet_training.model import find_library
 from imagenet_training.plan import RunPlan, batch_arithmetic
@@ -35,7 +36,7 @@ def summary(recipe: Recipe, plan: RunPlan, size: str = "") -> str:
         ("train", f"{recipe.data.train_dataset}, {plan.num_train:,} images, {recipe.data.order} order"),
         ("val", f"{recipe.data.val_dataset}, {plan.num_val:,} images"),
         ("crops", _crops_line(recipe)),
-        ("augmentation", _augmentation_line(recipe)),
+        ("augmentation", describe_augmentations(recipe)),
         ("mixing", _mixing_line(recipe)),
         ("loss", _loss_line(recipe, plan) + _auxiliary_part(recipe)),
         ("global batch", f"{batches} = {plan.global_batch_size}"),
@@ -131,20 +132,6 @@ def _validation_crops(recipe: Recipe) -> str:
     if validation.lr_tta:
         parts.append("both flips")
     return ", ".join(parts)
-
-
-def _augmentation_line(recipe: Recipe) -> str:
-    augmentation = recipe.augmentation
-    parts = []
-    if augmentation.auto_augment == "trivial":
-        parts.append("TrivialAugmentWide")
-    elif augmentation.auto_augment:
-        parts.append(f"RandAugment {augmentation.auto_augment}")
-    if augmentation.erasing:
-        parts.append(f"erasing {show(augmentation.erasing)}")
-    if augmentation.repeats > 1:
-        parts.append(f"{augmentation.repeats} copies of each image")
-    return ", ".join(parts or ["none"])
 
 
 def _auxiliary_part(recipe: Recipe) -> str:

@@ -26,7 +26,7 @@ from ffcv_ops import rng
 from ffcv_ops.codec import jpeg
 from ffcv_ops.operations.base import Batch, SampleError
 from ffcv_ops.operations.crops import CenterCrop, RandomResizedCrop, center_crops, draw_crop, draw_crops_into
-from ffcv_ops.operations.workers import WorkerPool
+from ffcv_ops.operations.threads import WorkerPool
 from tests import reference
 
 if nb.config.DISABLE_JIT:

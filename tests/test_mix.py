@@ -16,7 +16,7 @@ from ffcv_ops.operations.erasing import RandomErasing
 from ffcv_ops.operations.mix import Mix, MixDraw, cut_boxes, dense_targets_into, draw_mix, mix_pairs, mix_tensor
 from ffcv_ops.operations.normalize import Label, Normalize
 from ffcv_ops.operations.rand_augment import RandAugment
-from ffcv_ops.operations.workers import WorkerPool
+from ffcv_ops.operations.threads import WorkerPool
 from tests.betons import photographs as photographs_of
 from tests.betons import write_images
 from tests.reference import mixed_images, mixed_targets

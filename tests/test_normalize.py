@@ -7,7 +7,7 @@ from sklearn.datasets import load_sample_images
 
 from ffcv_ops.operations.base import Batch
 from ffcv_ops.operations.normalize import Label, Normalize
-from ffcv_ops.operations.workers import WorkerPool
+from ffcv_ops.operations.threads import WorkerPool
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]) * 255, np.array([0.229, 0.224, 0.225]) * 255
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -18,7 +18,7 @@ from ffcv_ops.beton.reading import read_beton
 from ffcv_ops.errors import UserError
 from ffcv_ops.loading.storage import MappedFile, PagedFile, paged_reader, schedule_pages
 from ffcv_ops.operations.base import Batch, SampleError
-from ffcv_ops.operations.workers import WorkerPool, take
+from ffcv_ops.operations.threads import WorkerPool, take
 from tests.betons import PAGE_SIZE, jpeg_bytes, photographs, write_images
 
 
@@ -67,7 +67,7 @@ def test_take_refuses_other_counters():
 def test_the_interpreted_kernel_takes_every_position_once():
     code = f"""
 import numpy as np
-from ffcv_ops.operations.workers import WorkerPool, take
+from ffcv_ops.operations.threads import WorkerPool, take
 {inspect.getsource(count_into.py_func).replace("@nb.njit(nogil=True)", "")}
 with WorkerPool(3) as pool:
     counts, by_whom = np.zeros(1000, np.int64), np.zeros(1000, np.int64)

@@ -17,7 +17,7 @@ from ffcv_ops.operations.base import Batch
 from ffcv_ops.operations.erasing import RandomErasing
 from ffcv_ops.operations.image_operation import ImageOperation
 from ffcv_ops.operations.rand_augment import RandAugment, TrivialAugmentWide, read_rand_augment
-from ffcv_ops.operations.workers import WorkerPool
+from ffcv_ops.operations.threads import WorkerPool
 from tests.betons import photographs
 
 RSB = "rand-m7-mstd0.5-inc1"

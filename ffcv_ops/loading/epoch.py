@@ -20,7 +20,7 @@ from numba.core import config
 
 from ffcv_ops.loading.order import replace_bad
 from ffcv_ops.operations.base import Batch, SampleError
-from ffcv_ops.operations.workers import WorkerPool
+from ffcv_ops.operations.threads import WorkerPool
 
 if TYPE_CHECKING:
     from ffcv_ops.loading.loader import Loader

@@ -10,7 +10,7 @@ import numpy as np
 from ffcv_ops import rng
 from ffcv_ops._ffcv import Operation
 from ffcv_ops.errors import UserError
-from ffcv_ops.operations.workers import WorkerPool
+from ffcv_ops.operations.threads import WorkerPool
 
 
 class SampleError(UserError):

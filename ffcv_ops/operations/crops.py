@@ -19,7 +19,7 @@ from ffcv_ops.codec import jpeg, region
 from ffcv_ops.errors import UserError
 from ffcv_ops.operations import resample
 from ffcv_ops.operations.base import Batch, BatchOperation, SampleError
-from ffcv_ops.operations.workers import take
+from ffcv_ops.operations.threads import take
 
 _JPG = 0
 _RAW = 1

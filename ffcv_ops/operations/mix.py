@@ -20,7 +20,7 @@ from ffcv_ops._ffcv import AllocationQuery, State
 from ffcv_ops._kernels import kernel
 from ffcv_ops.errors import UserError
 from ffcv_ops.operations.base import Batch, BatchOperation
-from ffcv_ops.operations.workers import take
+from ffcv_ops.operations.threads import take
 from ffcv_ops.rng import MIX, batch_id, generator
 
 _ONE = np.float32(1.0)

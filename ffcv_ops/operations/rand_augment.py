@@ -42,7 +42,7 @@ from ffcv_ops.operations.pillow_ops import (
     apply_operation,
     build_scratch,
 )
-from ffcv_ops.operations.workers import take
+from ffcv_ops.operations.threads import take
 from ffcv_ops.rng import RAND_AUGMENT
 
 

@@ -8,7 +8,8 @@ The order of the images decides the bytes of a file. It is the same for all kind
 number, then by folder, then by file name, as in ``torchvision.datasets.ImageFolder``.
 
 To add a kind, write a module with a function that takes a `ffcv_ops.sources.kinds.SourceSpec` and a `Stage`, and
-returns a `Source`. Then register the function in ``ffcv_ops.sources.kinds.KINDS``. Nothing else knows the kinds.
+returns a `Source`. Then register the function in ``ffcv_ops.sources.kinds.KINDS``, before ``tar``, which takes any
+file.
 """
 
 import os
