@@ -47,6 +47,7 @@ def data(tmp_path_factory):
     for number, part in enumerate((table().slice(0, 6), table().slice(6))):
         pq.write_table(part, data / "table" / "data" / f"train-{number:05d}-of-00002.parquet", **DATASETS_5)
     pq.write_table(table(), data / "snappy.parquet")
+    pq.write_table(table(), data / "gzip.parquet", compression="gzip")
     return data
 
 
@@ -67,7 +68,7 @@ def server(data):
 KINDS = [
     ("train.tar", "tar"), ("folders.tar", "tar"), ("shards/", "webdataset"), ("shards/train-*.tar", "webdataset"),
     ("shards/train-{0000..0002}.tar", "webdataset"), ("table/", "parquet"), ("table/data/train-*.parquet", "parquet"),
-    ("snappy.parquet", "parquet"), ("snappy.parquet?token=secret", "parquet"),
+    ("snappy.parquet", "parquet"), ("gzip.parquet", "parquet"), ("snappy.parquet?token=secret", "parquet"),
 ]  # fmt: skip
 
 
@@ -116,6 +117,34 @@ def test_a_subset_reads_its_images_only(data, tmp_path):
         for index in range(0, 40, 10):
             assert source.reader.read("", source.places[index].tolist()) == (folder / source.keys[index]).read_bytes()
         assert sum(size for *_, size in server.answers) == 4 * 300_000
+
+
+def test_images_in_parquet_are_looked_for_once(tmp_path):
+    """Not in each process. With Snappy, neighbouring blocks of 64 KiB are read, and in a small page all of it."""
+    images = [{"bytes": os.urandom(200_000), "path": f"{i:03d}.jpg"} for i in range(30)]
+    rows = table({"image": images, "label": [i % 3 for i in range(30)]})
+    pq.write_table(rows, tmp_path / "plain.parquet", row_group_size=10, **DATASETS_5)
+    pq.write_table(rows, tmp_path / "snappy.parquet", row_group_size=10)
+    with serving(tmp_path) as server:
+        for name, most_bytes in (("plain", 200_000), ("snappy", 200_000 + 2 * 65_600)):
+            source = open_source(SourceSpec(f"{server.url}/{name}.parquet"))
+            reader = pickle.loads(pickle.dumps(source.reader))
+            server.answers.clear()
+            for key, place in zip(source.keys, source.places.tolist(), strict=True):
+                assert reader.read(key, place) == images[int(key[:3])]["bytes"]
+            assert len(server.answers) == 30 and max(size for *_, size in server.answers) <= most_bytes
+            assert source.sizes_bytes.tolist() == [200_000] * 30
+
+
+def test_a_listing_that_was_kept_is_used(data, server, tmp_path):
+    spec = SourceSpec(f"{server.url}/table/", index=tmp_path / "index")
+    source = open_source(spec)
+    source.save_index(spec.index)
+    server.answers.clear()
+    again = open_source(spec)
+    assert contents_of(again) == contents_of(source) and again.facts == source.facts
+    num_images = len(source.keys)
+    assert len([size for path, _, size in server.answers if path.endswith(".parquet")]) < 3 * num_images
 
 
 def test_a_server_without_ranges_is_refused_before_it_sends_much(data, server):

@@ -21,14 +21,17 @@ from ffcv_ops.errors import UserError
 from ffcv_ops.sources.addresses import is_folder
 from ffcv_ops.sources.columns import Columns, Labels, choose_columns, import_pyarrow, select
 from ffcv_ops.sources.in_threads import Count, list_in_threads
+from ffcv_ops.sources.index import load_index, with_index
 from ffcv_ops.sources.parquet_content import PageError
 from ffcv_ops.sources.parquet_pages import ColumnPages
+from ffcv_ops.sources.parquet_places import SIZE_COLUMN, PlacedReader, find_places
 from ffcv_ops.sources.ranges import RangeFile, RangeReader, list_files
 from ffcv_ops.sources.remarks import Remark
 from ffcv_ops.sources.remote import public_name
 from ffcv_ops.sources.source import Source, SourceError, Stage
 from ffcv_ops.sources.splits import choose_split
 from ffcv_ops.sources.tables import EMBED, Rows, build_source, find_files, pack_names, walk
+from ffcv_ops.sources.webdataset import read_class_names
 from ffcv_ops.sources.window import REMOTE, Read, Window
 from ffcv_ops.units import show_bytes
 
@@ -121,8 +124,7 @@ class ParquetReader:
             if found is not None:
                 self._pages.move_to_end(number)
                 return found
-        group = self._groups[number]
-        found = ColumnPages(self._read_of(group), group.offset, group.size_bytes, group.codec, group.max_level)
+        found = self.find_pages(number)
         with self._lock:
             if number not in self._pages:
                 self._pages[number] = found
@@ -130,6 +132,11 @@ class ParquetReader:
             while self._memory_bytes > _MOST_PAGES_BYTES and len(self._pages) > 1:
                 self._memory_bytes -= self._pages.popitem(last=False)[1].memory_bytes
         return found
+
+    def find_pages(self, number: int) -> ColumnPages:
+        """Return the pages of a row group as `pages` does, but keep none."""
+        group = self._groups[number]
+        return ColumnPages(self._read_of(group), group.offset, group.size_bytes, group.codec, group.max_level)
 
     def _read_of(self, group: RowGroup) -> Read:
         """Return how the column of a row group is read. A server gives headers and lengths of many pages at once."""
@@ -213,12 +220,19 @@ def open_parquet(spec: "SourceSpec", stage: Stage) -> Source:
     files = list_files(choose_split(find_files(spec.address, SUFFIX), spec))
     paths = [file.name for file in files]
     ranges = RangeReader(files)
+    is_remote = ranges.window_sizes is REMOTE
+    rests_on = [spec.kind, spec.split, spec.image_column, spec.label_column, *(file.identity for file in files)]
+    rests_on += [read_class_names(spec.class_names) if spec.class_names else None]
+    if is_remote:
+        earlier = load_index(spec.index, rests_on, spec.kind, spec.address, PlacedReader(spec.address, files))
+        if earlier is not None:
+            return earlier
     with _reading(paths[0]):
         schema = _open(ranges, 0).schema_arrow
     columns = choose_columns(schema, spec, paths[0])
     labels, rows, groups = Labels(columns), Rows(paths), list[RowGroup]()
     num_outer = 0
-    threads = _THREADS_REMOTE if ranges.window_sizes is REMOTE else _THREADS
+    threads = _THREADS_REMOTE if is_remote else _THREADS
     listed = list_in_threads(range(len(files)), partial(_list_file, ranges, spec, columns), stage, threads)
     for path, found in zip(paths, listed, strict=True):
         first = 0
@@ -235,9 +249,21 @@ def open_parquet(spec: "SourceSpec", stage: Stage) -> Source:
     if num_outer:
         return build_source(spec, rows, labels, None, identity)
     reader = ParquetReader(spec.address, files, groups)
+    places = _find_places(reader, groups, stage) if is_remote else None
+    if places is not None:
+        placed = PlacedReader(spec.address, files)
+        return with_index(build_source(spec, rows, labels, (placed, places), identity, SIZE_COLUMN), rests_on)
     source = build_source(spec, rows, labels, (reader, np.arange(rows.total)[:, None]), identity)
     source.remarks.extend(_page_remarks(reader, paths[0]))
     return source
+
+
+def _find_places(reader: ParquetReader, groups: Sequence[RowGroup], stage: Stage) -> np.ndarray | None:
+    """Return the place of each image, as `find_places` does. Raise UserError if a page is damaged."""
+    try:
+        return find_places(len(groups), lambda number: (groups[number].file, reader.find_pages(number)), stage)
+    except PageError as error:
+        raise UserError(f"{reader.address}: is damaged ({error}); copy or write the file again") from error
 
 
 def _page_remarks(reader: ParquetReader, path: str) -> list[Remark]:

@@ -72,10 +72,17 @@ def read_varint(content: Sequence[int], position: int) -> tuple[int, int]:
             raise PageError("a number is damaged")
 
 
+Place = tuple[int, int, int, int, int]
+"""Offset and size of a range of the file, its plain size or 0, and start and size in it, in bytes."""
+
+
 class Content(Protocol):
     """The decompressed content of a page."""
 
     def read(self, start: int, stop: int) -> bytes: ...
+
+    def place(self, start: int, stop: int) -> Place | None:
+        """Return where a range lies in the file, for ``PlacedReader``; None if it needs the whole page."""
 
 
 def open_content(read: Read, page: Page, codec: str, blocks: array | None) -> Content:
@@ -99,6 +106,9 @@ class PlainContent:
     def read(self, start: int, stop: int) -> bytes:
         return self._read(self._page.offset + start, stop - start)
 
+    def place(self, start: int, stop: int) -> Place | None:
+        return self._page.offset + start, stop - start, 0, 0, stop - start
+
 
 class WholeContent:
     """A page that is decompressed as a whole, on first use."""
@@ -112,6 +122,13 @@ class WholeContent:
             packed = self._source(self._page.offset, self._page.size_bytes)
             self._content = decompress(packed, self._codec, self._page.plain_bytes)
         return self._content[start:stop]
+
+    def place(self, start: int, stop: int) -> Place | None:
+        if self._codec != "SNAPPY" or self._page.plain_bytes >= _SMALL_PAGE_BYTES:
+            return None
+        size_of_size = len(_to_varint(self._page.plain_bytes))
+        offset, size_bytes = self._page.offset + size_of_size, self._page.size_bytes - size_of_size
+        return offset, size_bytes, self._page.plain_bytes, start, stop - start
 
 
 class SnappyContent:
@@ -139,17 +156,24 @@ class SnappyContent:
                 return self._read(self._page.offset + at + start - first, stop - start)
         return self._read_blocks(start, stop)
 
-    def _read_blocks(self, start: int, stop: int) -> bytes:
+    def place(self, start: int, stop: int) -> Place | None:
+        if not self.blocks:
+            return None
         first, last = start // SNAPPY_BLOCK, (max(stop, start + 1) - 1) // SNAPPY_BLOCK
         begin = self.blocks[first]
         end = self.blocks[last + 1] if last + 1 < len(self.blocks) else self._page.size_bytes
         plain_bytes = min((last + 1) * SNAPPY_BLOCK, self._page.plain_bytes) - first * SNAPPY_BLOCK
-        packed = _to_varint(plain_bytes) + self._read(self._page.offset + begin, end - begin)
+        return self._page.offset + begin, end - begin, plain_bytes, start - first * SNAPPY_BLOCK, stop - start
+
+    def _read_blocks(self, start: int, stop: int) -> bytes:
+        place = self.place(start, stop)
+        assert place is not None
+        offset, size_bytes, plain_bytes, inside, length = place
         try:
-            content = decompress(packed, "SNAPPY", plain_bytes)
+            content = decompress_blocks(self._read(offset, size_bytes), plain_bytes)
         except PageError:  # of a writer whose blocks refer to earlier ones
             return self._whole.read(start, stop)
-        return content[start - first * SNAPPY_BLOCK : stop - first * SNAPPY_BLOCK]
+        return content[inside : inside + length]
 
 
 def scan_snappy(read: Read, page: Page) -> tuple[array, list[tuple[int, int, int]]]:
@@ -203,6 +227,11 @@ def scan_snappy(read: Read, page: Page) -> tuple[array, list[tuple[int, int, int
     if written != page.plain_bytes or position != end:
         raise PageError(f"the page at byte {page.offset} is damaged")
     return blocks, literals
+
+
+def decompress_blocks(packed: bytes, plain_bytes: int) -> bytes:
+    """Return the content of neighbouring blocks of Snappy. See `decompress` for what it raises."""
+    return decompress(_to_varint(plain_bytes) + packed, "SNAPPY", plain_bytes)
 
 
 def _to_varint(value: int) -> bytes:

@@ -18,6 +18,7 @@ from ffcv_ops.sources.parquet_content import (
     Content,
     Page,
     PageError,
+    Place,
     Read,
     SnappyContent,
     open_content,
@@ -94,6 +95,16 @@ class ColumnPages:
         PageError
             If the page is damaged, or holds nulls.
         """
+        content, start, stop = self._find(row)
+        return content.read(start, stop)
+
+    def place(self, row: int) -> Place | None:
+        """Return where the value of a row lies in the file; None if it needs a whole large page. See `value`."""
+        content, start, stop = self._find(row)
+        return content.place(start, stop)
+
+    def _find(self, row: int) -> tuple[Content, int, int]:
+        """Return the content of the page that has the value of a row, and where the value begins and ends in it."""
         if not 0 <= row < self.num_rows:
             raise PageError(f"there are {self.num_rows} rows, not row {row}")
         number = bisect_right(self._first_rows, row) - 1
@@ -105,7 +116,7 @@ class ColumnPages:
         if not 0 <= place < page.num_values:
             raise PageError(f"the page at byte {page.offset} has no value {place}")
         content, starts = self._locate(number, page)
-        return content.read(starts[place], starts[place + 1] - 4)
+        return content, starts[place], starts[place + 1] - 4
 
     def _page(self, number: int) -> Page:
         width = len(Page.__dataclass_fields__)
