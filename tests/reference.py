@@ -161,13 +161,33 @@ def _read_block(bits, codes, table: int) -> list[int]:
     return block
 
 
-def inverse_dct(coefficients: np.ndarray, quantisation: np.ndarray, zigzag: np.ndarray) -> np.ndarray:
-    """Pixels of a block, uint8 (8, 8): jidctint.c of libjpeg, in its own order of operations, in whole numbers."""
+def inverse_dct(
+    coefficients: np.ndarray, quantisation: np.ndarray, zigzag: np.ndarray, block_px: int = 8
+) -> np.ndarray:
+    """Pixels of a block, uint8 (block_px, block_px): jidctint.c and jidctred.c of libjpeg, in whole numbers."""
     block = np.zeros((8, 8), np.int64)
     block[zigzag[:, 0], zigzag[:, 1]] = coefficients * quantisation.astype(np.int64)
-    for shift in (11, 18):
-        block = _inverse_dct_of_columns(block, shift).T
+    of_columns = {8: _inverse_dct_of_columns, 4: _inverse_dct_to_4, 2: _inverse_dct_to_2}
+    if block_px == 1:
+        block = (block[:1, :1] + 4) >> 3
+    else:
+        for shift in (11, 18):
+            block = of_columns[block_px](block, shift).T
     return np.clip(block + 128, 0, 255).astype(np.uint8)
+
+
+def _inverse_dct_to_4(rows: np.ndarray, shift: int) -> np.ndarray:
+    even = (rows[0] << 14) + np.array([[1], [-1]]) * (rows[2] * 15137 - rows[6] * 6270)
+    outer = rows[1] * 20995 + rows[3] * 7373 - rows[5] * 4926 - rows[7] * 4176
+    inner = rows[1] * 8697 - rows[3] * 17799 + rows[5] * 11893 - rows[7] * 1730
+    totals = even[0] + outer, even[1] + inner, even[1] - inner, even[0] - outer
+    return np.array([(total + (1 << shift)) >> (shift + 1) for total in totals])
+
+
+def _inverse_dct_to_2(rows: np.ndarray, shift: int) -> np.ndarray:
+    odd = rows[1] * 29692 - rows[3] * 10426 + rows[5] * 6967 - rows[7] * 5906
+    totals = (rows[0] << 15) + odd, (rows[0] << 15) - odd
+    return np.array([(total + (2 << shift)) >> (shift + 2) for total in totals])
 
 
 def _inverse_dct_of_columns(rows: np.ndarray, shift: int) -> np.ndarray:

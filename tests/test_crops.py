@@ -23,7 +23,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from ffcv_ops import rng
-from ffcv_ops.codec import jpeg
+from ffcv_ops.codec import jpeg, region
 from ffcv_ops.operations.base import Batch, SampleError
 from ffcv_ops.operations.crops import CenterCrop, RandomResizedCrop, center_crops, draw_crop, draw_crops_into
 from ffcv_ops.operations.threads import WorkerPool
@@ -201,6 +201,19 @@ def test_a_region_gives_the_same_bytes_as_a_full_decode(crop, size):
         assert np.array_equal(ours.decode(operation, epoch=epoch), stock.decode(operation, epoch=epoch))
     central = crop(CenterCrop, size, resize=size + 9, interpolation="bicubic")
     assert np.array_equal(ours.decode(central), stock.decode(central))
+
+
+@pytest.mark.parametrize("encode", [jpeg.encode, stock_jpeg])
+@pytest.mark.parametrize("size", [160, 64, 20])
+def test_both_decoders_give_the_same_bytes(crop, size, encode, monkeypatch):
+    """At all scales of the decode: the smallest output of the largest crops is decoded at an eighth."""
+    samples = Samples([photograph(300 + 13 * i, 500 - 17 * i, i) for i in range(12)], encode)
+    images = {}
+    for chosen in region.DECODERS:
+        monkeypatch.setenv("FFCV_OPS_DECODER", chosen)
+        operation = crop(RandomResizedCrop, size, scale=(0.05, 1.0))
+        images[chosen] = [samples.decode(operation, epoch=epoch) for epoch in range(2)]
+    np.testing.assert_array_equal(images["own"], images["turbojpeg"])
 
 
 @pytest.mark.parametrize("sides", [(1, 1), (1, 50), (50, 1), (2, 3), (31, 33)])

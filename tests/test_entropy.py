@@ -30,42 +30,47 @@ if nb.config.DISABLE_JIT:
     pytest.skip("the kernels of the decoder exist compiled alone", allow_module_level=True)
 
 NUM_MUTANTS = int(os.environ.get("FFCV_OPS_MUTANTS", 3000))
+SCALES = 8, 4, 2, 1
 
 
 class Both:
-    """Both decoders on the same JPEG: `decode` compares them, and returns the status and whether ours accepted it."""
+    """Both decoders on the same JPEG: `decode` compares them, and returns the status and whether ours accepted it.
+
+    The scale of the decode is in eighths.
+    """
 
     def __init__(self, allocate=lambda size, dtype: np.zeros(size, dtype)):
         self.allocate = allocate
         self.own = allocate(region.allocate_decoders(1).size, np.int64)
         self.none = np.zeros(0, np.int64)
 
-    def decode(self, data, size, window):
+    def decode(self, data, size, window, eighths=8):
         planes = [self.allocate(3 * (-(-size[0] // 32) * 32) * (-(-size[1] // 32) * 32), np.uint8) for _ in range(2)]
         results = []
         for decoder, memory in zip((self.own, self.none), planes, strict=True):
             scratch = np.empty(8, np.int64), self.allocate(data.size + region.SLACK_BYTES, np.uint8), decoder
-            found = region.decode_planes_into(data, size, window, 8, scratch, memory)
-            results.append((found, window_of(found, memory, window) if found.status == region.OK else []))
+            found = region.decode_planes_into(data, size, window, eighths, scratch, memory)
+            results.append((found, window_of(found, memory, window, eighths) if found.status == region.OK else []))
         (ours, parts), (theirs, expected) = results
         assert ours.status == theirs.status
         assert (ours.v, ours.h) == (theirs.v, theirs.h)
         for part, other in zip(parts, expected, strict=True):
             np.testing.assert_array_equal(part, other)
-        accepted = self.accepts(data, size, window, planes[0])
+        accepted = self.accepts(data, size, window, eighths, planes[0])
         assert not accepted or ours.status == region.OK
         return ours.status, accepted
 
-    def accepts(self, data, size, window, planes):
+    def accepts(self, data, size, window, eighths, planes):
         layout = region.read_layout(data)
         unstuffed = self.allocate(data.size + region.SLACK_BYTES, np.uint8)
-        memory = [(array.ctypes.data, array.size) for array in (data, unstuffed, planes)]
+        source, *memory = [(array.ctypes.data, array.size) for array in (data, unstuffed, planes)]
+        memory.insert(1, self.own.ctypes.data)
         if (layout.height, layout.width) != size:
-            return entropy.decode_plain_region_into(memory[0], size, window, memory[1], self.own.ctypes.data, memory[2])
-        return entropy.decode_region_into(memory[0], layout, window, memory[1], self.own.ctypes.data, memory[2])
+            return entropy.decode_plain_region_into(source, size, window, eighths, *memory)
+        return entropy.decode_region_into(source, layout, window, eighths, *memory)
 
 
-def window_of(found, memory, window):
+def window_of(found, memory, window, eighths):
     """Return the part of each plane that the window touches."""
     luma = found.height * found.width
     if found.v == region.RGB:
@@ -75,10 +80,12 @@ def window_of(found, memory, window):
         shape = found.height // found.v, found.width // found.h
         planes += list(memory[luma : luma + 2 * shape[0] * shape[1]].reshape(2, *shape))
         steps += 2 * [(found.v, found.h)]
-    y, x, h, w = window[0] - found.top, window[1] - found.left, *window[2:]
+    top, left = window[0] - found.top, window[1] - found.left
+    y, x = top * eighths // 8, left * eighths // 8
+    bottom, right = -(-(top + window[2]) * eighths // 8), -(-(left + window[3]) * eighths // 8)
     return [
-        plane[y // v : -(-(y + h) // v), x // h_step : -(-(x + w) // h_step)].copy()
-        for plane, (v, h_step) in zip(planes, steps, strict=True)
+        plane[y // v : -(-bottom // v), x // h : -(-right // h)].copy()
+        for plane, (v, h) in zip(planes, steps, strict=True)
     ]
 
 
@@ -107,7 +114,8 @@ def test_planes_equal_those_of_turbojpeg(both, size):
     for quality in (1, 10, 50, 90, 98, 100):
         data = jpeg.encode(photograph(*size, which=quality), quality)
         for window in ((0, 0, *size), *random_windows(rng, size, 12)):
-            assert both.decode(data, size, window) == (region.OK, True)
+            for eighths in SCALES:
+                assert both.decode(data, size, window, eighths) == (region.OK, True)
 
 
 @pytest.mark.parametrize("quality", range(1, 101, 9))
@@ -118,15 +126,17 @@ def test_planes_of_noise_equal_those_of_turbojpeg(both, quality):
     for image in patterns(size):
         data = jpeg.encode(image, quality)
         for window in ((0, 0, *size), *random_windows(rng, size, 4)):
-            status, accepted = both.decode(data, size, window)
-            assert status == region.OK and (accepted or quality < 10)
+            for eighths in SCALES:
+                status, accepted = both.decode(data, size, window, eighths)
+                assert status == region.OK and (accepted or quality < 10)
 
 
 def test_a_large_image_is_decoded_in_several_chunks(both):
     size = (1100, 2000)
     data = jpeg.encode(photograph(*size), 95)
     for window in ((0, 0, *size), (77, 333, 600, 1600), (1000, 1500, 100, 500)):
-        assert both.decode(data, size, window) == (region.OK, True)
+        for eighths in SCALES:
+            assert both.decode(data, size, window, eighths) == (region.OK, True)
 
 
 def test_an_image_that_is_too_wide_is_left_to_turbojpeg(both):
@@ -144,7 +154,8 @@ def test_planes_of_files_without_restart_markers_equal_those_of_turbojpeg(both, 
         for optimize in (False, True):
             data = pillow_jpeg(photograph(*size), quality=quality, subsampling="4:2:0", optimize=optimize)
             for window in ((0, 0, *size), *random_windows(rng, size, 6)):
-                assert both.decode(data, size, window) == (region.OK, True)
+                for eighths in SCALES:
+                    assert both.decode(data, size, window, eighths) == (region.OK, True)
     large = pillow_jpeg(photograph(520, 500), subsampling="4:2:0")
     assert both.decode(large, (520, 500), (0, 0, 100, 100)) == (region.OK, False)
 
@@ -158,11 +169,11 @@ def test_files_with_shared_tables_are_decoded_with_tables_that_are_built_once():
     groups = Counter(huffman_segments(data) for data in encoded)
     assert len(groups) == len(sets) == shared_tables.NUM_SETS
 
-    def decode(data, window):
+    def decode(data, window, eighths=8):
         """Return whether tables were built. Building overwrites this scratch."""
         scratch = both.own[entropy._AT.pyramid // 8 :][: huffman.PYRAMID_BYTES // 8]
         scratch[:] = -1
-        assert both.decode(data, size, window) == (region.OK, True)
+        assert both.decode(data, size, window, eighths) == (region.OK, True)
         return bool((scratch != -1).any())
 
     # `both` decodes each image twice. The second time, the tables are there, and so they stay.
@@ -170,7 +181,8 @@ def test_files_with_shared_tables_are_decoded_with_tables_that_are_built_once():
     rng = np.random.default_rng(0)
     for image, data in zip(images, encoded, strict=True):
         for window in random_windows(rng, size, 4):
-            assert not decode(data, window)
+            for eighths in SCALES:
+                assert not decode(data, window, eighths)
         assert decode(jpeg.encode(image, 90), (0, 0, *size)), "an image with tables of its own"
 
 
@@ -180,21 +192,23 @@ def test_other_jpegs_are_left_to_turbojpeg(both):
         assert both.decode(pillow_jpeg(image, **options), (97, 130), (3, 5, 70, 60)) == (region.OK, False)
 
 
-def test_planes_are_those_of_the_definition(both):
-    """Read bit by bit and transformed in the order of jidctint.c, one block at a time."""
-    size = (48, 64)
+@pytest.mark.parametrize("block_px", SCALES)
+def test_planes_are_those_of_the_definition(both, block_px):
+    """Read bit by bit and transformed in the order of libjpeg, one block at a time."""
+    size, height, width = (48, 64), 6 * block_px, 8 * block_px
     for quality in (5, 60, 97):
         data = jpeg.encode(photograph(*size), quality)
         memory = np.empty(3 << 13, np.uint8)
-        assert both.accepts(data, size, (0, 0, *size), memory)
+        assert both.accepts(data, size, (0, 0, *size), block_px, memory)
         quantisation = [data[at + 4 : at + 68] for at in np.flatnonzero(data == 0xDB) if data[at - 1] == 0xFF]
         blocks = decoded_coefficients(data.tobytes())
         mcus = blocks.reshape(3, 4, 6, 64)
-        luma = memory[: 48 * 64].reshape(3, 2, 8, 4, 2, 8).transpose(0, 3, 1, 4, 2, 5)
-        chroma = memory[48 * 64 : 48 * 64 * 3 // 2].reshape(2, 3, 8, 4, 8).transpose(1, 3, 0, 2, 4)
+        luma, chroma = memory[: height * width], memory[height * width : height * width * 3 // 2]
+        luma = luma.reshape(3, 2, block_px, 4, 2, block_px).transpose(0, 3, 1, 4, 2, 5)
+        chroma = chroma.reshape(2, 3, block_px, 4, block_px).transpose(1, 3, 0, 2, 4)
         for row, column in np.ndindex(3, 4):
             for number in range(6):
-                expected = inverse_dct(mcus[row, column, number], quantisation[number // 4], ZIGZAG)
+                expected = inverse_dct(mcus[row, column, number], quantisation[number // 4], ZIGZAG, block_px)
                 found = chroma[row, column, number - 4] if number > 3 else luma[row, column, number >> 1, number & 1]
                 np.testing.assert_array_equal(found, expected)
 
@@ -296,10 +310,11 @@ def run(seed, count):
         mutant = guarded(content.size, np.uint8)
         mutant[:] = content
         window = next(random_windows(draw, size, 1)) if draw.integers(3) else (0, 0, *size)
+        eighths = int(draw.choice(SCALES))
         try:
-            status, accepted = both.decode(mutant, size, window)
+            status, accepted = both.decode(mutant, size, window, eighths)
         except AssertionError:
-            print(f"mutant {number} of seed {seed}, window {window}", file=sys.stderr)
+            print(f"mutant {number} of seed {seed}, window {window}, {eighths} eighths", file=sys.stderr)
             raise
         outcomes[f"{status} by {'us' if accepted else 'TurboJPEG'}"] += 1
     return outcomes

@@ -26,7 +26,7 @@ from ffcv_ops.codec.inverse_dct import (
     MAX_COEFFICIENT,
     ROW_BYTES,
     transform_chroma_row,
-    transform_column,
+    transform_columns,
     transform_luma_row,
 )
 from ffcv_ops.codec.memory import (
@@ -463,41 +463,62 @@ def _queue_row(data, size_bytes, layout, row, segments, mcus, scratch, target, s
 
 
 @kernel
-def _transform_chunk(scratch, num_lanes, mcus_per_row, y, cb, cr):
+def _transform_chunk(scratch, num_lanes, mcus_per_row, block_px, y, cb, cr):
     """Transform the blocks of a chunk into planes, given the addresses of its first rows. Return if one is odd."""
     places, work = scratch + _AT.places, scratch + _AT.work
     divisors = scratch + _AT.quantisation
-    y_stride, c_stride = _MCU_PX * mcus_per_row, _MCU_PX // 2 * mcus_per_row
+    y_stride, c_stride = 2 * block_px * mcus_per_row, block_px * mcus_per_row
     beyond = np.int64(0)
     for lane in range(-(-num_lanes // _CHROMA_MCUS) * _CHROMA_MCUS):
         row, column = divmod(min(lane, num_lanes - 1), mcus_per_row)
-        store_i8(places + 8 * lane, y + _MCU_PX * (row * y_stride + column))
+        store_i8(places + 8 * lane, y + 2 * block_px * (row * y_stride + column))
     for group in range(-(-num_lanes // _LUMA_MCUS)):
-        _transform_columns(scratch + _AT.luma + group * _GROUP_BYTES, divisors, work)
-        for i in range(8):
+        beyond |= _transform_columns(scratch + _AT.luma + group * _GROUP_BYTES, divisors, work, block_px)
+        for i in range(block_px):
             at = places + 8 * _LUMA_MCUS * group
-            beyond |= transform_luma_row(work + 8 * ROW_BYTES * i, at, i * y_stride, 8 * y_stride)
+            beyond |= _transform_luma_row(work + 8 * ROW_BYTES * i, at, i * y_stride, block_px * y_stride, block_px)
     for lane in range(-(-num_lanes // _CHROMA_MCUS) * _CHROMA_MCUS):
         row, column = divmod(min(lane, num_lanes - 1), mcus_per_row)
-        store_i8(places + 8 * lane, cb + _MCU_PX // 2 * (row * c_stride + column))
+        store_i8(places + 8 * lane, cb + block_px * (row * c_stride + column))
     for group in range(-(-num_lanes // _CHROMA_MCUS)):
-        _transform_columns(scratch + _AT.chroma + group * _GROUP_BYTES, divisors + 64, work)
-        for i in range(8):
+        beyond |= _transform_columns(scratch + _AT.chroma + group * _GROUP_BYTES, divisors + 64, work, block_px)
+        for i in range(block_px):
             at = places + 8 * _CHROMA_MCUS * group
-            beyond |= transform_chroma_row(work + 8 * ROW_BYTES * i, at, i * c_stride, cr - cb)
+            beyond |= _transform_chroma_row(work + 8 * ROW_BYTES * i, at, i * c_stride, cr - cb, block_px)
     return beyond != 0
 
 
 @kernel
-def _transform_columns(group, divisors, work):
-    transform_column(group, 0, divisors, work)
-    transform_column(group, 1, divisors, work)
-    transform_column(group, 2, divisors, work)
-    transform_column(group, 3, divisors, work)
-    transform_column(group, 4, divisors, work)
-    transform_column(group, 5, divisors, work)
-    transform_column(group, 6, divisors, work)
-    transform_column(group, 7, divisors, work)
+def _transform_columns(group, divisors, work, block_px):
+    if block_px == 8:
+        return transform_columns(group, divisors, work, 8)
+    if block_px == 4:
+        return transform_columns(group, divisors, work, 4)
+    if block_px == 2:
+        return transform_columns(group, divisors, work, 2)
+    return transform_columns(group, divisors, work, 1)
+
+
+@kernel
+def _transform_luma_row(work, places, offset, below, block_px):
+    if block_px == 8:
+        return transform_luma_row(work, places, offset, below, 8)
+    if block_px == 4:
+        return transform_luma_row(work, places, offset, below, 4)
+    if block_px == 2:
+        return transform_luma_row(work, places, offset, below, 2)
+    return transform_luma_row(work, places, offset, below, 1)
+
+
+@kernel
+def _transform_chroma_row(work, places, offset, below, block_px):
+    if block_px == 8:
+        return transform_chroma_row(work, places, offset, below, 8)
+    if block_px == 4:
+        return transform_chroma_row(work, places, offset, below, 4)
+    if block_px == 2:
+        return transform_chroma_row(work, places, offset, below, 2)
+    return transform_chroma_row(work, places, offset, below, 1)
 
 
 @kernel
@@ -518,12 +539,12 @@ def _prepare_tables(data, found, scratch):
 
 
 @kernel
-def _finish_chunk(tables, limits, scratch, unstuffed, num_segments, num_lanes, mcus_per_row, y, cb, cr):
+def _finish_chunk(tables, limits, scratch, unstuffed, num_segments, num_lanes, mcus_per_row, block_px, y, cb, cr):
     """Decode and transform what is in the queue. Return False if anything is odd."""
     store_i8(scratch + _AT.state + _NEXT_SEGMENT, 0)
     store_i8(scratch + _AT.state + _NUM_SEGMENTS, num_segments)
     is_sound = _decode_segments(unstuffed, scratch, tables, limits)
-    if is_sound and not _transform_chunk(scratch, num_lanes, mcus_per_row, y, cb, cr):
+    if is_sound and not _transform_chunk(scratch, num_lanes, mcus_per_row, block_px, y, cb, cr):
         return True
     for i in range(0, _AT.dump, 8):
         store_i8(scratch + i, 0)
@@ -531,7 +552,7 @@ def _finish_chunk(tables, limits, scratch, unstuffed, num_segments, num_lanes, m
 
 
 @kernel
-def decode_plain_region_into(data, size, window, unstuffed, scratch, planes):
+def decode_plain_region_into(data, size, window, block_px, unstuffed, scratch, planes):
     """Decode the MCUs under a window of a JPEG that libjpeg wrote at its defaults, as FFCV's writer does.
 
     The whole scan is decoded, so that damage is found, but only the MCUs under the window are transformed. For the
@@ -548,7 +569,7 @@ def decode_plain_region_into(data, size, window, unstuffed, scratch, planes):
     rows = y // _MCU_PX, -(-(y + h) // _MCU_PX)
     columns = x // _MCU_PX, -(-(x + w) // _MCU_PX)
     num_rows, num_columns = -(-size[0] // _MCU_PX), -(-size[1] // _MCU_PX)
-    num_px = _MCU_PX * _MCU_PX * (rows[1] - rows[0]) * (columns[1] - columns[0])
+    num_px = 4 * block_px * block_px * (rows[1] - rows[0]) * (columns[1] - columns[0])
     if num_rows * num_columns > _MAX_DECODED_MCUS or 3 * num_px // 2 > planes[1]:
         return False
     if size_bytes + SLACK_BYTES > unstuffed[1]:
@@ -566,14 +587,13 @@ def decode_plain_region_into(data, size, window, unstuffed, scratch, planes):
             _queue_blocks(scratch, row * num_columns + column, num_lanes if is_inside else -1)
             num_lanes += is_inside
     _queue_segment(scratch, 0, 0, num_rows * num_columns, 0, 8 * (end - unstuffed[0]))
-    cb = planes[0] + num_px
-    return _finish_chunk(
-        tables, limits, scratch, unstuffed[0], 1, num_lanes, columns[1] - columns[0], planes[0], cb, cb + num_px // 4
-    )
+    y, cb, cr = planes[0], planes[0] + num_px, planes[0] + num_px + num_px // 4
+    mcus_per_row = columns[1] - columns[0]
+    return _finish_chunk(tables, limits, scratch, unstuffed[0], 1, num_lanes, mcus_per_row, block_px, y, cb, cr)
 
 
 @kernel
-def decode_region_into(data, layout, window, unstuffed, scratch, planes):
+def decode_region_into(data, layout, window, block_px, unstuffed, scratch, planes):
     """Decode the MCUs under a window, if the JPEG is sound and made as our writer makes it.
 
     Parameters
@@ -584,6 +604,8 @@ def decode_region_into(data, layout, window, unstuffed, scratch, planes):
         The layout, from `ffcv_ops.codec.region.read_layout`.
     window : tuple of four int
         (y, x, h, w) in px, within the image.
+    block_px : int
+        The side in px that a block has in the planes: 8, 4, 2 or 1. Smaller blocks are a decode at a reduced scale.
     unstuffed : tuple of two int
         Scratch: address and size in bytes, at least that of the JPEG and `SLACK_BYTES`.
     scratch : int
@@ -602,7 +624,7 @@ def decode_region_into(data, layout, window, unstuffed, scratch, planes):
     segments = mcus[0] // layout.interval, -(-mcus[1] // layout.interval)
     num_rows, mcus_per_row = last_row - first_row, mcus[1] - mcus[0]
     decoded_per_row = (segments[1] - segments[0]) * layout.interval
-    num_px = _MCU_PX * _MCU_PX * num_rows * mcus_per_row
+    num_px = 4 * block_px * block_px * num_rows * mcus_per_row
     if mcus_per_row > _MAX_ROW_MCUS or decoded_per_row > _MAX_DECODED_MCUS or 3 * num_px // 2 > planes[1]:
         return False
     data, size_bytes = data
@@ -622,10 +644,10 @@ def decode_region_into(data, layout, window, unstuffed, scratch, planes):
             target, queue = _queue_row(data, size_bytes, layout, row, segments, mcus, scratch, target, stop, queue)
             if target == 0:
                 return False
-        done = _MCU_PX * _MCU_PX * (chunk - first_row) * mcus_per_row
-        cb = at + num_px + done // 4
+        done = 4 * block_px * block_px * (chunk - first_row) * mcus_per_row
+        y, cb, cr = at + done, at + num_px + done // 4, at + num_px + num_px // 4 + done // 4
         if not _finish_chunk(
-            tables, limits, scratch, first_byte, queue[1], queue[3], mcus_per_row, at + done, cb, cb + num_px // 4
+            tables, limits, scratch, first_byte, queue[1], queue[3], mcus_per_row, block_px, y, cb, cr
         ):
             return False
     return True

@@ -1,4 +1,7 @@
-"""The inverse DCT of libjpeg (``JDCT_ISLOW``), sixteen blocks side by side, with the arithmetic of ``jidctint.c``.
+"""The inverse DCT of libjpeg (``JDCT_ISLOW``), sixteen blocks side by side, to blocks of 8, 4, 2 or 1 px.
+
+The arithmetic is that of ``jidctint.c``, and of ``jidctred.c`` for the reduced sizes. A reduced transform ignores some
+coefficients.
 
 The coefficients of sixteen blocks lie in *lanes*: row *k* of a group has the *k*-th coefficient, in the order of a
 JPEG, of each block as int16. Each dimension of the transform then adds and multiplies whole rows, and no vector has to
@@ -6,15 +9,15 @@ be transposed before the pixels are stored. All products of libjpeg are multipli
 their sum is one instruction of AVX2. Integer arithmetic makes this exact.
 
 libjpeg computes sums of two numbers in 16 bits where it has vector code, in more bits where not. The two agree if no
-dequantised coefficient is beyond `MAX_COEFFICIENT` and no pixel is beyond `MAX_PIXEL` before it is clipped: a row of
-pixels bounds the numbers between the two dimensions. Other blocks are reported, and TurboJPEG decodes the image.
+dequantised coefficient is beyond `MAX_COEFFICIENT`, no number between the two dimensions is beyond `MAX_BETWEEN`, and
+no pixel is beyond `MAX_PIXEL` before it is clipped. At 8 px a row of pixels bounds the numbers between the dimensions,
+so these numbers are checked only at reduced sizes. Other blocks are reported, and TurboJPEG decodes the image.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numba as nb
-import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
 
@@ -27,20 +30,33 @@ ROW_BYTES = 2 * LANES
 MAX_COEFFICIENT = (1 << 14) - 1
 MAX_PIXEL = 480
 """The largest distance from 128 of a pixel before it is clipped."""
+MAX_BETWEEN = 25000
+"""With larger numbers between the two dimensions, a sum of a reduced transform may leave 32 bits."""
 
 _CONSTANT_BITS, _PASS_BITS = 13, 2
 _FIRST_SHIFT, _SECOND_SHIFT = _CONSTANT_BITS - _PASS_BITS, _CONSTANT_BITS + _PASS_BITS + 3
 _ONE = 1 << _CONSTANT_BITS
-# The weights of inputs 0 and 4, then 2 and 6, for outputs 0 and 7, and for outputs 1 and 6. The difference of the two
-# terms is for outputs 3 and 4, and for outputs 2 and 5.
-_EVEN = (((_ONE, _ONE), (10703, 4433)), ((_ONE, -_ONE), (4433, -10704)))
-# The weights of inputs 1 and 3, then 5 and 7, for outputs 0 and 7, 1 and 6, 2 and 5, 3 and 4.
-_ODD = (
-    ((11363, 9633), (6437, 2260)),
-    ((9633, -2259), (-11362, -6436)),
-    ((6437, -11362), (2261, 9633)),
-    ((2260, -6436), (9633, -11363)),
-)
+# The inputs of a transform to a size in px, in both dimensions.
+_INPUTS = {8: (0, 1, 2, 3, 4, 5, 6, 7), 4: (0, 1, 2, 3, 5, 6, 7), 2: (0, 1, 3, 5, 7), 1: (0,)}
+# Pairs of even inputs. Each line of `_EVEN` has the weights of the pairs for the first outputs, from both ends. The
+# difference of the two terms is for the outputs in the middle.
+_EVEN_PAIRS: dict[int, Any] = {8: ((0, 4), (2, 6)), 4: ((0, 0), (2, 6)), 2: ((0, 0),)}
+_EVEN: dict[int, Any] = {
+    8: (((_ONE, _ONE), (10703, 4433)), ((_ONE, -_ONE), (4433, -10704))),
+    4: (((_ONE, _ONE), (15137, -6270)),),
+    2: (((2 * _ONE, 2 * _ONE),),),
+}
+# The weights of inputs 1 and 3, then 5 and 7. The first line is for the first and the last output, and so on.
+_ODD = {
+    8: (
+        ((11363, 9633), (6437, 2260)),
+        ((9633, -2259), (-11362, -6436)),
+        ((6437, -11362), (2261, 9633)),
+        ((2260, -6436), (9633, -11363)),
+    ),
+    4: (((20995, 7373), (-4926, -4176)), ((8697, -17799), (11893, -1730))),
+    2: (((29692, -10426), (6967, -5906)),),
+}
 
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 _SHORTS = ir.VectorType(_I16, LANES)
@@ -121,13 +137,16 @@ def _arithmetic(builder: ir.IRBuilder) -> _Avx2 | _Plain:
     return _Avx2(builder) if HAS_AVX2 else _Plain(builder)
 
 
-def _transform(machine: _Avx2 | _Plain, x: Sequence[ir.Value], shift: int) -> list[ir.Value]:
-    """Emit one dimension of the transform: eight rows of lanes in, eight rows out."""
+def _transform(machine: _Avx2 | _Plain, x: dict[int, ir.Value], size: int, shift: int) -> list[ir.Value]:
+    """Emit one dimension of a transform to `size` numbers: rows of lanes in, by their number, and rows out."""
     builder = machine.builder
-    even, odd = (
-        (machine.pair(x[0], x[4]), machine.pair(x[2], x[6])),
-        (machine.pair(x[1], x[3]), machine.pair(x[5], x[7])),
-    )
+    if size == 1:
+        # libjpeg does not move the only number to the left and back.
+        is_last = shift == _SECOND_SHIFT
+        return [builder.ashr(builder.add(x[0], _splat(_I16, LANES, 4)), _splat(_I16, LANES, 3)) if is_last else x[0]]
+    shift += (8 // size).bit_length() - 1
+    even = [machine.pair(x[a], x[b]) for a, b in _EVEN_PAIRS[size]]
+    odd = machine.pair(x[1], x[3]), machine.pair(x[5], x[7])
 
     def both(function: Callable[..., ir.Value], a: Any, b: Any) -> list[ir.Value]:
         return [function(*parts) for parts in zip(a, b, strict=True)]
@@ -136,143 +155,188 @@ def _transform(machine: _Avx2 | _Plain, x: Sequence[ir.Value], shift: int) -> li
         count = wide[0].type.count
         return machine.narrow([builder.ashr(part, _splat(_I32, count, shift)) for part in wide])
 
-    out: list[ir.Value] = [None] * 8
-    halves: dict[tuple[int, int], Any] = {}
-    for number, (first, second) in enumerate(_EVEN):
+    sums, differences = [], []
+    for first, *rest in _EVEN[size]:
         start = machine.weigh(even[0], first)
         start = [builder.add(part, _splat(_I32, part.type.count, 1 << shift - 1)) for part in start]
-        other = machine.weigh(even[1], second)
-        halves[number, 0], halves[number, 1] = both(builder.add, start, other), both(builder.sub, start, other)
-    for number, of_evens in enumerate((halves[0, 0], halves[1, 0], halves[1, 1], halves[0, 1])):
-        first, second = _ODD[number]
+        other = [machine.weigh(even[1], weights) for weights in rest]
+        sums.append(both(builder.add, start, other[0]) if other else start)
+        differences += [both(builder.sub, start, term) for term in other]
+    out: list[ir.Value] = [None] * size
+    for number, of_evens in enumerate(sums + differences[::-1]):
+        first, second = _ODD[size][number]
         of_odds = both(builder.add, machine.weigh(odd[0], first), machine.weigh(odd[1], second))
         out[number] = shifted(both(builder.add, of_evens, of_odds))
-        out[7 - number] = shifted(both(builder.sub, of_evens, of_odds))
+        out[size - 1 - number] = shifted(both(builder.sub, of_evens, of_odds))
     return out
 
 
+class _Range:
+    """The range of the numbers of each lane."""
+
+    def __init__(self, builder: ir.IRBuilder):
+        self.builder = builder
+        self.lowest: ir.Value = None
+        self.highest: ir.Value = None
+
+    def include(self, value: ir.Value) -> None:
+        if self.lowest is None:
+            self.lowest = self.highest = value
+            return
+        builder = self.builder
+        self.highest = builder.select(builder.icmp_signed(">", self.highest, value), self.highest, value)
+        self.lowest = builder.select(builder.icmp_signed("<", self.lowest, value), self.lowest, value)
+
+    def exceeds(self, most: int) -> ir.Value:
+        """Return an integer that is not 0 if a magnitude is above `most`."""
+        builder = self.builder
+        beyond = builder.or_(
+            builder.icmp_signed(">", self.highest, _splat(_I16, LANES, most)),
+            builder.icmp_signed("<", self.lowest, _splat(_I16, LANES, -most)),
+        )
+        return builder.zext(builder.bitcast(beyond, _I16), _I64)
+
+
 @intrinsic(prefer_literal=True)
-def transform_column(typing_context, source, column, divisors, work) -> Any:
-    """Transform a column of coefficients, and clear it.
+def transform_columns(typing_context, source, divisors, work, size) -> Any:
+    """Transform the columns of coefficients, and clear the coefficients.
 
     Parameters
     ----------
     source : int
         Address of the coefficients of a group.
-    column : literal int
-        0 to 7.
     divisors : int
         Address of the quantisation table, uint8 (64,) in the order of a JPEG.
     work : int
-        Address of the output, int16 (8, 8, LANES): row, column, lane.
+        Address of the output, int16 (size, 8, LANES): row, column, lane. The columns of coefficients that a reduced
+        transform ignores are left as they are.
+    size : literal int
+        The side of a block in px: 8, 4, 2 or 1.
+
+    Returns
+    -------
+    int
+        Not 0 if a number is beyond `MAX_BETWEEN` and the size is reduced.
     """
-    if not isinstance(column, nb.types.IntegerLiteral):
+    if not isinstance(size, nb.types.IntegerLiteral):
         return None
-    at_column = column.literal_value
-    places = [int(np.flatnonzero((ZIGZAG == (row, at_column)).all(axis=1))[0]) for row in range(8)]
+    side = size.literal_value
+    places = {tuple(place): number for number, place in enumerate(ZIGZAG.tolist())}
 
     def codegen(context, builder, signature, arguments):
-        source, _, divisors, work = arguments
-        machine = _arithmetic(builder)
-        lanes = []
-        for place in places:
-            address = builder.add(source, ir.Constant(_I64, place * ROW_BYTES))
-            pointer = pointer_to(builder, address, _SHORTS)
-            coefficients = builder.load(pointer, align=1)
-            builder.store(_splat(_I16, LANES, 0), pointer, align=1)
-            divisor = builder.load(pointer_to(builder, builder.add(divisors, ir.Constant(_I64, place)), _I8), align=1)
-            empty = ir.Constant(_SHORTS, ir.Undefined)
-            one = builder.insert_element(empty, builder.zext(divisor, _I16), ir.Constant(_I32, 0))
-            lanes.append(builder.mul(coefficients, _shuffle(builder, one, empty, [0] * LANES)))
-        for row, value in enumerate(_transform(machine, lanes, _FIRST_SHIFT)):
-            address = builder.add(work, ir.Constant(_I64, (8 * row + at_column) * ROW_BYTES))
-            builder.store(value, pointer_to(builder, address, _SHORTS), align=1)
-        return context.get_dummy_value()
+        source, divisors, work, _ = arguments
+        machine, between = _arithmetic(builder), _Range(builder)
+        empty, zeros = ir.Constant(_SHORTS, ir.Undefined), _splat(_I16, LANES, 0)
+        for column in range(8):
+            lanes = {}
+            for row in range(8):
+                place = places[row, column]
+                pointer = pointer_to(builder, builder.add(source, ir.Constant(_I64, place * ROW_BYTES)), _SHORTS)
+                if row in _INPUTS[side] and column in _INPUTS[side]:
+                    coefficients = builder.load(pointer, align=1)
+                    divisor = pointer_to(builder, builder.add(divisors, ir.Constant(_I64, place)), _I8)
+                    divisor = builder.zext(builder.load(divisor, align=1), _I16)
+                    one = builder.insert_element(empty, divisor, ir.Constant(_I32, 0))
+                    lanes[row] = builder.mul(coefficients, _shuffle(builder, one, empty, [0] * LANES))
+                builder.store(zeros, pointer, align=1)
+            if column not in _INPUTS[side]:
+                continue
+            for row, value in enumerate(_transform(machine, lanes, side, _FIRST_SHIFT)):
+                address = builder.add(work, ir.Constant(_I64, (8 * row + column) * ROW_BYTES))
+                builder.store(value, pointer_to(builder, address, _SHORTS), align=1)
+                between.include(value)
+        return between.exceeds(MAX_BETWEEN) if side < 8 else ir.Constant(_I64, 0)
 
-    return nb.types.void(nb.types.int64, column, nb.types.int64, nb.types.int64), codegen
+    return nb.types.int64(nb.types.int64, nb.types.int64, nb.types.int64, size), codegen
 
 
-def _emit_row(builder: ir.IRBuilder, work: ir.Value) -> tuple[list[ir.Value], ir.Value]:
-    """Emit the second dimension for a row: the bytes of the blocks one after the other, and whether one is beyond."""
-    machine = _arithmetic(builder)
-    x = []
-    for column in range(8):
+def _emit_row(builder: ir.IRBuilder, work: ir.Value, size: int) -> tuple[list[ir.Value], ir.Value]:
+    """Emit the second dimension for a row: the bytes of the blocks one after the other, and whether one is beyond.
+
+    The lower half of each vector is for the first eight blocks, the upper half for the other eight.
+    """
+    machine, distances = _arithmetic(builder), _Range(builder)
+    x = {}
+    for column in _INPUTS[size]:
         address = builder.add(work, ir.Constant(_I64, column * ROW_BYTES))
-        x.append(builder.load(pointer_to(builder, address, _SHORTS), align=1))
-    pixels = _transform(machine, x, _SECOND_SHIFT)
-    highest = lowest = pixels[0]
-    for value in pixels[1:]:
-        highest = builder.select(builder.icmp_signed(">", highest, value), highest, value)
-        lowest = builder.select(builder.icmp_signed("<", lowest, value), lowest, value)
-    beyond = builder.or_(
-        builder.icmp_signed(">", highest, _splat(_I16, LANES, MAX_PIXEL)),
-        builder.icmp_signed("<", lowest, _splat(_I16, LANES, -MAX_PIXEL)),
-    )
-    rows = [machine.to_bytes(pixels[2 * i], pixels[2 * i + 1]) for i in range(4)]
-    for _ in range(3):
+        x[column] = builder.load(pointer_to(builder, address, _SHORTS), align=1)
+    pixels = _transform(machine, x, size, _SECOND_SHIFT)
+    for value in pixels:
+        distances.include(value)
+    # At 1 px the second half of each half is not used.
+    rows = [machine.to_bytes(pixels[i], pixels[min(i + 1, size - 1)]) for i in range(0, size, 2)]
+    half = len(rows) // 2
+    if size == 2:
+        rows = [_shuffle(builder, rows[0], rows[0], [16 * (i // 16) + i % 16 // 2 + i % 2 * 8 for i in range(32)])]
+    for _ in range(size.bit_length() - 1 if half else 0):
         rows = [
-            _shuffle(builder, rows[i], rows[i + 2], _interleaving(32, upper))
-            for i in range(2)
+            _shuffle(builder, rows[i], rows[i + half], _interleaving(32, upper))
+            for i in range(half)
             for upper in (False, True)
         ]
     signs = _splat(_I8, 32, 128)
-    rows = [builder.xor(row, signs) for row in rows]
-    return rows, builder.zext(builder.bitcast(beyond, _I16), _I64)
+    return [builder.xor(row, signs) for row in rows], distances.exceeds(MAX_PIXEL)
 
 
-def _load_place(builder: ir.IRBuilder, places: ir.Value, number: int) -> ir.Value:
-    address = builder.add(places, ir.Constant(_I64, 8 * number))
-    return builder.load(pointer_to(builder, address, _I64), align=1)
+def _build_transform_of_rows(blocks_per_mcu: int) -> Callable[..., Any]:
+    """Return the code generator of a row of a group, whose MCUs are `blocks_per_mcu` blocks wide."""
+
+    def generate(builder: ir.IRBuilder, arguments: Sequence[ir.Value], size: int) -> ir.Value:
+        work, places, offset, below, _ = arguments
+        rows, beyond = _emit_row(builder, work, size)
+        width = blocks_per_mcu * size
+        for mcu in reversed(range(8 // blocks_per_mcu)):
+            place = builder.load(pointer_to(builder, builder.add(places, ir.Constant(_I64, 8 * mcu)), _I64), align=1)
+            upper = builder.add(place, offset)
+            row, start = rows[mcu * width // 16], mcu * width % 16
+            for at, first in ((upper, start), (builder.add(upper, below), 16 + start)):
+                part = _shuffle(builder, row, row, range(first, first + width))
+                builder.store(part, pointer_to(builder, at, ir.VectorType(_I8, width)), align=1)
+        return beyond
+
+    return generate
 
 
-@intrinsic
-def transform_luma_row(typing_context, work, places, offset, below) -> Any:
+_generate_luma_row, _generate_chroma_row = _build_transform_of_rows(2), _build_transform_of_rows(1)
+
+
+@intrinsic(prefer_literal=True)
+def transform_luma_row(typing_context, work, places, offset, below, size) -> Any:
     """Transform a row of a group of four MCUs: eight blocks from upper halves, then eight from lower halves.
 
     Parameters
     ----------
     work : int
-        Address of the row's numbers, int16 (8, LANES), from `transform_column`.
+        Address of the row's numbers, int16 (8, LANES), from `transform_columns`.
     places : int
         Address of the addresses of the four MCUs in the plane, int64 (4,). If two are equal, the earlier one is
         stored.
     offset, below : int
         What to add to the addresses for the upper blocks, and what to add further for the lower blocks.
+    size : literal int
+        The side of a block in px: 8, 4, 2 or 1.
 
     Returns
     -------
     int
         Not 0 if a pixel is beyond `MAX_PIXEL`.
     """
-    half = ir.VectorType(_I8, 16)
+    if not isinstance(size, nb.types.IntegerLiteral):
+        return None
 
     def codegen(context, builder, signature, arguments):
-        work, places, offset, below = arguments
-        rows, beyond = _emit_row(builder, work)
-        for mcu in reversed(range(4)):
-            upper = builder.add(_load_place(builder, places, mcu), offset)
-            for place, first in ((upper, 0), (builder.add(upper, below), 16)):
-                part = _shuffle(builder, rows[mcu], rows[mcu], range(first, first + 16))
-                builder.store(part, pointer_to(builder, place, half), align=1)
-        return beyond
+        return _generate_luma_row(builder, arguments, size.literal_value)
 
-    return nb.types.int64(*(nb.types.int64 for _ in range(4))), codegen
+    return nb.types.int64(*(nb.types.int64 for _ in range(4)), size), codegen
 
 
-@intrinsic
-def transform_chroma_row(typing_context, work, places, offset, below) -> Any:
+@intrinsic(prefer_literal=True)
+def transform_chroma_row(typing_context, work, places, offset, below, size) -> Any:
     """Transform a row of a group of eight MCUs: eight blocks of Cb, then eight of Cr. See `transform_luma_row`."""
-    half = ir.VectorType(_I8, 8)
+    if not isinstance(size, nb.types.IntegerLiteral):
+        return None
 
     def codegen(context, builder, signature, arguments):
-        work, places, offset, below = arguments
-        rows, beyond = _emit_row(builder, work)
-        for mcu in reversed(range(8)):
-            cb = builder.add(_load_place(builder, places, mcu), offset)
-            for place, first in ((cb, 0), (builder.add(cb, below), 16)):
-                start = first + 8 * (mcu & 1)
-                part = _shuffle(builder, rows[mcu >> 1], rows[mcu >> 1], range(start, start + 8))
-                builder.store(part, pointer_to(builder, place, half), align=1)
-        return beyond
+        return _generate_chroma_row(builder, arguments, size.literal_value)
 
-    return nb.types.int64(*(nb.types.int64 for _ in range(4))), codegen
+    return nb.types.int64(*(nb.types.int64 for _ in range(4)), size), codegen

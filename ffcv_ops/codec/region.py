@@ -273,17 +273,19 @@ def decode_planes_into(data, size, window, eighths, scratch, planes):
     numbers, spliced, decoder = scratch
     layout = read_layout(data)
     is_indexed = layout.height == size[0] and layout.width == size[1]
-    if eighths == 8 and decoder.size > 0:
-        memory = (_address(data), data.size), (_address(spliced), spliced.size), (_address(planes), planes.size)
+    if decoder.size > 0:
+        source, target = (_address(data), data.size), (_address(spliced), spliced.size)
+        output = _address(planes), planes.size
+        own = _address(decoder)
         if is_indexed:
-            is_done = entropy.decode_region_into(memory[0], layout, window, memory[1], _address(decoder), memory[2])
+            is_done = entropy.decode_region_into(source, layout, window, eighths, target, own, output)
         else:
-            is_done = entropy.decode_plain_region_into(memory[0], size, window, memory[1], _address(decoder), memory[2])
+            is_done = entropy.decode_plain_region_into(source, size, window, eighths, target, own, output)
         if is_done:
             top, left = window[0] // _MCU_PX * _MCU_PX, window[1] // _MCU_PX * _MCU_PX
             height = -(-(window[0] + window[2]) // _MCU_PX) * _MCU_PX - top
             width = -(-(window[1] + window[3]) // _MCU_PX) * _MCU_PX - left
-            return Planes(OK, top, left, height, width, 2, 2)
+            return Planes(OK, top, left, height * eighths // 8, width * eighths // 8, 2, 2)
     # A decompressor keeps the tables of its last JPEG, and takes them for a JPEG that lacks tables. Therefore each JPEG
     # has a decompressor of its own. It costs less than a microsecond.
     handle = _open_decompressor()
