@@ -137,7 +137,7 @@ def run_write(chosen: Write, executor: Executor | None, progress: Progress) -> i
     """Write one split and print a summary of the file."""
     source, target = choose_source(chosen)
     settings = chosen.settings
-    for name, value in (("source", source.address), ("target", target), ("settings", settings_line(settings))):
+    for name, value in (("source", source.name), ("target", target), ("settings", settings_line(settings))):
         print_line(f"{name:<10}{value}")
     start_s = time.monotonic()
     manifest = write(

@@ -6,11 +6,13 @@ import pickle
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from aiohttp import web
+from aiohttp import BasicAuth, web
 from archives import CONTENTS, NAMES, contents_of, listed, make_folder, tar, tar_of_tars
 from test_parquet import DATASETS_5, table
 from test_webdataset import CLASSES, samples, write_shards
@@ -23,6 +25,8 @@ from ffcv_ops.sources.kinds import SourceSpec, open_source
 from ffcv_ops.sources.ranges import RangeReader, list_file
 from ffcv_ops.sources.source import SourceChanged, SourceError
 from ffcv_ops.sources.window import LOCAL, REMOTE, Window
+from ffcv_ops.writing.partial_file import PartialFile, index_path
+from ffcv_ops.writing.writer import write
 
 ROOT = Path(__file__).parents[1]
 # webdataset leaves its files for Python to close, and fsspec its connections.
@@ -102,10 +106,11 @@ def test_the_file_is_that_of_the_folder(data, server, tmp_path):
     assert found.returncode == 0, found.stderr
     assert run_writer("--source", data / "folder", "--target", local_file, *settings).returncode == 0
     assert remote_file.read_bytes() == local_file.read_bytes()
+    assert "secret" not in found.stdout + found.stderr
     manifest = (tmp_path / "remote.beton.json").read_text()
     assert json.loads(manifest)["source"]["path"] == f"{server.url}/train.tar" and "secret" not in manifest
-    refused = run_writer("--source", f"{server.url}/train.tar", *settings)
-    assert refused.returncode == 2 and "name the file to write with --target" in refused.stderr
+    refused = run_writer("--source", f"{server.url}/train.tar?token=secret", *settings)
+    assert refused.returncode == 2 and "train.tar: lies on another machine; name the file" in refused.stderr
 
 
 def test_a_subset_reads_its_images_only(data, tmp_path):
@@ -156,6 +161,115 @@ def test_a_server_without_ranges_is_refused_before_it_sends_much(data, server):
     server.fault = whole
     with pytest.raises(UserError, match="whole files only, no ranges"):
         list_file(f"{server.url}/train.tar")
+
+
+def test_a_server_may_compress_what_it_is_not_told_to_leave(data, server):
+    """nginx then ignores the range, and seems to give whole files only."""
+
+    def zipped(request):
+        return web.Response(body=b"\0" * 4_000_000) if "gzip" in request.headers["Accept-Encoding"] else None
+
+    server.fault = zipped
+    assert listed(f"{server.url}/train.tar") == listed(data / "folder")
+
+
+@pytest.mark.parametrize("name", ["shards", "train.tar", "folders.tar?token=secret"])
+def test_a_page_is_no_archive(server, name):
+    """A folder without its slash, or a page that asks for a password."""
+    server.fault = lambda request: web.Response(text="<html>", content_type="text/html")
+    with pytest.raises(UserError, match=f"/{name.partition('?')[0]}: is a page, not a file; .* needs a slash"):
+        open_source(SourceSpec(f"{server.url}/{name}"))
+
+
+def test_a_password_opens_the_names_of_classes_too(data, server):
+    """They lie beside the shards. Without them, the classes would be named by their numbers."""
+    allowed = BasicAuth("me", "secret@").encode()
+
+    def closed(request):
+        is_allowed = request.headers.get("Authorization") == allowed or request.query.get("token") == "secret"
+        return None if is_allowed else web.Response(status=401)
+
+    server.fault = closed
+    host = server.url.removeprefix("http://")
+    for address in (
+        f"http://me:secret%40@{host}/shards/",
+        f"{server.url}/shards/train-{{0000..0002}}.tar?token=secret",
+    ):
+        source = open_source(SourceSpec(address))
+        assert source.classes == CLASSES
+        assert "secret" not in json.dumps([source.address, source.identity, source.facts, source.locate(0)])
+
+
+@pytest.mark.parametrize(
+    ("address", "options"),
+    [
+        ("a.tar", {"class_names": "names.txt"}), ("a.tar", {"labels": "http://me:secret@127.0.0.1:1/labels.csv"}),
+        ("a.arrow", {}), ("a.tar", {"kind": "folder"}), ("flat.tar", {}), ("table/*.tar", {}), ("nothing/", {}),
+        ("table/", {"kind": "tar"}), ("table/", {"split": "val"}), ("shards/", {"label_column": "x"}),
+        ("shards/", {"class_names": "http://me:secret@[::1/x"}), ("train.tar", {"kind": "parquet"}),
+    ],
+)  # fmt: skip
+def test_messages_hold_no_secrets(server, address, options):
+    host = server.url.removeprefix("http://")
+    with pytest.raises(UserError) as raised:
+        open_source(SourceSpec(f"http://me:secret@{host}/{address}", **options))
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("address", ["http:///a?secret", "http://me:sec/ret@h/a", "https://[::1/a", "http://h:70000/a"])
+def test_addresses_that_are_none(address):
+    with pytest.raises(UserError, match=r"^https?://\.\.\.: is no URL of a host") as raised:
+        open_source(SourceSpec(address))
+    assert "sec" not in str(raised.value)
+
+
+def test_a_reason_holds_no_secrets():
+    error = OSError("cannot open 'https://me:secret@h/a?secret', s3://b/c?secret=1 or http://h/d (why?)")
+    assert remote._reason(error) == "OSError: cannot open 'https://h/a', s3://b/c or http://h/d (why?)"
+
+
+def test_a_server_that_is_silent_is_not_waited_for_long(data, server, monkeypatch):
+    """A question has a time limit, and all tries together have one too."""
+    reader = RangeReader([list_file(f"{server.url}/train.tar")])
+    reader.read(0, 0, 10)
+    monkeypatch.setattr(remote, "_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(remote, "_MOST_S", 0.15)
+    monkeypatch.setattr(remote, "_READING_WAITS_S", (0.0,) * 50)
+    server.fault = lambda request: time.sleep(0.2)
+    with pytest.raises(SourceError, match="tried [23] times"):
+        reader.read(0, 0, 10)
+
+
+def test_the_listing_outlives_a_server_that_fails(data, tmp_path):
+    """Also if nothing is on disk yet, so that the same command does not list again."""
+    target = tmp_path / "a.beton"
+    with serving(data) as server:
+        server.fault = lambda request: web.Response(status=403) if is_read else None
+        is_read = False
+
+        spec = SourceSpec(f"{server.url}/folders.tar")
+        save = PartialFile.__init__
+
+        def begin(self, *arguments):
+            nonlocal is_read
+            save(self, *arguments)
+            is_read = True
+
+        with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as threads:
+            patch.setattr(PartialFile, "__init__", begin)
+            with pytest.raises(SourceError, match="answers 403"):
+                write(spec, target, executor=threads, num_workers=1)
+    assert index_path(target).exists()
+
+
+def test_the_kind_does_not_depend_on_a_failure(data, server):
+    """Shards whose labels cannot be read are not taken for an archive of folders."""
+    server.fault = lambda request: web.Response(status=503) if request.http_range.start == 0 else None
+    with pytest.raises(UserError, match="answers 503"):
+        open_source(SourceSpec(f"{server.url}/shards/"))
+    server.fault = lambda request: web.Response(status=503) if request.path.endswith(".txt") else None
+    with pytest.raises(UserError, match="classes.txt: the server answers 503"):
+        open_source(SourceSpec(f"{server.url}/shards/"))
 
 
 def test_failures_are_tried_again(data, server):

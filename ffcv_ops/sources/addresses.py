@@ -35,8 +35,13 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
 
 
+def beside(address: str, name: str) -> str:
+    """Return the address of a name in the folder of a file."""
+    return remote.beside(address, name) if is_remote(address) else os.path.join(os.path.dirname(address), name)
+
+
 def exists(address: str) -> bool:
-    """Return whether there is a file. A server may refuse to tell, and then there is none."""
+    """Return whether there is a file. See `remote.exists`."""
     return remote.exists(address) if is_remote(address) else os.path.exists(address)
 
 
@@ -113,10 +118,12 @@ def expand(address: str, suffixes: tuple[str, ...]) -> list[str]:
     UserError
         If a file is missing, or if there is none.
     """
+    shown = public_name(address)
     if is_folder(address):
         names = [name for name, _ in list_names(address) if name.endswith(suffixes) and not name.startswith(".")]
         if not names:
-            raise UserError(f"{address}: has no file that ends in {' or '.join(suffixes)}")
+            hint = "; folders of images are read from this machine only" if is_remote(address) else ""
+            raise UserError(f"{shown}: has no file that ends in {' or '.join(suffixes)}{hint}")
         return [join(address, name) for name in names]
     if not is_pattern(address):
         if not is_remote(address) and not os.path.exists(address):
@@ -131,9 +138,9 @@ def expand(address: str, suffixes: tuple[str, ...]) -> list[str]:
         else:
             paths += sorted(glob.glob(name))
     if not paths:
-        raise UserError(f"{address}: no file has such a name")
+        raise UserError(f"{shown}: no file has such a name")
     missing = [path for path in paths if not is_remote(path) and not os.path.exists(path)]
     if missing:
         more = f", and {len(missing) - 1} more of {len(paths)}" if len(missing) > 1 else ""
-        raise UserError(f"{missing[0]}: no such file{more}; {address} names it")
+        raise UserError(f"{missing[0]}: no such file{more}; {shown} names it")
     return list(dict.fromkeys(paths))

@@ -56,7 +56,7 @@ def open_arrow(spec: "SourceSpec", stage: Stage) -> Source:
     """
     if is_remote(spec.address):
         raise UserError(
-            f"{spec.address}: Arrow files are mapped into memory, so they must lie on this machine; copy the folder "
+            f"{spec.name}: Arrow files are mapped into memory, so they must lie on this machine; copy the folder "
             "here, or store the table as Parquet"
         )
     import_pyarrow(spec.address)
@@ -84,10 +84,10 @@ def open_arrow(spec: "SourceSpec", stage: Stage) -> Source:
                 reported_s = time.monotonic()
         rows.add(bytes(block), count, num_unnamed)
     if labels is None:
-        raise UserError(f"{spec.address}: has no rows")
+        raise UserError(f"{spec.name}: has no rows")
     columns = labels.columns
     if 0 < num_outer < rows.total:
-        raise UserError(f"{spec.address}: {num_outer} of {rows.total} rows have no bytes in {columns.image}; {EMBED}")
+        raise UserError(f"{spec.name}: {num_outer} of {rows.total} rows have no bytes in {columns.image}; {EMBED}")
     identity = ["arrow", [file.identity for file in files], columns.image, columns.label]
     if num_outer:
         return build_source(spec, rows, labels, None, identity)

@@ -14,6 +14,7 @@ import numpy as np
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.remarks import Remark
+from ffcv_ops.sources.remote import public_name
 from ffcv_ops.sources.webdataset import read_class_names
 
 if TYPE_CHECKING:
@@ -314,17 +315,17 @@ class Labels:
         labels = np.concatenate(self.numbers)
         self.numbers = []
         names = read_class_names(spec.class_names) if spec.class_names else self.columns.names
-        whose = spec.class_names or f"the metadata of the column {self.columns.label}"
+        whose = (
+            public_name(spec.class_names) if spec.class_names else f"the metadata of the column {self.columns.label}"
+        )
         if names is not None and len(set(names)) < len(names):
             name = next(name for name in names if names.count(name) > 1)
-            raise UserError(
-                f"{spec.address}: {whose} has the class {name} twice; give the names with --class_names FILE"
-            )
+            raise UserError(f"{spec.name}: {whose} has the class {name} twice; give the names with --class_names FILE")
         remarks: list[Remark] = []
         if self.is_text and not all(text.isascii() and text.isdigit() for text in self.found):
             if names is not None and not set(self.found) <= set(names):
                 raise UserError(
-                    f"{spec.address}: has the class {min(set(self.found) - set(names))}, which {whose} does not name"
+                    f"{spec.name}: has the class {min(set(self.found) - set(names))}, which {whose} does not name"
                 )
             names = sorted(self.found) if names is None else names
             places = {name: place for place, name in enumerate(names)}
@@ -333,13 +334,13 @@ class Labels:
             labels = np.array([min(int(text), _MOST_CLASSES) for text in self.found], np.int32)[labels]
         count = int(labels.max()) + 1
         if count > _MOST_CLASSES:
-            raise UserError(f"{spec.address}: has texts in {self.columns.label} that are too large for class numbers")
+            raise UserError(f"{spec.name}: has texts in {self.columns.label} that are too large for class numbers")
         if names is None:
             names = [str(number) for number in range(count)]
             what = "classes without names, which are named by their numbers"
             remarks.append(Remark(what, count, "0", "name them with --class_names FILE, one on each line"))
         elif count > len(names):
-            raise UserError(f"{spec.address}: has the class {count - 1}, but {whose} names {len(names)} classes")
+            raise UserError(f"{spec.name}: has the class {count - 1}, but {whose} names {len(names)} classes")
         empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
         if len(empty):
             remarks.append(Remark("classes without an image", len(empty), names[empty[0]]))

@@ -10,7 +10,7 @@ from ffcv_ops.sources.addresses import is_pattern
 from ffcv_ops.sources.arrow import fits_arrow, open_arrow
 from ffcv_ops.sources.folder import holds_folders_only, list_classes, list_flat, scan
 from ffcv_ops.sources.parquet import fits_parquet, open_parquet
-from ffcv_ops.sources.remote import is_remote
+from ffcv_ops.sources.remote import is_remote, public_name
 from ffcv_ops.sources.source import Source, Stage
 from ffcv_ops.sources.tar import SPLITS, open_tar
 from ffcv_ops.sources.webdataset import fits_shards, open_webdataset
@@ -50,6 +50,11 @@ class SourceSpec:
     image_column: str | None = None
     label_column: str | None = None
     index: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the address for messages. A URL may hold secrets, which are left out."""
+        return public_name(self.address)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def _fits_folder(spec: SourceSpec) -> bool:
 def _open_folder(spec: SourceSpec, stage: Stage) -> Source:
     if is_remote(spec.address):
         raise UserError(
-            f"{spec.address}: archives, shards and Parquet files are read from other machines, no folders of images; "
+            f"{spec.name}: archives, shards and Parquet files are read from other machines, no folders of images; "
             "mount the folder"
         )
     root = Path(spec.address)
@@ -143,17 +148,19 @@ def find_kind(spec: SourceSpec) -> str:
     """
     if spec.kind != AUTO and spec.kind not in KINDS:
         raise UserError(f"source_kind must be {AUTO} or one of {', '.join(KINDS)}, not {spec.kind!r}")
+    if spec.labels and is_remote(spec.labels):
+        raise UserError(f"{public_name(spec.labels)}: --labels names a file of this machine; copy the file here")
     kinds = KINDS if spec.kind == AUTO else [spec.kind]
     found = next((name for name in kinds if spec.kind != AUTO or KINDS[name].fits(spec)), None)
     if found is None:
         raise UserError(
-            f"{spec.address}: no such folder; --source names the one with a subfolder of images for each class, or "
+            f"{spec.name}: no such folder; --source names the one with a subfolder of images for each class, or "
             "archives"
         )
     unused = [f"--{name}" for name in OPTIONS if getattr(spec, name) is not None and name not in KINDS[found].options]
     if unused:
         what = KINDS[found].what
-        raise UserError(f"{spec.address}: is read as {what}, for which {unused[0]} has no use; see --source_kind")
+        raise UserError(f"{spec.name}: is read as {what}, for which {unused[0]} has no use; see --source_kind")
     return found
 
 

@@ -216,7 +216,7 @@ def open_parquet(spec: "SourceSpec", stage: Stage) -> Source:
         If pyarrow is missing, if a file is damaged, if columns cannot be chosen or read, or if an image or a class is
         missing.
     """
-    pyarrow = import_pyarrow(spec.address)
+    pyarrow = import_pyarrow(spec.name)
     files = list_files(choose_split(find_files(spec.address, SUFFIX), spec))
     paths = [file.name for file in files]
     ranges = RangeReader(files)
@@ -224,7 +224,7 @@ def open_parquet(spec: "SourceSpec", stage: Stage) -> Source:
     rests_on = [spec.kind, spec.split, spec.image_column, spec.label_column, *(file.identity for file in files)]
     rests_on += [read_class_names(spec.class_names) if spec.class_names else None]
     if is_remote:
-        earlier = load_index(spec.index, rests_on, spec.kind, spec.address, PlacedReader(spec.address, files))
+        earlier = load_index(spec.index, rests_on, spec.kind, spec.name, PlacedReader(spec.address, files))
         if earlier is not None:
             return earlier
     with _reading(paths[0]):
@@ -243,7 +243,7 @@ def open_parquet(spec: "SourceSpec", stage: Stage) -> Source:
         groups += found.groups
         num_outer += found.num_outer
     if 0 < num_outer < rows.total:
-        raise UserError(f"{spec.address}: {num_outer} of {rows.total} rows have no bytes in {columns.image}; {EMBED}")
+        raise UserError(f"{spec.name}: {num_outer} of {rows.total} rows have no bytes in {columns.image}; {EMBED}")
     pyarrow.default_memory_pool().release_unused()
     identity = ["parquet", [file.identity for file in files], columns.image, columns.label]
     if num_outer:

@@ -7,11 +7,13 @@ its file systems document.
 """
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from ffcv_ops.errors import UserError
 
@@ -29,8 +31,11 @@ _VERSIONS = (
 # Seconds between tries: a listing has a user who waits, and a run of hours should outlive the restart of a server.
 _LISTING_WAITS_S = (0.5, 1.5)
 _READING_WAITS_S = (0.5, 1.5, 5.0, 15.0, 40.0)
-_TIMEOUT_S = 120.0
+# A server that is silent is asked twice.
+_TIMEOUT_S, _MOST_S = 120.0, 180.0
 _HOPELESS = (PermissionError, IsADirectoryError, ImportError, ValueError, NotImplementedError)
+# User and query of a URL are left out, which may be secret.
+_URL = re.compile(r"(\w+://)(?:[^/\s'\"@]*@)?([^\s'\"?]*)(?:[?][^\s'\"]*)?")
 _CHANGED, _GONE, _TRY_AGAIN = 412, (404, 410), (408, 425, 429)
 
 Answer = TypeVar("Answer")
@@ -48,6 +53,10 @@ class RemoteMissing(RemoteError):
     """There is no such file."""
 
 
+class RemoteRefused(RemoteError):
+    """The server answers, and does not give the file."""
+
+
 def is_remote(address: str) -> bool:
     """Return whether an address is a URL, and not a path of this machine."""
     return "://" in address
@@ -57,12 +66,34 @@ def public_name(address: str) -> str:
     """Return an address without what may be secret: a password, and the part behind the question mark."""
     if not is_remote(address):
         return address
-    parts = urlsplit(address)
+    parts = _split(address)
     user, _, host = parts.netloc.rpartition("@")
     netloc = host if ":" in user else parts.netloc
     if parts.scheme in _WEB:
         return urlunsplit((parts.scheme, netloc, parts.path, "", ""))
     return address.replace(parts.netloc, netloc, 1)
+
+
+def beside(address: str, name: str) -> str:
+    """Return the address of a name in the folder of a file. What stands behind a question mark may be a password."""
+    path, mark, query = address.partition("?") if _split(address).scheme in _WEB else (address, "", "")
+    return f"{path.rpartition('/')[0]}/{name}{mark}{query}"
+
+
+def _split(address: str) -> SplitResult:
+    """Return the parts of a URL.
+
+    Raises
+    ------
+    UserError
+        If it is none. The message does not hold it, because it is not clear where a password stands.
+    """
+    with suppress(ValueError):
+        parts = urlsplit(address)
+        if parts.scheme not in _WEB or (parts.hostname and parts.port != 0):
+            return parts
+    scheme = address.partition("://")[0]
+    raise UserError(f"{scheme}://...: is no URL of a host; in a password, write characters such as / as %2F")
 
 
 def is_folder(address: str) -> bool:
@@ -73,7 +104,7 @@ def is_folder(address: str) -> bool:
     UserError
         If the server does not answer, or refuses.
     """
-    if urlsplit(address).scheme in _WEB:
+    if _split(address).scheme in _WEB:
         return address.endswith("/")
     return _list(address, lambda fs, path: bool(fs.isdir(path, **_limit(fs))))
 
@@ -86,7 +117,7 @@ def list_names(folder: str) -> list[tuple[str, bool]]:
     UserError
         If the folder cannot be listed.
     """
-    is_of_the_web = urlsplit(folder).scheme in _WEB
+    is_of_the_web = _split(folder).scheme in _WEB
 
     def is_inner(entry: dict[str, Any]) -> bool:
         return entry["type"] == "directory" or (is_of_the_web and "." not in entry["name"].rpartition("/")[2])
@@ -119,11 +150,20 @@ def find(pattern: str) -> list[str]:
 
 
 def exists(address: str) -> bool:
-    """Return whether there is a file, as far as the server tells."""
+    """Return whether there is a file that the server gives.
+
+    Raises
+    ------
+    UserError
+        If the server does not answer.
+    """
     try:
-        return _list(address, lambda fs, path: bool(fs.exists(path, **_limit(fs))))
-    except UserError:
+        _ask(address, lambda fs, path: fs.info(path, **_limit(fs)), _LISTING_WAITS_S)
+    except (RemoteMissing, RemoteRefused):
         return False
+    except RemoteError as error:
+        raise UserError(f"{public_name(address)}: {error}") from error
+    return True
 
 
 def read_whole(address: str) -> bytes:
@@ -149,14 +189,16 @@ def describe(address: str) -> tuple[int, str]:
     info = _list(address, lambda fs, path: fs.info(path, **_limit(fs)))
     if info.get("type") == "directory":
         raise UserError(f"{name}: is a folder, not a file")
-    size = info.get("size")
+    size, reason = info.get("size"), ""
     if size is None:
-        raise UserError(f"{name}: the server does not tell the size of the file; copy it here, or to another server")
-    if info.get("partial") is False or (address.startswith("http") and not _gives_ranges(address, size)):
-        raise UserError(
-            f"{name}: the server gives whole files only, no ranges; copy the file here, or to another server"
-        )
-    return size, _version(info)
+        reason = "the server does not tell the size of the file"
+    elif info.get("partial") is False or (address.startswith("http") and not _gives_ranges(address, size)):
+        reason = "the server gives whole files only, no ranges"
+    if reason and info.get("mimetype") == "text/html":
+        raise UserError(f"{name}: is a page, not a file; the address of a folder needs a slash at its end")
+    if reason:
+        raise UserError(f"{name}: {reason}; copy the file here, or to another server")
+    return int(size), _version(info)
 
 
 def check(file: "RangeFile") -> None:
@@ -177,7 +219,7 @@ def read(file: "RangeFile", offset: int, size_bytes: int) -> bytes:
     RemoteChanged
         If the server tells that the file is not the one that was listed.
     RemoteError
-        If the file cannot be read, also after a minute.
+        If the file cannot be read, also after a minute, or after four from a silent server.
     """
     if not size_bytes:
         return b""
@@ -204,14 +246,19 @@ def _limit(fs: "AbstractFileSystem") -> dict[str, Any]:
 def _options(fs: "AbstractFileSystem", file: "RangeFile") -> dict[str, Any]:
     """Return how a range is asked for: with a time limit, and on the web only from the file that was listed."""
     options = _limit(fs)
-    if urlsplit(file.path).scheme in _WEB:
+    if _split(file.path).scheme in _WEB:
         kind, _, value = str(file.version).partition(" ")
         condition = {"ETag": "If-Match", "Last-Modified": "If-Unmodified-Since"}.get(kind)
-        headers = {**getattr(fs, "kwargs", {}).get("headers", {}), "Accept-Encoding": "identity"}
+        headers = _headers(fs)
         if condition and not value.startswith("W/"):  # a weak tag never matches
             headers[condition] = value
         options["headers"] = headers
     return options
+
+
+def _headers(fs: "AbstractFileSystem") -> dict[str, str]:
+    """Return what a web server is told: a range of compressed content would be of no use."""
+    return {**getattr(fs, "kwargs", {}).get("headers", {}), "Accept-Encoding": "identity"}
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -223,11 +270,11 @@ _gives_ranges_on: dict[str, bool] = {}
 
 def _gives_ranges(address: str, size_bytes: int) -> bool:
     """Return whether a web server gives ranges. Each server is asked once."""
-    host = urlsplit(address).netloc
+    host = _split(address).netloc
     if size_bytes > 1 and host not in _gives_ranges_on:
 
         def ask(fs: "AbstractFileSystem", path: str) -> bool:
-            with fs.open(path, "rb", cache_type="none", size=size_bytes) as file:
+            with fs.open(path, "rb", cache_type="none", size=size_bytes, headers=_headers(fs)) as file:
                 file.seek(size_bytes - 1)
                 try:
                     return len(file.read(1)) == 1
@@ -256,6 +303,8 @@ def _ask(address: str, ask: Callable[["AbstractFileSystem", str], Answer], waits
         If the server tells that the file has changed.
     RemoteMissing
         If there is no such file.
+    RemoteRefused
+        If it is of no use to ask again.
     RemoteError
         If there is no answer.
     """
@@ -274,9 +323,9 @@ def _ask(address: str, ask: Callable[["AbstractFileSystem", str], Answer], waits
                 raise RemoteMissing(reason) from error
             is_refusal = isinstance(status, int) and 400 <= status < 500 and status not in _TRY_AGAIN
             if isinstance(error, _HOPELESS) or is_refusal:
-                raise RemoteError(reason) from error
-            if num_tries > len(waits_s):
-                took_s = time.monotonic() - started_s
+                raise RemoteRefused(reason) from error
+            took_s = time.monotonic() - started_s
+            if num_tries > len(waits_s) or took_s > _MOST_S:
                 raise RemoteError(f"{reason}; tried {num_tries} times in {took_s:.0f} s") from error
         time.sleep(waits_s[num_tries - 1])
 
@@ -293,9 +342,11 @@ def _reason(error: BaseException) -> str:
     status = getattr(error, "status", None)
     if isinstance(error, FileNotFoundError) or status in _GONE:
         return "no such file"
-    if isinstance(status, int):
+    if isinstance(status, int) and status:
         return f"the server answers {status} ({getattr(error, 'message', '') or 'no reason given'})"
-    text = " ".join(str(error).split())
+    if reason := getattr(getattr(error, "certificate_error", None), "verify_message", ""):
+        return f"the certificate of the server is not trusted ({reason}); SSL_CERT_FILE names a file of those to trust"
+    text = _URL.sub(r"\1\2", " ".join(str(error).split()))
     if isinstance(error, ImportError):
         return f"{text}; or install all of them: pip install '.[remote]'"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -312,7 +363,7 @@ def _file_system(address: str) -> tuple["AbstractFileSystem", str]:
     """
     from fsspec.core import url_to_fs
 
-    parts = urlsplit(address)
+    parts = _split(address)
     root, process = f"{parts.scheme}://{parts.netloc}", os.getpid()  # what a parent has opened does not work in a fork
     with _lock:
         own, shared = (root, process, threading.get_ident()), (root, process, 0)

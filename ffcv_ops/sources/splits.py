@@ -47,12 +47,12 @@ def choose_split(paths: Sequence[str], spec: "SourceSpec") -> list[str]:
     if len(found) > 1 or (found and spec.split and is_inside):
         if spec.split not in found:
             many = f"holds the splits {', '.join(found)}" if len(found) > 1 else f"holds only the split {found[0]}"
-            raise UserError(f"{spec.address}: {many}; choose one with --split, or name its files")
+            raise UserError(f"{spec.name}: {many}; choose one with --split, or name its files")
         paths = [path for path in paths if splits[path] == spec.split]
-    folders = sorted({os.path.dirname(path) for path in paths})
+    folders = sorted({os.path.dirname(public_name(path)) for path in paths})
     if len(folders) > 1 and is_inside:
         raise UserError(
-            f"{spec.address}: has such files in several folders, {folders[0]} and {folders[1]}; name the files of one"
+            f"{spec.name}: has such files in several folders, {folders[0]} and {folders[1]}; name the files of one"
         )
     return list(paths)
 

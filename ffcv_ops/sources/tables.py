@@ -217,7 +217,7 @@ def build_source(
         If there are no rows, or if classes or images are missing.
     """
     if not rows.total:
-        raise UserError(f"{spec.address}: has no rows")
+        raise UserError(f"{spec.name}: has no rows")
     classes, numbers, remarks = labels.finish(spec)
     reader, places = embedded or outer_files(rows)
     order, keys, order_remarks = rows.arrange(numbers)
@@ -235,7 +235,7 @@ def build_source(
         identity, sizes_column = [], 0
     sizes_bytes = None if sizes_column is None else places[:, sizes_column]
     return Source(
-        spec.kind, spec.address, classes, keys, numbers[order], places, sizes_bytes, reader,
+        spec.kind, spec.name, classes, keys, numbers[order], places, sizes_bytes, reader,
         identity=identity, facts=facts, remarks=remarks,
     )  # fmt: skip
 

@@ -38,17 +38,17 @@ def open_tar(spec: "SourceSpec", stage: Stage) -> Source:
     labels_path = Path(spec.labels) if spec.labels else find_labels(spec.address)
     rests_on = [spec.kind, spec.split, *(file.identity for file in files), _identify(labels_path)]
     reader = ArchiveReader(spec.address, files)
-    earlier = load_index(spec.index, rests_on, spec.kind, spec.address, reader)
+    earlier = load_index(spec.index, rests_on, spec.kind, spec.name, reader)
     if earlier is not None:
         return earlier
     table = read_labels(spec.labels) if spec.labels else None  # a mistake in it is found before the archive is listed
     listing = _list(files, RangeReader(files), stage)
     if not len(listing.names):
-        raise UserError(f"{spec.address}: has no images{_others(listing.extensions)}")
+        raise UserError(f"{spec.name}: has no images{_others(listing.extensions)}")
     if spec.split == "train" and _is_ilsvrc_val(listing):
-        raise UserError(f"{spec.address}: holds ILSVRC's validation images; use --split val")
+        raise UserError(f"{spec.name}: holds ILSVRC's validation images; use --split val")
     if labels_path and (table or _is_ilsvrc_val(listing)):
-        classes, labels = assign(listing.names, table or read_labels(labels_path), spec.address, str(labels_path))
+        classes, labels = assign(listing.names, table or read_labels(labels_path), spec.name, str(labels_path))
         start, remarks = 0, number_remarks(classes)
     else:
         labels_path = None
@@ -89,7 +89,7 @@ def arrange(
     twice = find_twice(listing.names)
     if twice is not None:
         raise UserError(
-            f"{spec.address}: holds {twice} more than once, so it is not clear which one counts; give each image a "
+            f"{spec.name}: holds {twice} more than once, so it is not clear which one counts; give each image a "
             "name of its own, or make the archive again"
         )
     order = sort_keys(listing.names, labels)[np.count_nonzero(labels < 0) :]
@@ -99,7 +99,7 @@ def arrange(
     places = np.frombuffer(listing.places, np.int64).reshape(-1, 3)[order]
     listing.places = array("q")
     return Source(
-        spec.kind, spec.address, classes, keys, labels[order], places, places[:, 2], reader,
+        spec.kind, spec.name, classes, keys, labels[order], places, places[:, 2], reader,
         identity=[file.identity for file in reader.files], facts={**facts, "num_images": len(keys)},
         remarks=[*remarks, *similar_names(classes)],
     )  # fmt: skip
@@ -246,7 +246,7 @@ def _read_classes(listing: Listing, spec: "SourceSpec") -> tuple[list[str], np.n
         is_class = entry.startswith(root) and name and b"/" not in name and not is_hidden(os.fsdecode(name))
         if is_class and name not in numbers:
             raise UserError(
-                f"{spec.address}/{os.fsdecode(entry)}: class folder without an image; make the archive without it, or "
+                f"{spec.name}/{os.fsdecode(entry)}: class folder without an image; make the archive without it, or "
                 "with its images"
             )
     classes = sorted(map(os.fsdecode, numbers))
@@ -264,7 +264,7 @@ def _class_root(folders: set[bytes], spec: "SourceSpec") -> bytes:
     """Return what stands before the class folder in the names of the images, such as ``train/``."""
     parts = [folder.split(b"/") for folder in folders if folder]
     if not parts:
-        raise UserError(f"{spec.address}: {FLAT}")
+        raise UserError(f"{spec.name}: {FLAT}")
     depth = 0
     if b"" not in folders:
         while len({part[depth] for part in parts}) == 1 and all(len(part) > depth + 1 for part in parts):
@@ -272,9 +272,9 @@ def _class_root(folders: set[bytes], spec: "SourceSpec") -> bytes:
     names = {os.fsdecode(part[depth]) for part in parts}
     if names <= SPLITS:
         if all(len(part) == depth + 1 for part in parts):
-            raise UserError(f"{spec.address}: {FLAT}")
+            raise UserError(f"{spec.name}: {FLAT}")
         if spec.split not in names:
-            raise UserError(f"{spec.address}: holds the splits {', '.join(sorted(names))}; choose one with --split")
+            raise UserError(f"{spec.name}: holds the splits {', '.join(sorted(names))}; choose one with --split")
         return b"/".join([*parts[0][:depth], os.fsencode(spec.split or ""), b""])
     return b"/".join([*parts[0][:depth], b""]) if depth else b""
 

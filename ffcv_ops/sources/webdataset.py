@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ffcv_ops.errors import UserError
-from ffcv_ops.sources.addresses import exists, expand, full_name, is_pattern, join, read
+from ffcv_ops.sources.addresses import beside, exists, expand, full_name, is_pattern, read
 from ffcv_ops.sources.archives import ArchiveReader, Listing, Part, list_parts
 from ffcv_ops.sources.in_threads import Count
 from ffcv_ops.sources.index import load_index, with_index
 from ffcv_ops.sources.ranges import RangeReader, list_file, list_files
 from ffcv_ops.sources.remarks import listing_remarks
-from ffcv_ops.sources.remote import is_remote
-from ffcv_ops.sources.source import Source, Stage
+from ffcv_ops.sources.remote import is_remote, public_name
+from ffcv_ops.sources.source import Source, SourceError, Stage
 from ffcv_ops.sources.splits import choose_split, shard_remarks
 from ffcv_ops.sources.tar import arrange, clean_name, is_image
 from ffcv_ops.sources.tar_headers import FILE, Member, check_not_compressed
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ffcv_ops.sources.kinds import SourceSpec
 
 _KEY = re.compile(rb"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+# A line of a file of labels.
+_LABEL = re.compile(r"[^,;\t]*[.](jpe?g|png|webp)\s*[,;\t]", re.IGNORECASE)
 _META = re.compile(rb"__[^/]*__(/|$)")
 _NAMES_FILES = ("classes.txt", "classnames.txt", "class_names.txt")
 _JSON_KEYS = ("label", "cls", "class")
@@ -49,6 +51,8 @@ def has_labels(path: str) -> bool:
                 return False
             if member.kind == FILE and member.name.lower().endswith((b".cls", b".json")):
                 return True
+    except SourceError:
+        raise  # another time, the server may answer, and the kind would be another one
     except UserError:
         pass  # to be found again, and reported, when the archive is listed
     return False
@@ -68,17 +72,17 @@ def open_webdataset(spec: "SourceSpec", stage: Stage) -> Source:
     reader = RangeReader(files)
     for number, file in enumerate(files):
         check_not_compressed(reader.read(number, 0, 8), file.name)
-    names_file, names = _find_names(spec, files[0].name)
+    names_file, names = _find_names(spec, files[0].path)
     rests_on = [spec.kind, spec.image_column, spec.label_column, names, *(file.identity for file in files)]
     archives = ArchiveReader(spec.address, files)
-    earlier = load_index(spec.index, rests_on, spec.kind, spec.address, archives)
+    earlier = load_index(spec.index, rests_on, spec.kind, spec.name, archives)
     if earlier is not None:
         return earlier
     parts = [Part(number, 0, file.size_bytes, file.name) for number, file in enumerate(files)]
     listing = list_parts(parts, lambda part, count: _ShardLister(part, reader, count, spec).run(), stage)
     if not len(listing.names):
-        raise UserError(f"{spec.address}: has no images")
-    classes, table = _name_classes(listing.found, spec.address, names, names_file)
+        raise UserError(f"{spec.name}: has no images")
+    classes, table = _name_classes(listing.found, spec.name, names, names_file)
     labels = table[np.frombuffer(listing.texts, np.int32)]
     facts: dict[str, Any] = {"path": full_name(spec.address), "num_archives": len(files)}
     if names_file:
@@ -245,11 +249,11 @@ def _find_names(spec: "SourceSpec", first: str) -> tuple[str | None, list[str] |
         If the file cannot be read, or names a class twice.
     """
     if spec.class_names:
-        return spec.class_names, read_class_names(spec.class_names)
+        return public_name(spec.class_names), read_class_names(spec.class_names)
     for name in _NAMES_FILES:
-        address = join(os.path.dirname(first), name)
+        address = beside(first, name)
         if exists(address):
-            return address, read_class_names(address)
+            return public_name(address), read_class_names(address)
     return None, None
 
 
@@ -259,15 +263,19 @@ def read_class_names(address: str) -> list[str]:
     Raises
     ------
     UserError
-        If the file cannot be read, or names a class twice.
+        If the file cannot be read, names a class twice, or names images.
     """
+    where = public_name(address)
     try:
         names = [line.strip() for line in read(address).decode("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{address}: cannot be read as names of classes, one on each line ({error})") from error
+        raise UserError(f"{where}: cannot be read as names of classes, one on each line ({error})") from error
     if len(set(names)) < len(names):
         name = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{address}: names the class {name} twice")
+        raise UserError(f"{where}: names the class {name} twice")
+    image = next((name for name in names if _LABEL.match(name)), None)
+    if image:
+        raise UserError(f"{where}: has labels of images, such as {image}; --class_names has a class on each line")
     return names
 
 

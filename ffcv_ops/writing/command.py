@@ -124,7 +124,7 @@ def choose_source(chosen: Write) -> tuple[SourceSpec, Path]:
 def _beside(spec: SourceSpec) -> Path:
     """Return the path of a file beside its source."""
     if is_remote(spec.address):
-        raise UserError(f"{spec.address}: lies on another machine; name the file to write with --target")
+        raise UserError(f"{spec.name}: lies on another machine; name the file to write with --target")
     source, split = Path(os.path.abspath(spec.address)), spec.split
     # The files of several splits may lie in one folder.
     if source.is_dir() and not (split and spec.kind in ("webdataset", "parquet", "arrow")):

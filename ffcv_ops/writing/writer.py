@@ -23,7 +23,7 @@ from ffcv_ops.codec.shared_tables import choose_tables
 from ffcv_ops.errors import UserError
 from ffcv_ops.lock import OwnerLock
 from ffcv_ops.sources.kinds import SourceSpec, open_source
-from ffcv_ops.sources.source import Source, Stage, class_difference
+from ffcv_ops.sources.source import Source, SourceChanged, SourceError, Stage, class_difference
 from ffcv_ops.units import show_bytes
 from ffcv_ops.workers.processes import choose_num_workers, end_if_imported, use_executor
 from ffcv_ops.workers.tasks import TASKS_A_WORKER, NoWorkers, WorkerKilled, count_workers, run_in_order
@@ -206,8 +206,10 @@ def _write(
     except BadImage:
         remove_partial(target)
         raise
-    except UserError:
-        if not partial.page_hashes:
+    except UserError as error:
+        # Where storage or a server has failed, the same command goes on, and has its listing.
+        goes_on = isinstance(error, SourceError) and not isinstance(error, SourceChanged)
+        if not partial.page_hashes and not goes_on:
             remove_partial(target)
         raise
     except (NoWorkers, BrokenExecutor) as error:
