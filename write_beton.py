@@ -7,6 +7,7 @@
     python write_beton.py --split val --source ILSVRC2012_img_val.tar      # with ILSVRC2012_devkit_t12.tar.gz beside it
     python write_beton.py --split train --source "train-{0000..1023}.tar"  # WebDataset shards
     python write_beton.py --split train --source imagenet-1k/data          # Parquet files of Hugging Face's datasets
+    python write_beton.py --split train --source s3://BUCKET/train.tar --target train.beton    # or https://, gs://, hf://
     python write_beton.py --source FOLDER_OR_TAR --labels labels.csv       # lines of a name and a class
     python write_beton.py --verify /fsx/ns1/train.beton
     python write_beton.py --split train --cluster tcp://HOST:8786    # on the workers of a Dask cluster

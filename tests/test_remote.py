@@ -236,7 +236,7 @@ def test_a_server_that_is_silent_is_not_waited_for_long(data, server, monkeypatc
     monkeypatch.setattr(remote, "_MOST_S", 0.15)
     monkeypatch.setattr(remote, "_READING_WAITS_S", (0.0,) * 50)
     server.fault = lambda request: time.sleep(0.2)
-    with pytest.raises(SourceError, match="tried [23] times"):
+    with pytest.raises(SourceError, match="no answer in time; tried [23] times"):
         reader.read(0, 0, 10)
 
 
@@ -427,3 +427,15 @@ def test_a_bucket_of_s3(data, bucket, tmp_path):
     bucket.put_object(Key="train.tar", Body=b"a" * reader.files[0].size_bytes)
     with pytest.raises(SourceChanged, match="not the file that was listed"):
         reader.check()
+
+
+def test_a_folder_that_is_not_for_writing_is_named_before_the_listing(data, tmp_path, monkeypatch):
+    """The folder of a source may be for reading only. Root may write anywhere, so the answer of the system is set."""
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match=r"a\.beton cannot be written there; choose another place with --target"):
+        write(data / "folder", tmp_path / "a.beton")
+
+
+def test_a_missing_package_is_named():
+    error = ImportError("Install s3fs to access S3")
+    assert remote._reason(error).startswith("Install s3fs to access S3; pip install '.[remote]' for https, s3")

@@ -10,6 +10,7 @@ from archives import CONTENTS, NAMES, jpeg, listed, make_folder, tar
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.kinds import SourceSpec, open_source
+from ffcv_ops.sources.webdataset import read_class_names
 from ffcv_ops.writing.command import Write, choose_source
 
 with warnings.catch_warnings():
@@ -169,3 +170,12 @@ def test_a_cut_or_compressed_shard_is_refused(tmp_path):
     path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(600))
     with pytest.raises(UserError, match=r"train-0001.tar: is compressed \(Zstandard\)"):
         listed(shards)
+
+
+@pytest.mark.parametrize("line", ["a/b.JPEG,n01440764", "ILSVRC2012_val_1.jpeg\t3", "x.png;cat"])
+def test_labels_of_images_are_no_names_of_classes(tmp_path, line):
+    (tmp_path / "labels.csv").write_text(f"name,class\n{line}\n")
+    with pytest.raises(UserError, match="labels.csv: has labels of images, such as"):
+        read_class_names(str(tmp_path / "labels.csv"))
+    (tmp_path / "names.txt").write_text("tench, Tinca tinca\ngoldfish, Carassius auratus\n")
+    assert len(read_class_names(str(tmp_path / "names.txt"))) == 2

@@ -348,7 +348,9 @@ def _reason(error: BaseException) -> str:
         return f"the certificate of the server is not trusted ({reason}); SSL_CERT_FILE names a file of those to trust"
     text = _URL.sub(r"\1\2", " ".join(str(error).split()))
     if isinstance(error, ImportError):
-        return f"{text}; or install all of them: pip install '.[remote]'"
+        return f"{text}; pip install '.[remote]' for https, s3 and gs, pip install huggingface_hub for hf"
+    if type(error).__name__.endswith("TimeoutError") and not text:
+        return "no answer in time"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -32,8 +32,8 @@ class Write:
     """Split to write. The classes of a val folder are numbered as in the train manifest, and may be fewer."""
     source: str | None = setting(Text())
     """Images: a folder with one subfolder for each class, a tar archive, or shards such as "train-{0000..1023}.tar" in
-    quotes. Also Parquet files, or a folder of them or of Arrow files, as Hugging Face's datasets writes both. None:
-    /fsx/ns1/SPLIT."""
+    quotes. Also Parquet files, or a folder of them or of Arrow files, as Hugging Face's datasets writes both. Archives,
+    shards and Parquet files may lie on a server: https://HOST/train.tar, s3://BUCKET/FOLDER. None: /fsx/ns1/SPLIT."""
     source_kind: str = setting(Choice(AUTO, *KINDS), default=AUTO)
     """Kind of the source. auto: what is there decides."""
     labels: str | None = setting(Text())

@@ -5,6 +5,7 @@ settings and the versions of the libraries that encode. The number of workers or
 do not change them. ``docs/WRITING.md`` describes what is on disk during a run.
 """
 
+import os
 import pickle
 import shutil
 import threading
@@ -147,6 +148,8 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise UserError(f"{target}: is a folder; --target names the file to make")
     if not target.parent.is_dir():
         raise UserError(f"{target.parent}: no such folder to write {target.name} to; make it, or change --target")
+    if not os.access(target.parent, os.W_OK):
+        raise UserError(f"{target.parent}: {target.name} cannot be written there; choose another place with --target")
     if target.exists() and not overwrite and not partial_paths(target)[1].exists():
         raise UserError(f"{target}: exists already; use --overwrite to replace it")
 
