@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from hosts import on_host, two_hosts
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -81,6 +83,10 @@ class Cluster:
         counts = [f"--nworkers={num_workers}", "--nthreads=1", f"--local-directory={self.folder}"]
         return self.start("worker", f"--scheduler-file={self.file}", *counts, *arguments, **options)
 
+    def num_registered(self):
+        """The workers that the scheduler has ever accepted."""
+        return self.log().count("Registered to:")
+
     def log(self):
         return (self.folder / "dask.log").read_text()
 
@@ -107,6 +113,19 @@ def worker_processes(nanny):
     return [child for child in children(nanny) if "--multiprocessing-fork" in " ".join(child.cmdline())]
 
 
+@contextlib.contextmanager
+def suspended(nanny):
+    """Stop the processes of a worker for the time of the block. The scheduler takes them for slow ones."""
+    processes = [psutil.Process(nanny.pid), *children(nanny)]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
 def wait_for(condition, timeout_s=400):
     start_s = time.monotonic()
     while not condition():
@@ -129,11 +148,11 @@ def start_cluster(tmp_path):
         cluster.close()
 
 
-def begin(cluster, *arguments, prefix=(), cwd=ROOT):
+def begin(cluster, *arguments, prefix=(), cwd=ROOT, **environment):
     return subprocess.Popen(
         [*prefix, sys.executable, ROOT / "write_beton.py", f"--cluster={cluster.file}", *map(str, arguments)],
         cwd=cwd,
-        env=cluster.environment,
+        env=cluster.environment | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -247,6 +266,20 @@ def test_an_image_that_takes_its_worker_down_is_named(start_cluster, tmp_path):
     assert re.search(r"error: .*/class_0/monster.png: its worker ends each time.*memory is short", output)
 
 
+@contextlib.contextmanager
+def late_worker(cluster, folder, target, *arguments, **environment):
+    """A run that another worker joins in the middle. The first worker does nothing for the time of the block."""
+    nanny = cluster.start_workers(1)
+    # Images of this size make more tasks than wait for one worker.
+    process = begin_writing(cluster, folder, target, "--max_side=400")
+    wait_for(lambda: has_page(target))
+    with suspended(nanny):
+        assert process.poll() is None
+        cluster.start_workers(1, *arguments, **environment)
+        wait_for(lambda: cluster.num_registered() == 2)
+        yield process
+
+
 OTHER_PILLOW = "import PIL\nPIL.__version__ = '1.0'\n"
 
 
@@ -260,22 +293,16 @@ def test_a_machine_with_other_versions_is_refused_also_if_it_joins_late(start_cl
     nanny.terminate()
     nanny.wait()
     cluster = start_cluster()
-    cluster.start_workers(1)
-    process = begin_writing(cluster, folder, tmp_path / "file.beton")
-    wait_for(lambda: has_page(tmp_path / "file.beton"))
-    cluster.start_workers(1, other)
-    assert "pillow is 1.0 there" in finish(process, status=2)
+    with late_worker(cluster, folder, tmp_path / "file.beton", other) as process:
+        assert "pillow is 1.0 there" in finish(process, status=2)
 
 
 def test_a_machine_without_this_project_is_named_also_if_it_joins_late(start_cluster, folder, tmp_path):
     (tmp_path / "ffcv_ops").mkdir()
     (tmp_path / "ffcv_ops" / "__init__.py").write_text("raise ModuleNotFoundError('not here')")
     cluster = start_cluster()
-    cluster.start_workers(1)
-    process = begin_writing(cluster, folder, tmp_path / "file.beton")
-    wait_for(lambda: has_page(tmp_path / "file.beton"))
-    cluster.start_workers(1, PYTHONPATH=str(tmp_path))
-    output = finish(process, status=2)
+    with late_worker(cluster, folder, tmp_path / "file.beton", PYTHONPATH=str(tmp_path)) as process:
+        output = finish(process, status=2)
     assert re.search(r"error: the worker at tcp://\S+ cannot run this project .*not here", output)
     output = finish(begin_writing(cluster, folder, tmp_path / "file.beton"), status=2)
     assert re.search(r"error: the worker at tcp://\S+ cannot run this project .*not here", output)
@@ -292,26 +319,12 @@ def test_a_machine_that_sees_other_images_is_named(start_cluster, folder, tmp_pa
 
 @pytest.fixture
 def hosts():
-    """Two hosts as network namespaces with an address each, and a cable between them."""
-    if os.geteuid() or not shutil.which("ip"):
-        pytest.skip("needs root and iproute2")
-    hosts = {"writer": "10.214.0.1", "helper": "10.214.0.2"}
-    commands = ["link add writer0 type veth peer name helper0"]
-    for host, address in hosts.items():
-        commands += [f"netns add {host}", f"link set {host}0 netns {host}"]
-        commands += [f"-n {host} addr add {address}/24 dev {host}0"]
-        commands += [f"-n {host} link set {device} up" for device in (f"{host}0", "lo")]
-    try:
-        for command in commands:
-            subprocess.run(["ip", *command.split()], check=True)
+    with two_hosts({"writer": "10.214.0.1", "helper": "10.214.0.2"}) as hosts:
         yield hosts
-    finally:
-        for host in hosts:
-            subprocess.run(["ip", "netns", "delete", host])
 
 
 def test_two_machines_with_an_address_each(hosts, folder, expected, tmp_path):
-    prefixes = {host: ["ip", "netns", "exec", host, "unshare", "--uts"] for host in hosts}
+    prefixes = {host: on_host(host) for host in hosts}
     tmp_path.joinpath("cluster").mkdir()
     cluster = Cluster.__new__(Cluster)
     cluster.folder, cluster.processes = tmp_path / "cluster", []
@@ -331,3 +344,39 @@ def test_two_machines_with_an_address_each(hosts, folder, expected, tmp_path):
         assert f"tcp://{hosts['helper']}:" in cluster.log()
     finally:
         cluster.close()
+
+
+def make_certificates(folder):
+    """Run the commands of docs/WRITING.md, and return the files as options of Dask's commands and as environment."""
+    text = (ROOT / "docs" / "WRITING.md").read_text()
+    commands = re.findall("^openssl .*$", text, re.MULTILINE)
+    folder.mkdir()
+    subprocess.run(["sh", "-ec", "\n".join(commands)], cwd=folder, check=True, capture_output=True)
+    files = {"ca-file": folder / "ca.pem", "cert": folder / "cert.pem", "key": folder / "key.pem"}
+    names = re.findall(r"DASK_DISTRIBUTED__COMM__TLS__\w+", text)
+    return [f"--tls-{name}={file}" for name, file in files.items()], dict(
+        zip(names, map(str, files.values()), strict=True)
+    )
+
+
+def test_with_tls_both_sides_need_certificates_of_one_authority(start_cluster, folder, tmp_path):
+    options, environment = make_certificates(tmp_path / "ours")
+    _, others = make_certificates(tmp_path / "others")
+    cluster = start_cluster(scheduler=["--protocol=tls", *options])
+    cluster.start_workers(1, *options)
+    finish(begin_writing(cluster, folder, tmp_path / "file.beton", "--subset=20", **environment))
+    address = json.loads(cluster.file.read_text())["address"]
+    assert address.startswith("tls://")
+    plain = start_cluster().file.read_text()
+    for cluster.file, files, message in (
+        (address, {}, "Dask's configuration names no certificate"),
+        (address, environment | {name: "/no.pem" for name in list(others)[:1]}, "TLS files .* cannot be used"),
+        (address, others, "no connection to a scheduler .* from one authority"),
+        (address.replace("tls", "tcp"), environment, "no connection to a scheduler .* from one authority"),
+        (json.loads(plain)["address"].replace("tcp", "tls"), environment, "no connection .* it is tcp://HOST:PORT"),
+        ("tsl://127.0.0.1:8786", environment, "no connection to a scheduler .*scheme"),
+    ):
+        start_s = time.monotonic()
+        output = finish(begin_writing(cluster, folder, tmp_path / "other.beton", **files), status=2)
+        assert re.search(f"^error: --cluster {cluster.file}: .*{message}", output, re.MULTILINE), output
+        assert time.monotonic() - start_s < 50

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from betons import write_digits
+from hosts import on_host, two_hosts
 
 from ffcv_ops import UserError, read_beton
 from ffcv_ops.loading.order import random_order
@@ -381,27 +381,8 @@ def two_machine_command():
 
 @pytest.fixture
 def hosts():
-    """Two hosts as network namespaces, a cable between them, each with a name that leads the other to it."""
-    addresses = {"first": "10.213.0.1", "second": "10.213.0.2"}
-    if os.geteuid() or not shutil.which("ip"):
-        pytest.skip("needs root and iproute2")
-    commands = ["link add first0 type veth peer name second0"]
-    for host, address in addresses.items():
-        folder = Path("/etc/netns") / host
-        folder.mkdir(parents=True)
-        lines = ["127.0.0.1 localhost", *(f"{there} {name}" for name, there in addresses.items())]
-        (folder / "hosts").write_text("\n".join(lines) + "\n")
-        commands += [f"netns add {host}", f"link set {host}0 netns {host}"]
-        commands += [f"-n {host} addr add {address}/24 dev {host}0"]
-        commands += [f"-n {host} link set {device} up" for device in (f"{host}0", "lo")]
-    try:
-        for command in commands:
-            subprocess.run(["ip", *command.split()], check=True)
-        yield list(addresses)
-    finally:
-        for host in addresses:
-            subprocess.run(["ip", "netns", "delete", host])
-            shutil.rmtree(Path("/etc/netns") / host)
+    with two_hosts({"first": "10.213.0.1", "second": "10.213.0.2"}) as hosts:
+        yield list(hosts)
 
 
 @pytest.mark.soak
@@ -418,7 +399,7 @@ def test_the_two_machine_command_works_as_printed(hosts, undisturbed, data, tmp_
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     processes = [
         subprocess.Popen(
-            ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", f"hostname {host} && exec {command}"],
+            [*on_host(host), "sh", "-c", f"hostname {host} && exec {command}"],
             cwd=ROOT,
             env={**environment(), "PATH": path},
             text=True,

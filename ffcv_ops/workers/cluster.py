@@ -1,8 +1,8 @@
 """Run tasks on the workers of a Dask cluster, on any number of machines."""
 
 import asyncio
+import json
 import logging
-import os
 import pickle
 import socket
 import threading
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager, suppress
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffcv_ops.errors import UserError
@@ -27,6 +28,11 @@ _LOOK_EVERY_S = 1.0
 # Workers that a nanny restarts are back in a few seconds.
 _NOTICE_AFTER_S = 10.0
 _WAIT_S = 300.0
+_ANSWER_S = 10.0
+_TLS = (
+    "set DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and "
+    "DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY to your files"
+)
 
 Notice = Callable[[str], None]
 
@@ -67,8 +73,7 @@ class DaskExecutor(Executor):
         RuntimeError
             After `shutdown`.
         """
-        # The scheduler would unpickle and pickle the task again.
-        content = pickle.dumps(partial(fn, *args, **kwargs) if args or kwargs else fn, protocol=5)
+        content = pickle.dumps(_Call(partial(fn, *args, **kwargs) if args or kwargs else fn), protocol=5)
         future: Future = Future()
         with self._lock:
             if self._error:
@@ -79,7 +84,7 @@ class DaskExecutor(Executor):
         future.add_done_callback(self._forget)
         future.set_running_or_notify_cancel()
         try:
-            dask_future = self.client.submit(_run, content, pure=False)
+            dask_future = self.client.submit(pickle.loads, content, pure=False)
         except Exception as error:  # of a client that is closed, of many kinds
             raise NoWorkers(f"the connection to the scheduler at {self._address} is lost ({error})") from error
         self.client.loop.add_callback(self._relay, dask_future, future)
@@ -119,9 +124,18 @@ class DaskExecutor(Executor):
 
     async def _name_machine(self, error: ImportError) -> OtherMachine:
         """Return the error for a worker that cannot import this project, which may have joined late."""
-        found = await self.client.run(_report, dict, on_error="return", asynchronous=True)
-        bad = [address for address, answer in found.items() if isinstance(answer, ImportError)]
+        addresses = list(await self.client.nthreads(asynchronous=True))
+        answers = await asyncio.gather(*map(self._try_to_report, addresses))
+        bad = [address for address, answer in zip(addresses, answers, strict=True) if isinstance(answer, ImportError)]
         return _cannot_run(", ".join(bad) or self._address, error)
+
+    async def _try_to_report(self, address: str) -> Any:
+        """Return the report of a worker, or its error. A worker that is stuck gives no answer: None."""
+        report = self.client.run(_report, dict, workers=[address], on_error="return", asynchronous=True)
+        try:
+            return (await asyncio.wait_for(report, _ANSWER_S)).get(address)
+        except (OSError, asyncio.TimeoutError):
+            return None
 
     def _watch_workers(self) -> None:
         """Count the workers once a second. If there are none for long, end all futures."""
@@ -167,10 +181,24 @@ def _translate(error: BaseException) -> BaseException:
     return error
 
 
-def _run(content: bytes) -> Any:
-    """Run a pickled task on a worker."""
+class _Call:
+    """A task, pickled so that ``pickle.loads`` runs it and returns its result.
+
+    Dask sees only bytes. If it saw a function of this project, a worker without this project would silently end when it
+    receives the function.
+    """
+
+    def __init__(self, task: Callable[[], Any]):
+        self.task = task
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _run, (self.task,)
+
+
+def _run(task: Callable[[], Any]) -> Any:
+    """Run a task on a worker."""
     _set_up_once()
-    return pickle.loads(content)()
+    return task()
 
 
 def _cannot_run(address: str, error: BaseException) -> OtherMachine:
@@ -213,12 +241,12 @@ def open_cluster(
         If the scheduler ends meanwhile.
     """
     try:
-        from distributed import Client
+        import distributed  # noqa: F401
     except ImportError as error:
         raise UserError(f"--cluster needs the package distributed ({error}); run pip install '.[cluster]'") from error
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("distributed")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # all that matters becomes an error of ours
-    client = _connect(Client, address)
+    client = _connect(address)
     try:
         try:
             check_machines(client, versions)
@@ -233,20 +261,59 @@ def open_cluster(
         client.close()
 
 
-def _connect(client_type: type["Client"], address: str) -> "Client":
-    is_file = "://" not in address
-    if is_file and not os.path.isfile(address):
-        raise UserError(
-            f"--cluster {address}: no such scheduler file, and no address; addresses are like tcp://HOST:8786"
-        )
-    place = {"scheduler_file": address} if is_file else {"address": address}
+def _connect(address: str) -> "Client":
+    from distributed import Client
+    from distributed.comm import CommClosedError
+    from distributed.security import Security
+
+    where = f"--cluster {address}: "
+    scheduler = address if "://" in address else _read_scheduler_file(Path(address))
     try:
-        return client_type(**place, direct_to_workers=True, timeout=_CONNECT_S, set_as_default=False)
+        security = Security()
+        arguments = security.get_connection_args("client")
+    except OSError as error:
+        raise UserError(f"{where}the TLS files of Dask's configuration cannot be used ({error}); {_TLS}") from error
+    if scheduler.startswith("tls://") and arguments["ssl_context"] is None:
+        raise UserError(f"{where}Dask's configuration names no certificate; {_TLS}")
+    try:
+        # A client that cannot connect is not always closed. The process would then wait a minute at its end.
+        asyncio.run(_try_to_connect(scheduler, arguments))
+        return Client(scheduler, security=security, direct_to_workers=True, timeout=_CONNECT_S, set_as_default=False)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
+        remedy = "start one with `dask scheduler`, and workers with `dask worker`"
+        if isinstance(error, CommClosedError) or scheduler.startswith("tls://"):
+            remedy = (
+                "with TLS, the address is tls://HOST:PORT and the certificates on both sides come from one authority; "
+                "without, it is tcp://HOST:PORT"
+            )
+        raise UserError(f"{where}no connection to a scheduler ({_cause(error)}); {remedy}") from error
+
+
+def _read_scheduler_file(path: Path) -> str:
+    """Return the address of the scheduler."""
+    if not path.is_file():
+        raise UserError(f"--cluster {path}: no such scheduler file, and no address; addresses are like tcp://HOST:8786")
+    try:
+        return str(json.loads(path.read_bytes())["address"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--cluster {address}: no connection to a scheduler ({error or type(error).__name__}); start one with "
-            "`dask scheduler`, and workers with `dask worker`"
+            f"--cluster {path}: not the file of a scheduler ({error}); `dask scheduler --scheduler-file` writes one"
         ) from error
+
+
+async def _try_to_connect(address: str, arguments: Mapping[str, Any]) -> None:
+    """Connect to a scheduler and close the connection. Raise what distributed raises, of several kinds."""
+    from distributed.comm import connect
+
+    connection = await connect(address, timeout=_CONNECT_S, **arguments)
+    await connection.close()
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first of the errors that led to an error, as text."""
+    while error.__cause__:
+        error = error.__cause__
+    return str(error) or type(error).__name__
 
 
 def check_machines(client: "Client", versions: Callable[[], Mapping[str, str]]) -> None:
