@@ -71,7 +71,7 @@ PYTHON_SUBSTITUTIONS = [
 # (commands, why they do not run here)
 NOT_RUN = [
     (r"make ", "each target has a test of its own, or is what runs these tests; `make -n` shows that it is there"),
-    (r"source |export |cd ", "changes the shell that reads it"),
+    (r"source |export |cd |trap ", "changes the shell that reads it"),
     (
         r"(sudo|apt|apt-get|conda|docker|pip|python -m pip|git|wandb|rsync|curl|wget) ",
         "changes the machine, or needs a network",
