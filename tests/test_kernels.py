@@ -96,7 +96,7 @@ def test_kernels_run_where_nothing_can_be_kept_on_disk():
         from ffcv_ops import rng
         from ffcv_ops.operations import pillow_ops
         from ffcv_ops.codec import region
-        from ffcv_ops.operations import resample, workers
+        from ffcv_ops.operations import resample, threads
         print(rng.uniform(0, 0, 0, 0, rng.CROP, 0))
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
