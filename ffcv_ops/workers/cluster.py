@@ -185,7 +185,7 @@ class _Call:
     """A task, pickled so that ``pickle.loads`` runs it and returns its result.
 
     Dask sees only bytes. If it saw a function of this project, a worker without this project would silently end when it
-    receives the function.
+    receives the function, and the run would wait for ever (distributed 2026.8.0).
     """
 
     def __init__(self, task: Callable[[], Any]):
@@ -276,7 +276,8 @@ def _connect(address: str) -> "Client":
     if scheduler.startswith("tls://") and arguments["ssl_context"] is None:
         raise UserError(f"{where}Dask's configuration names no certificate; {_TLS}")
     try:
-        # A client that cannot connect is not always closed. The process would then wait a minute at its end.
+        # A client that cannot connect is not always closed (distributed 2026.8.0). The process would then wait a minute
+        # at its end.
         asyncio.run(_try_to_connect(scheduler, arguments))
         return Client(scheduler, security=security, direct_to_workers=True, timeout=_CONNECT_S, set_as_default=False)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
