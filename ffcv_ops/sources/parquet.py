@@ -221,10 +221,12 @@ def open_parquet(spec: "SourceSpec", stage: Stage) -> Source:
     paths = [file.name for file in files]
     ranges = RangeReader(files)
     is_remote = ranges.window_sizes is REMOTE
-    rests_on = [spec.kind, spec.split, spec.image_column, spec.label_column, *(file.identity for file in files)]
-    rests_on += [read_class_names(spec.class_names) if spec.class_names else None]
+    placed = PlacedReader(spec.address, files)
+    rests_on: list[Any] = []
     if is_remote:
-        earlier = load_index(spec.index, rests_on, spec.kind, spec.name, PlacedReader(spec.address, files))
+        rests_on = [spec.kind, spec.split, spec.image_column, spec.label_column, *(file.identity for file in files)]
+        rests_on += [read_class_names(spec.class_names) if spec.class_names else None]
+        earlier = load_index(spec.index, rests_on, spec.kind, spec.name, placed)
         if earlier is not None:
             return earlier
     with _reading(paths[0]):
@@ -251,7 +253,6 @@ def open_parquet(spec: "SourceSpec", stage: Stage) -> Source:
     reader = ParquetReader(spec.address, files, groups)
     places = _find_places(reader, groups, stage) if is_remote else None
     if places is not None:
-        placed = PlacedReader(spec.address, files)
         return with_index(build_source(spec, rows, labels, (placed, places), identity, SIZE_COLUMN), rests_on)
     source = build_source(spec, rows, labels, (reader, np.arange(rows.total)[:, None]), identity)
     source.remarks.extend(_page_remarks(reader, paths[0]))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ffcv_ops.sources.ranges import RangeFile
 
 _WEB = ("http", "https")
-# What tells that a file has changed, as the file systems name it. The first one that is there is taken.
+# Facts that tell whether a file has changed, by the names of the file systems. The first that is there counts.
 _VERSIONS = (
     "generation", "ETag", "etag", "blob_id", "md5Hash", "content_md5", "Content-MD5", "LastModified", "last_modified",
     "Last-Modified", "mtime", "updated", "modified", "created",
@@ -192,7 +192,7 @@ def describe(address: str) -> tuple[int, str]:
     size, reason = info.get("size"), ""
     if size is None:
         reason = "the server does not tell the size of the file"
-    elif info.get("partial") is False or (address.startswith("http") and not _gives_ranges(address, size)):
+    elif info.get("partial") is False or (_split(address).scheme in _WEB and not _gives_ranges(address, size)):
         reason = "the server gives whole files only, no ranges"
     if reason and info.get("mimetype") == "text/html":
         raise UserError(f"{name}: is a page, not a file; the address of a folder needs a slash at its end")

@@ -9,7 +9,7 @@ Read = Callable[[int, int], bytes]
 
 @dataclass(frozen=True)
 class WindowSizes:
-    """How much is read at once, in bytes.
+    """Sizes of reads, in bytes.
 
     Attributes
     ----------

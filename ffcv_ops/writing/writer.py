@@ -210,7 +210,7 @@ def _write(
         remove_partial(target)
         raise
     except UserError as error:
-        # Where storage or a server has failed, the same command goes on, and has its listing.
+        # If storage or a server has failed, the same command goes on, and needs its listing.
         goes_on = isinstance(error, SourceError) and not isinstance(error, SourceChanged)
         if not partial.page_hashes and not goes_on:
             remove_partial(target)
