@@ -364,6 +364,7 @@ def summarize(events: list[dict[str, Any]], main_thread: int, elapsed_s: float, 
     main_stream = by_main.most_common(1)[0][0] if by_main else None
     device_s: dict[str, float] = collections.defaultdict(float)
     outside: dict[str, float] = collections.defaultdict(float)
+    inside: dict[str, float] = collections.defaultdict(float)
     for event in work:
         launch = launches.get(event["args"]["correlation"])
         part = "loader, beside the model" if event["args"]["stream"] != main_stream else "model"
@@ -371,18 +372,21 @@ def summarize(events: list[dict[str, Any]], main_thread: int, elapsed_s: float, 
             around = [r["name"] for r in ranges if r["ts"] <= launch["ts"] < r["ts"] + r["dur"]]
             part = around[0].removeprefix("part:") if around else "rest of the loop"
         device_s[part] += event["dur"] / 1e6
-        if part != "model":
+        if part == "model":
+            inside[event["name"][:80]] += event["dur"] / 1e6
+        else:
             outside[f"{part}: {event['name'][:80]}"] += event["dur"] / 1e6
     busy_s = sum(seconds for part, seconds in device_s.items() if part != "loader, beside the model")
     host_s["rest of the loop"] = elapsed_s - sum(host_s.values())
     rounded = {part: round(1000 * seconds / num_steps, 4) for part, seconds in host_s.items()}
     on_device = {part: round(1000 * seconds / num_steps, 4) for part, seconds in device_s.items()}
-    largest = sorted(outside.items(), key=lambda item: -item[1])[:20]
+    largest, largest_of_model = (sorted(times.items(), key=lambda item: -item[1])[:20] for times in (outside, inside))
     return {
         "step_ms": round(1000 * elapsed_s / num_steps, 4),
         "host_ms": rounded,
         "device_ms": on_device,
         "device_idle_ms": round(1000 * max(elapsed_s - busy_s, 0) / num_steps, 4) if work else None,
+        "model_ms": {name: round(1000 * seconds / num_steps, 4) for name, seconds in largest_of_model},
         "outside_the_model_ms": {name: round(1000 * seconds / num_steps, 4) for name, seconds in largest},
     }
 
