@@ -35,7 +35,7 @@ from imagenet_training.weight_file import read_weight_file
 # The settings outside section `validation` that change the result of an evaluation, if a recipe has them.
 _SETTINGS = (
     "model.arch", "model.library", "model.num_classes", "data.mean", "data.std", "training.use_blurpool",
-    "training.precision", "training.tf32", "training.channels_last",
+    "training.precision", "training.tf32", "training.deterministic", "training.channels_last",
 )  # fmt: skip
 
 

@@ -219,6 +219,8 @@ class Training:
     """Floating-point numbers of the model: float16 or bfloat16 mixed with float32, or only float32."""
     tf32: bool = setting(Switch(), default=True)
     """Multiply float32 matrices in TF32 (10 bits of mantissa) on GPUs that can. It is faster."""
+    deterministic: bool = setting(Switch(), default=False)
+    """Use only GPU kernels that give the same bits in every run. It is slower."""
     compile: bool | str = setting(StepModeName(), default="auto")
     """1: use torch.compile. graph: record the step as CUDA graphs. auto: on one GPU, the mode that is measured to be
     fastest; on several, 1 if the run is long enough to gain by it."""

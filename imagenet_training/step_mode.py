@@ -50,7 +50,9 @@ EAGER, COMPILED, GRAPH, COMPILED_GRAPH = StepMode(), StepMode(True), StepMode(gr
 MODES = {"eager": EAGER, "graph": GRAPH, "compiled": COMPILED, "compiled-graph": COMPILED_GRAPH}
 
 
-def candidate_modes(setting: bool | str, world: World, num_batches: int) -> tuple[tuple[StepMode, ...], list[str]]:
+def candidate_modes(
+    setting: bool | str, world: World, num_batches: int, *, deterministic: bool = False
+) -> tuple[tuple[StepMode, ...], list[str]]:
     """Return the modes that a run may use, and notices of what it cannot use.
 
     Parameters
@@ -61,6 +63,8 @@ def candidate_modes(setting: bool | str, world: World, num_batches: int) -> tupl
         Only a single process on a GPU records. Ranks exchange gradients within a step, which is not recorded.
     num_batches : int
         Batches that the run trains on.
+    deterministic : bool
+        Leave out of ``auto`` what compiles. Recorded and plain steps compute the same bits, so timing may choose.
 
     Returns
     -------
@@ -70,7 +74,7 @@ def candidate_modes(setting: bool | str, world: World, num_batches: int) -> tupl
     """
     records = world.device.type == "cuda" and world.world_size == 1
     if setting == "auto":
-        compiles = can_compile(world.device) and num_batches >= MIN_BATCHES_TO_COMPILE
+        compiles = not deterministic and can_compile(world.device) and num_batches >= MIN_BATCHES_TO_COMPILE
         if not records:
             return ((COMPILED,) if compiles else (EAGER,)), []
         graphs = num_batches >= MIN_BATCHES_TO_RECORD

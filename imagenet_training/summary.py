@@ -44,7 +44,7 @@ def summary(recipe: Recipe, plan: RunPlan, size: str = "") -> str:
         ("schedule", _schedule_line(recipe)),
         ("optimizer", _optimizer_line(recipe)),
         ("length", f"{plan.epochs} epochs x {plan.steps_per_epoch:,} steps = {plan.total_steps:,} steps"),
-        ("precision", plan.precision),
+        ("precision", plan.precision + (", deterministic" if recipe.training.deterministic else "")),
     ]
     return "\n".join(f"{name:<14}{line}" for name, line in rows)
 

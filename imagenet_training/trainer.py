@@ -2,7 +2,8 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ffcv_ops.errors import UserError
 from imagenet_training.distributed import World
 from imagenet_training.layers import freeze_body, lr_scales, set_training_mode
 from imagenet_training.loss import Loss, main_logits, recipe_loss
@@ -20,6 +22,7 @@ from imagenet_training.plan import RunPlan
 from imagenet_training.recipe import Recipe
 from imagenet_training.recorded import RecordedStep
 from imagenet_training.state import TrainState
+from imagenet_training.stem import replace_stem
 from imagenet_training.step_mode import EAGER, StepMode, candidate_modes
 
 DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32": torch.float32}
@@ -39,6 +42,37 @@ def allow_tf32(allowed: bool) -> None:
     # Both of PyTorch's interfaces can read a value set by the older one. Therefore the older one sets it.
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
+
+
+def make_deterministic(wanted: bool, modes: Iterable[StepMode]) -> None:
+    """Have PyTorch take only kernels that give the same bits in every run, or whichever are fastest.
+
+    Parameters
+    ----------
+    wanted : bool
+        If it is false, cuDNN chooses its kernels by timing them.
+    modes : iterable of StepMode
+        The modes that a run may use.
+
+    Raises
+    ------
+    UserError
+        If the model may be compiled, and this version of PyTorch chooses compiled kernels by timing in any case.
+    """
+    if wanted and any(mode.compiled for mode in modes):
+        import torch._inductor.config as inductor  # here, because it takes seconds
+
+        if not hasattr(inductor, "deterministic"):
+            raise UserError(
+                f"training.deterministic=1: PyTorch {torch.__version__} chooses compiled kernels by timing; "
+                "pass --training.compile=graph or 0, or install PyTorch 2.10 or newer"
+            )
+    torch.backends.cudnn.benchmark = not wanted
+    if wanted or torch.are_deterministic_algorithms_enabled():  # the call imports the compiler, which takes seconds
+        torch.use_deterministic_algorithms(wanted)
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs memory of a fixed size for it
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  mypy does not know it
 
 
 @dataclass
@@ -283,7 +317,7 @@ def batch_place(state: TrainState, plan: RunPlan, number: int) -> tuple[int, ...
 def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoint: bool = False) -> Trainer:
     """Build model, optimizer, moving average and loss of a recipe, on this rank's device.
 
-    This also sets PyTorch's global seed, TF32 and cuDNN's choice of kernels.
+    This also sets PyTorch's global seed, TF32 and the choice of kernels.
 
     Parameters
     ----------
@@ -296,11 +330,14 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
     Raises
     ------
     UserError
-        If the architecture does not exist, or the weights do not fit.
+        If the architecture does not exist, the weights do not fit, or the run cannot be deterministic.
     """
     training = recipe.training
+    num_batches = plan.total_steps * plan.accumulation
+    setting = False if training.eval_only else training.compile
+    modes, mode_notices = candidate_modes(setting, world, num_batches, deterministic=training.deterministic)
+    make_deterministic(training.deterministic, modes)
     torch.manual_seed(training.seed)
-    torch.backends.cudnn.benchmark = True
     allow_tf32(training.tf32)
     notices: list[str] = []
     model = build_model(
@@ -318,8 +355,8 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
         notices += drop_path_notices(recipe, model)
     if training.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    num_batches = plan.total_steps * plan.accumulation
-    modes, mode_notices = candidate_modes(False if training.eval_only else training.compile, world, num_batches)
+        if world.device.type == "cuda":
+            replace_stem(model)
     trainer = Trainer(
         model=model,
         ema=build_ema(model, plan.ema_decay),

@@ -1,5 +1,6 @@
 """One epoch on tensors: gradients, accumulation, metrics, faults."""
 
+import os
 import time
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from plans import make_plan
 from torch import nn
 
+from ffcv_ops.errors import UserError
 from imagenet_training.classes import ClassMatch
 from imagenet_training.distributed import World
 from imagenet_training.epoch import calling_at_last, evaluate, measure, train_epoch
@@ -29,7 +31,8 @@ from imagenet_training.plan import plan_run
 from imagenet_training.preemption import StopRequest
 from imagenet_training.recipe import read_recipe
 from imagenet_training.state import TrainState
-from imagenet_training.trainer import Trainer, allow_tf32, build_trainer
+from imagenet_training.step_mode import COMPILED, EAGER
+from imagenet_training.trainer import Trainer, allow_tf32, build_trainer, make_deterministic
 
 WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 
@@ -353,6 +356,23 @@ def test_the_estimate_counts_evaluations_and_larger_images():
     eta.pause_s = 100.0
     assert eta.remaining_s(1, 10, step_s=2.0) == 40 * 2 + 2 * 100
     assert eta.remaining_s(2, 10, step_s=8.0) == 100
+
+
+def test_a_deterministic_run_takes_no_kernel_by_its_time(monkeypatch):
+    import torch._inductor.config as inductor
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        make_deterministic(True, [EAGER, COMPILED])
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and inductor.deterministic
+        make_deterministic(False, [COMPILED])
+        assert torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
+        monkeypatch.setattr(torch._inductor, "config", SimpleNamespace())
+        with pytest.raises(UserError, match="pass --training.compile=graph or 0"):
+            make_deterministic(True, [COMPILED])
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_tf32_is_what_the_recipe_says():

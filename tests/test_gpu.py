@@ -1,5 +1,6 @@
 """What only a CUDA device shows. Skipped where there is none."""
 
+import copy
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
 from betons import photographs, write_images
 from ffcv.transforms import ToDevice, ToTensor
 
@@ -25,7 +28,9 @@ from imagenet_training.meters import EtaEstimator, PredictionRecorder
 from imagenet_training.preemption import PREEMPTED, StopRequest
 from imagenet_training.recipe import read_recipe
 from imagenet_training.state import TrainState
+from imagenet_training.stem import replace_stem
 from imagenet_training.step_mode import prepare_step
+from imagenet_training.trainer import allow_tf32
 
 ROOT = Path(__file__).parent.parent
 NUM_CLASSES = 4
@@ -89,6 +94,49 @@ def test_a_run_and_its_resumption(beton, tmp_path, precision):
     assert rows[-1]["train/loss"] < rows[0]["train/loss"]
 
 
+def test_deterministic_runs_end_with_the_same_bits_recorded_or_not(beton, tmp_path):
+    weights = []
+    for mode in ("0", "graph", "graph"):
+        folder = tmp_path / str(len(weights))
+        folder.mkdir()
+        train(folder, beton, "--training.deterministic=1", f"--training.compile={mode}", "--epochs=3", "--lr.lr=0.1")
+        weights.append(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["model"])
+    for others in weights[1:]:
+        assert all(torch.equal(value, others[name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_max_pooling_is_that_of_pytorch(dtype):
+    from imagenet_training.max_pool import max_pool
+
+    torch.manual_seed(0)
+    images = (torch.randn(6, 24, 20, 36, device="cuda", dtype=dtype) * 4).round() / 4  # many are equal
+    images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+    expected, (result, _) = F.max_pool2d(images, 3, stride=2, padding=1), max_pool(images)
+    gradient = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(out, images, gradient)[0] for out in (result, expected))
+    assert torch.equal(result, expected)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_compiled_stem_computes_what_the_plain_one_computes():
+    torch.manual_seed(0)
+    plain = torchvision.models.resnet50(num_classes=NUM_CLASSES).cuda().to(memory_format=torch.channels_last)
+    stem = torch.nn.Sequential(plain.conv1, plain.bn1, plain.relu, plain.maxpool)
+    ours = copy.deepcopy(stem)
+    replace_stem(ours)
+    images = torch.randn(8, 3, 96, 96, device="cuda").contiguous(memory_format=torch.channels_last)
+    allow_tf32(False)
+    results = []
+    for module in (stem, torch.compile(ours)):
+        out = module(images)
+        out.square().sum().backward()
+        results.append([out, *(parameter.grad for parameter in module.parameters())])
+    allow_tf32(True)
+    for value, expected in zip(*results, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
 class Guarded:
     """A loader that lets nothing wait for the device while its batches 3 to 7 are trained on, and ends long after."""
 
@@ -138,9 +186,8 @@ def test_steps_wait_for_nothing(beton, tmp_path, precision, options):
 
 
 def test_out_of_memory_names_the_batch_size_to_try(beton, tmp_path):
-    output = train(
-        tmp_path, beton, "--batch_size", "64", "--resolution.min_res=8192", "--resolution.max_res=8192", status=1
-    )
+    sizes = ["--batch_size", "64", "--resolution.min_res=2048", "--resolution.max_res=2048"]
+    output = train(tmp_path, beton, "--model.arch=vgg16_bn", *sizes, status=1)
     assert "out of GPU memory at a batch size of 64" in output and "--batch_size 32" in output
 
 
