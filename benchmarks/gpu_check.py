@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 MODES = ("eager", "compiled", "compiled-graph", "graph")
-# torch.compile's own modes, which training.compile does not offer.
-OTHER_MODES: dict[str, dict[str, Any]] = {
-    "reduce-overhead": {"mode": "reduce-overhead"},
-    "max-autotune, pointwise only": {"options": {"max_autotune_pointwise": True}},
+# What others run: torch.compile of the library's own layers, by its options.
+PEERS: dict[str, dict[str, Any]] = {
+    "torch.compile": {},
+    "torch.compile, reduce-overhead": {"mode": "reduce-overhead"},
+    "torch.compile, pointwise tuned": {"options": {"max_autotune_pointwise": True}},
 }
 # Goals of the best mode.
-TARGETS = {"trainer / model": 0.97, "trainer / peer": 1.2, "trainer / eager": 1.25, "trainer / compiled": 1.1}
+TARGETS = {"trainer / model": 0.97, "trainer / peer": 1.2, "trainer / eager": 1.25, "trainer / torch.compile": 1.1}
 # Published images/s of ResNet-50 on one GPU.
 PUBLISHED = {"MLPerf MXNet": {"H100": 7140, "H200": 7950}, "PyTorch eager NCHW": {"H100": 2790, "H200": 3079}}
 
@@ -151,28 +153,43 @@ def precompile(check: Check) -> list[subprocess.Popen[bytes]]:
     if not check.on_gpu:
         return []
     sizes, processes = check.sizes, []
-    cases = {(precision, sizes.px[0]) for precision in sizes.precisions} | {
-        (sizes.peer_precision, px) for px in sizes.px
-    }
-    for precision, px in sorted(cases):
-        arguments = ["compile", f"--precision={precision}", f"--px={px}", f"--bundle={check.bundle}"]
+    cases = [("own", precision, sizes.px[0]) for precision in sizes.precisions]
+    cases += [("own", sizes.peer_precision, px) for px in sizes.px[1:]]
+    for layers, precision, px in [*cases, ("plain", sizes.precisions[0], sizes.px[0])]:
+        arguments = ["compile", f"--layers={layers}", f"--precision={precision}", f"--px={px}"]
+        arguments.append(f"--bundle={check.bundle}")
         arguments += [f"--out={check.record.parent}", f"--scratch={check.scratch}"]
         processes.append(subprocess.Popen([sys.executable, __file__, *arguments], cwd=ROOT))
     return processes
 
 
-def compile_model(check: Check, precision: str, px: int) -> None:
-    """Compile the model of the next steps once."""
+def compile_model(check: Check, layers: str, precision: str, px: int) -> None:
+    """Compile the model of the next steps once, with our layers or those of its library."""
+    import torch
     from train_step import build_run
 
     from imagenet_training.model import compiled
 
     run, loader, _ = build_run(run_options(check, precision, "eager", px), prepare=False)
-    run.trainer.model = compiled(run.trainer.model)
-    error = run.trainer.warm_up((check.sizes.batch_size, 3, px, px))
+    trainer = run.trainer
+    trainer.model = compiled(trainer.model) if layers == "own" else torch.compile(plain_layers(trainer.model))
+    error = trainer.warm_up((check.sizes.batch_size, 3, px, px))
     loader.close()
     if error:
         raise error
+
+
+def plain_layers(model: Any) -> Any:
+    """Return a copy of a model that has the layers of its library."""
+    import copy
+
+    from imagenet_training.stem import StemConv2d, StemMaxPool2d
+
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, (StemConv2d, StemMaxPool2d)):
+            module.__class__ = type(module).__bases__[0]
+    return model
 
 
 # --- steps 2 and 3
@@ -208,13 +225,35 @@ def peak_gib(check: Check) -> float | None:
 
 
 def modes(check: Check) -> None:
-    """Time the bare step in every mode, then the trainer on the file in the fastest one."""
-    for precision in check.sizes.precisions:
+    """Time the bare step in every mode, the trainer on the file in the fastest one, and what others run."""
+    first, *others = check.sizes.precisions
+    modes_of(check, first)
+    if check.on_gpu:
+        peers_of(check, first, list(PEERS)[:1])
+    judge_modes(check, first)
+    for precision in others:
         modes_of(check, precision)
         judge_modes(check, precision)
+    if check.on_gpu:
+        peers_of(check, first, list(PEERS)[1:])
     failed = [line["mode"] for line in check.figures("modes") if "error" in line]
     if failed:
         raise SystemExit(f"no figure of {', '.join(failed)}: see the record")
+
+
+def add_speed(check: Check, mode: str, precision: str, measure: Callable[[], float]) -> None:
+    """Record the images/s that a function measures, or its error."""
+    sizes = check.sizes
+    case = {"mode": mode, "precision": precision, "px": sizes.px[0], "batch_size": sizes.batch_size}
+    started_s = time.perf_counter()
+    try:
+        speed = measure()
+    except Exception as error:  # one mode must not end the others
+        traceback.print_exc()
+        check.add("modes", **case, error=f"{type(error).__name__}: {str(error)[:300]}")
+        return
+    seconds = round(time.perf_counter() - started_s, 1)
+    check.add("modes", **case, images_per_s=round(speed, 1), peak_gib=peak_gib(check), seconds=seconds)
 
 
 def modes_of(check: Check, precision: str) -> None:
@@ -227,31 +266,6 @@ def modes_of(check: Check, precision: str) -> None:
     run, loader, log = build_run(run_options(check, precision, "eager", px), prepare=False)
     trainer, shape = run.trainer, (check.sizes.batch_size, 3, px, px)
     trainer.train_mode()
-
-    def add(mode: str, measure: Callable[..., float], *arguments: Any) -> None:
-        case = {"mode": mode, "precision": precision, "px": px, "batch_size": shape[0]}
-        started_s = time.perf_counter()
-        try:
-            speed = measure(*arguments)
-        except Exception as error:  # one mode must not end the others
-            traceback.print_exc()
-            check.add("modes", **case, error=f"{type(error).__name__}: {str(error)[:300]}")
-            return
-        seconds = round(time.perf_counter() - started_s, 1)
-        check.add("modes", **case, images_per_s=round(speed, 1), peak_gib=peak_gib(check), seconds=seconds)
-
-    def own_mode(name: str) -> float:
-        return step_mode.measure_mode(trainer, step_mode.MODES[name], shape)
-
-    def other_mode(options: dict[str, Any]) -> float:
-        snapshot, plain = step_mode.Snapshot(trainer), trainer.model
-        trainer.model = torch.compile(plain, dynamic=False, **options)
-        try:
-            return shape[0] / step_mode.step_s(trainer, shape)
-        finally:
-            trainer.model = plain
-            trainer.optimizer.zero_grad(set_to_none=True)
-            snapshot.restore()
 
     def on_file(name: str) -> float:
         trainer.modes = (step_mode.MODES[name],)
@@ -266,13 +280,32 @@ def modes_of(check: Check, precision: str) -> None:
         return (num_batches - 4) * shape[0] / elapsed_s
 
     for name in MODES if check.on_gpu else MODES[:1]:
-        add(name, own_mode, name)
+        add_speed(check, name, precision, partial(step_mode.measure_mode, trainer, step_mode.MODES[name], shape))
     mode = check.best_mode(precision)
-    add(f"trainer, {mode}", on_file, mode)
-    if check.on_gpu and precision == check.sizes.precisions[0]:
-        for name, options in OTHER_MODES.items():
-            add(name, other_mode, options)
+    add_speed(check, f"trainer, {mode}", precision, partial(on_file, mode))
     loader.close()
+
+
+def peers_of(check: Check, precision: str, names: list[str]) -> None:
+    import torch
+    from train_step import build_run
+
+    from imagenet_training.step_mode import step_s
+
+    run, loader, _ = build_run(run_options(check, precision, "eager", check.sizes.px[0]), prepare=False)
+    loader.close()
+    trainer = run.trainer
+    trainer.train_mode()
+    model = plain_layers(trainer.model)
+    trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=True)
+    batch_size, px = check.sizes.batch_size, check.sizes.px[0]
+
+    def peer(options: dict[str, Any]) -> float:
+        trainer.model = torch.compile(model, **options)
+        return batch_size / step_s(trainer, (batch_size, 3, px, px))
+
+    for name in names:
+        add_speed(check, name, precision, partial(peer, PEERS[name]))
 
 
 def judge_modes(check: Check, precision: str) -> None:
@@ -283,7 +316,7 @@ def judge_modes(check: Check, precision: str) -> None:
         if line["precision"] == precision and "images_per_s" in line
     }
     mode = check.best_mode(precision)
-    for peer in ("eager", "compiled"):
+    for peer in ("eager", "torch.compile"):
         if f"trainer, {mode}" in speeds and peer in speeds:
             value = speeds[f"trainer, {mode}"] / speeds[peer]
             add_ratio(check, f"trainer / {peer}", value, precision=precision, mode=mode)
@@ -512,6 +545,7 @@ def main() -> None:
     parser.add_argument("--device", choices=SIZES, default="gpu", help="(gpu)")
     parser.add_argument("--precision", help="of step compile, which step tests runs")
     parser.add_argument("--px", type=int, help="of step compile")
+    parser.add_argument("--layers", help="of step compile")
     options = parser.parse_args()
     if options.device == "gpu" and options.step != "setup":
         import torch
@@ -519,7 +553,7 @@ def main() -> None:
         if not torch.cuda.is_available():
             raise SystemExit("no GPU is visible: pass --cpu to run the steps at a small size")
     if options.step == "compile":
-        compile_model(Check(options), options.precision, options.px)
+        compile_model(Check(options), options.layers, options.precision, options.px)
     else:
         STEPS[options.step](Check(options))
 
