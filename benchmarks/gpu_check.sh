@@ -47,7 +47,8 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 # Under one folder, so that nothing of the check remains, and a step finds what an earlier step has compiled.
 export NUMBA_CACHE_DIR=${NUMBA_CACHE_DIR:-$scratch/numba}
-export TORCHINDUCTOR_CACHE_DIR=$scratch/inductor TRITON_CACHE_DIR=$scratch/triton
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/triton}
 export PYTHONPATH=$scratch/site:$root PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 cd "$root" || exit 1
 end_s=$((SECONDS + total_s))
