@@ -325,7 +325,7 @@ def batch_norm_act(
         invstd = torch.rsqrt(variance + eps)
         running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
         running_var.mul_(1 - momentum).add_(variance, alpha=momentum * rows / (rows - 1))
-    return _Normalize.apply(x, mean, invstd, weight, bias, relu)  # type: ignore[no-any-return]
+    return _Normalize.apply(x, mean, invstd, weight, bias, relu)
 
 
 # An operation that PyTorch takes apart, because its caches on disk refuse graphs with Python functions. As they know
@@ -348,7 +348,7 @@ def _is_relu(node: torch.fx.Node) -> bool:
     return node.op == "call_function" and node.target in _RELUS
 
 
-def _arguments(node: torch.fx.Node) -> tuple | None:  # type: ignore[type-arg]
+def _arguments(node: torch.fx.Node) -> tuple | None:
     """Return the arguments for `batch_norm_act` but the last, or None where the node does not fit."""
     if node.op != "call_function" or node.target is not F.batch_norm:
         return None
