@@ -134,6 +134,7 @@ def tests(check: Check) -> None:
     """Run the tests that need a GPU, and those of recorded steps, which need none. Compile models meanwhile."""
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rf", "--durations=8"]
     pytest += ["-n", "4"] if importlib.util.find_spec("xdist") else ["-p", "no:xdist"]
+    pytest += ["-p", "no:benchmark"]  # which warns beside xdist, and warnings are errors
     files = ["tests/test_gpu.py", "tests/test_recorded.py"]
     compiling = precompile(check)
     done = subprocess.run([*pytest, *files], cwd=ROOT, capture_output=True, text=True)
@@ -405,7 +406,7 @@ def faults(check: Check) -> None:
 
     folder, data = check.scratch / "faults", check.bundle / "data/digits"
     mixed = ["--precision=16-mixed", "--training.ema_decay=0.99", "--epochs=2", "--training.deterministic=1"]
-    mixed.append("--training.compile=compiled-graph" if check.on_gpu else "--training.compile=0")
+    mixed.append("--training.compile=graph" if check.on_gpu else "--training.compile=0")
 
     def command(name: str, *arguments: str) -> list[str]:
         return train_command(check, folder / name, data, *arguments)

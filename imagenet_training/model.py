@@ -357,9 +357,14 @@ def can_compile(device: torch.device) -> bool:
 def compiled(model: nn.Module) -> nn.Module:
     """Return a module that shares a model's tensors and runs it compiled, once for each size of images.
 
-    The model itself is not changed: its state dict has the plain names, and a call of it compiles nothing.
+    The model itself is not changed: its state dict has the plain names, and a call of it compiles nothing. On a GPU,
+    `imagenet_training.batch_norm` replaces batch norms in what is compiled.
     """
-    return torch.compile(model, dynamic=False)  # type: ignore[return-value]
+    backend: Any = "inductor"
+    on_gpu = all(parameter.is_cuda for parameter in model.parameters())
+    if on_gpu and importlib.util.find_spec("triton"):
+        from imagenet_training.batch_norm import backend  # Triton is not on every machine
+    return torch.compile(model, dynamic=False, backend=backend)  # type: ignore[return-value]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -42,12 +42,12 @@ def gradient_sums(gradient, x, mean, invstd, weight, bias, chunk: int, relu: boo
     return torch.stack([torch.stack([part.sum(0) for part in each], 1) for each in parts])
 
 
-@batch_norm.batch_norm_sums.register_kernel("cpu")
+@torch.library.impl(batch_norm._library, "batch_norm_sums", "CPU")
 def _(x, chunk):
     return sums(x.float(), chunk)
 
 
-@batch_norm.batch_norm_gradient_sums.register_kernel("cpu")
+@torch.library.impl(batch_norm._library, "batch_norm_gradient_sums", "CPU")
 def _(gradient, x, *rest):
     return gradient_sums(gradient.float(), x.float(), *rest)
 
