@@ -64,7 +64,7 @@ def candidate_modes(
     num_batches : int
         Batches that the run trains on.
     deterministic : bool
-        Leave out of ``auto`` what compiles. Recorded and plain steps compute the same bits, so timing may choose.
+        Let ``auto`` neither compile nor choose by timing.
 
     Returns
     -------
@@ -74,10 +74,12 @@ def candidate_modes(
     """
     records = world.device.type == "cuda" and world.world_size == 1
     if setting == "auto":
-        compiles = not deterministic and can_compile(world.device) and num_batches >= MIN_BATCHES_TO_COMPILE
+        compiles = can_compile(world.device) and num_batches >= MIN_BATCHES_TO_COMPILE
         if not records:
-            return ((COMPILED,) if compiles else (EAGER,)), []
+            return ((COMPILED,) if compiles and not deterministic else (EAGER,)), []
         graphs = num_batches >= MIN_BATCHES_TO_RECORD
+        if deterministic:
+            return ((GRAPH,) if graphs else (EAGER,)), []
         return tuple(mode for mode in MODES.values() if mode.compiled <= compiles and mode.graph <= graphs), []
     mode = MODES[setting] if isinstance(setting, str) else COMPILED if setting else EAGER
     if mode.graph and not records:

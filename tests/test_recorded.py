@@ -324,7 +324,7 @@ def test_which_modes_a_run_may_use(monkeypatch):
     assert candidate_modes("auto", gpu, 10) == ((EAGER,), [])
     assert candidate_modes("auto", gpu, 1000) == ((EAGER, GRAPH), [])
     assert candidate_modes("auto", gpu, 10**6) == ((EAGER, GRAPH, COMPILED, COMPILED_GRAPH), [])
-    assert candidate_modes("auto", gpu, 10**6, deterministic=True) == ((EAGER, GRAPH), [])
+    assert candidate_modes("auto", gpu, 10**6, deterministic=True) == ((GRAPH,), [])
     assert candidate_modes("auto", ranks, 10**6) == ((COMPILED,), [])
     assert candidate_modes("auto", ranks, 10**6, deterministic=True) == ((EAGER,), [])
     assert candidate_modes(False, gpu, 10**6) == ((EAGER,), [])
