@@ -467,8 +467,14 @@ def test_every_figure_of_the_readme_is_that_of_the_benchmarks() -> None:
     benchmarks = (ROOT / "docs" / "BENCHMARKS.md").read_text(encoding="utf-8")
     (row,) = (line for line in benchmarks.splitlines() if line.startswith("| jpg500-224 | stock |"))
     ratio = float(row.split("|")[5])
-    figures = re.findall(r"([\d.]+)\s+times", readme)
-    assert figures == [f"{ratio:.1f}"], f"README.md says {figures} times; docs/BENCHMARKS.md has {ratio} for jpg500-224"
+    (to_peer,) = (line for line in benchmarks.splitlines() if line.startswith("| to ffcv-imagenet's script |"))
+    (from_file,) = (line for line in benchmarks.splitlines() if line.startswith("| `compiled-graph`, training from"))
+    at_224, at_160 = (f"{float(cell):.1f}" for cell in to_peer.split("|")[3:5])
+    expected = [f"{at_224} and {at_160}", f"{ratio:.1f}"]
+    figures = re.findall(r"([\d.]+(?: and [\d.]+)?)\s+times", readme)
+    assert figures == expected, f"README.md says {figures} times; docs/BENCHMARKS.md has {expected}"
+    (rates,) = re.findall(r"at ([\d,]+) images/s of 224 px, and at ([\d,]+) of 160 px", readme)
+    assert rates == tuple(f"{round(int(cell.replace(',', '')), -2):,}" for cell in from_file.split("|")[3:5])
 
 
 def test_the_accuracies_of_the_readme_are_the_recipes_own() -> None:

@@ -23,6 +23,7 @@ DISTRIBUTIONS = {
     "google": "protobuf",
     "cv2": "opencv-python",
     "sklearn": "scikit-learn",
+    "triton": "torch",  # which brings it where it has GPUs
     "yaml": "pyyaml",
 }
 # What benchmarks measure where somebody has installed it.
