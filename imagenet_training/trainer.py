@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from imagenet_training.distributed import World
 from imagenet_training.layers import freeze_body, lr_scales, set_training_mode
 from imagenet_training.loss import Loss, main_logits, recipe_loss
+from imagenet_training.memory_format import memory_format_notices, set_memory_format
 from imagenet_training.model import build_model, compiled, drop_path_notices, head_of, recipe_model, unwrapped
 from imagenet_training.optim import build_ema, build_optimizer
 from imagenet_training.plan import RunPlan
@@ -316,8 +317,8 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
         freeze_body(model, head)
     if not training.eval_only:
         notices += drop_path_notices(recipe, model)
-    if training.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+        notices += memory_format_notices(model, training.channels_last, world.device)
+    channels_last = set_memory_format(model, training.channels_last, world.device)
     num_batches = plan.total_steps * plan.accumulation
     modes, mode_notices = candidate_modes(False if training.eval_only else training.compile, world, num_batches)
     trainer = Trainer(
@@ -343,7 +344,7 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
         agc=training.agc,
         head=head,
         ema_every=training.ema_every,
-        channels_last=training.channels_last,
+        channels_last=channels_last,
         seed=training.seed,
         num_classes=recipe.model.known_num_classes,
         modes=modes,
