@@ -14,8 +14,10 @@ import math
 import multiprocessing
 import platform
 import re
+import signal
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 import warnings
@@ -43,7 +45,7 @@ from imagenet_training.normalization import settle_normalization  # noqa: E402
 from imagenet_training.plan import plan_run  # noqa: E402
 from imagenet_training.recipe import Recipe, read_recipe  # noqa: E402
 from imagenet_training.trainer import build_trainer  # noqa: E402
-from imagenet_training.trial import CANDIDATES_PX, Trial, check_drop_path, try_model  # noqa: E402
+from imagenet_training.trial import Trial, candidates, check_drop_path, try_model  # noqa: E402
 
 NUM_CLASSES, OTHER_NUM_CLASSES, BATCH_SIZE = 10, 7, 2
 WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
@@ -99,7 +101,7 @@ def smallest_size(recipe: Recipe, paper: torch.nn.Module) -> int | None:
     for on_paper in (True, False):
         model = paper if on_paper else build_model(**recipe_model(recipe))  # some architectures compute with values
         trial = Trial(model, recipe_loss(recipe), NUM_CLASSES, "32")
-        for size in CANDIDATES_PX:
+        for size in sorted(candidates(model)):
             if trial.train(size, BATCH_SIZE, backward=False) is None and trial.evaluate(size, BATCH_SIZE) is None:
                 return size
     return None
@@ -204,8 +206,13 @@ def try_in_process(name: str, limit_s: float, max_parameters: float) -> dict[str
         pass
     process.join()
     if process.exitcode and "error" not in row:
-        row["error"] = ["process", f"exit status {process.exitcode}"]
+        row["error"] = ["process", how_it_ended(process.exitcode)]
     return {**row, "time_s": round(time.perf_counter() - started_s, 1)}
+
+
+def how_it_ended(exitcode: int) -> str:
+    """Return how a process ended in words, from `multiprocessing`'s exit code: negative for a signal."""
+    return f"exit status {exitcode}" if exitcode > 0 else f"ended by {signal.Signals(-exitcode).name}"
 
 
 def outcome(row: dict[str, Any], max_parameters: float) -> str:
@@ -234,7 +241,7 @@ def tables(results: dict[str, Any]) -> str:
     lines += ["", "| architecture | parameters (M) | smallest size (px) | drop path | works |", "|---|---|---|---|---|"]
     for row in rows:
         size, drop_path = row.get("size_px") or "", row.get("drop_path", "")
-        what = outcome(row, limit).replace("|", "/").replace("\n", " ")[:240]
+        what = textwrap.shorten(outcome(row, limit).replace("|", "/"), 240, placeholder=" ...")
         millions = f"{row['parameters'] / 1e6:,.1f}" if "parameters" in row else ""
         lines.append(f"| {row['name']} | {millions} | {size} | {drop_path} | {what} |")
     return "\n".join(lines)

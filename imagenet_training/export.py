@@ -13,6 +13,7 @@ from torch import nn
 from ffcv_ops.errors import UserError
 from ffcv_ops.files import replacing
 from imagenet_training.card import CARD_KEY, IMAGENET_MEAN, IMAGENET_STD, ModelCard
+from imagenet_training.memory_format import set_memory_format
 from imagenet_training.model import TORCHVISION_OPTIONS, build_model, head_of
 from imagenet_training.weight_file import checksum, read_weight_file
 from imagenet_training.weights import load_weights
@@ -95,8 +96,7 @@ def load_model(path: str | Path, *, ema: bool | Literal["auto"] = "auto") -> Loa
         raise UserError(f"{path} has other classes than its facts say: {', '.join(fit.new_head)} do not fit")
     is_raw_of_both = file.card.averaged is None and not fit.averaged
     acc1 = None if is_raw_of_both else file.card.acc1
-    if file.card.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+    set_memory_format(model, file.card.channels_last, torch.device("cpu"))
     return LoadedModel(model.eval(), dataclasses.replace(file.card, averaged=fit.averaged, acc1=acc1))
 
 

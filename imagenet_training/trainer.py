@@ -16,6 +16,7 @@ from ffcv_ops.errors import UserError
 from imagenet_training.distributed import World
 from imagenet_training.layers import freeze_body, lr_scales, set_training_mode
 from imagenet_training.loss import Loss, main_logits, recipe_loss
+from imagenet_training.memory_format import memory_format_notices, set_memory_format
 from imagenet_training.model import build_model, compiled, drop_path_notices, head_of, recipe_model, unwrapped
 from imagenet_training.optim import build_ema, build_optimizer
 from imagenet_training.plan import RunPlan
@@ -107,6 +108,8 @@ class Trainer:
         Seed of what the model itself draws (dropout, drop path): a function of (seed, place of the batch, rank).
     num_classes : int
         Width of the targets.
+    infinite : frozenset of str
+        Names of the buffers with infinities before the first step; see `infinite_buffers`.
     modes : tuple of StepMode
         The mode of the step; several until `imagenet_training.step_mode.prepare_step` has chosen the fastest.
     recorded : RecordedStep or None
@@ -134,6 +137,7 @@ class Trainer:
     channels_last: bool = True
     seed: int = 0
     num_classes: int = 0
+    infinite: frozenset[str] = frozenset()
     modes: tuple[StepMode, ...] = (EAGER,)
     recorded: RecordedStep | None = None
     prepared_px: int = 0
@@ -243,8 +247,13 @@ class Trainer:
         self.ema.move_towards(unwrapped(self.model), 1.0 - self.ema.decay)
 
     def is_finite(self) -> bool:
-        """Return True if all weights and statistics of the model are finite. This waits for the device."""
-        values = [value.detach() for value in (*self.model.parameters(), *self.model.buffers())]
+        """Return True if all weights and statistics of the model are finite. This waits for the device.
+
+        Buffers that had infinities before the first step are left out.
+        """
+        model = unwrapped(self.model)
+        buffers = (value for name, value in model.named_buffers() if name not in self.infinite)
+        values = [value.detach() for value in (*model.parameters(), *buffers)]
         norms = torch._foreach_norm([value for value in values if value.is_floating_point()])
         return bool(torch.stack(norms).isfinite().all())
 
@@ -314,6 +323,15 @@ def batch_place(state: TrainState, plan: RunPlan, number: int) -> tuple[int, ...
     return state.epoch, state.samples + number * plan.batch_size * plan.world_size
 
 
+def infinite_buffers(model: nn.Module) -> frozenset[str]:
+    """Return the names of a new model's buffers with infinities: limits and masks, which training does not change.
+
+    For example, timm's gemma4_vit_167m limits the inputs of its layers to infinity until weights are loaded.
+    """
+    buffers = {name: value for name, value in model.named_buffers() if value.is_floating_point()}
+    return frozenset(name for name, value in buffers.items() if value.isinf().any())
+
+
 def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoint: bool = False) -> Trainer:
     """Build model, optimizer, moving average and loss of a recipe, on this rank's device.
 
@@ -353,10 +371,10 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
         freeze_body(model, head)
     if not training.eval_only:
         notices += drop_path_notices(recipe, model)
-    if training.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-        if world.device.type == "cuda":
-            replace_stem(model)
+        notices += memory_format_notices(model, training.channels_last, world.device)
+    channels_last = set_memory_format(model, training.channels_last, world.device)
+    if channels_last and world.device.type == "cuda":
+        replace_stem(model)
     trainer = Trainer(
         model=model,
         ema=build_ema(model, plan.ema_decay),
@@ -380,7 +398,8 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
         agc=training.agc,
         head=head,
         ema_every=training.ema_every,
-        channels_last=training.channels_last,
+        channels_last=channels_last,
+        infinite=infinite_buffers(model),
         seed=training.seed,
         num_classes=recipe.model.known_num_classes,
         modes=modes,

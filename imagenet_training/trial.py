@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from imagenet_training.recipe import Recipe
 from imagenet_training.trainer import autocast
 
 SIZES = ("resolution.min_res", "resolution.max_res", "validation.resolution")
-# Sides that are tried to find one that fits, px: multiples of 32, and those of published weights between them.
+# Sides that are tried for every model, px: multiples of 32, and those of published weights between them.
 CANDIDATES_PX = sorted({*range(32, 513, 32), 240, 260, 299, 300, 331, 336, 380, 456, 528, 560, 600, 1024})
 # Side of the images that a CPU passes with values, px.
 SMALL_PX = 64
@@ -209,10 +210,11 @@ def _remedy(recipe: Recipe, failed: dict[Need, Exception], batch_size: int, tria
         if not need.key:
             settings["resolution.min_res"] = recipe.resolution.max_res
             continue
-        sizes = sorted(_candidates(recipe), key=lambda size: abs(size - need.size_px))
+        known_px = candidates(trial.model) | {recipe.flat()[key] for key in SIZES}
+        sizes = sorted(known_px, key=lambda size: abs(size - need.size_px))
         fitting = next((size for size in sizes if trial.error_of(need, size, batch_size) is None), None)
         if fitting is None:
-            return "no size from 32 to 1,024 px works: choose another --model.arch"
+            return f"none of {len(sizes)} sizes that were tried works: choose another --model.arch"
         settings[need.key] = fitting
     if recipe.resolution.min_res == recipe.resolution.max_res and "resolution.min_res" in settings:
         settings["resolution.max_res"] = settings["resolution.min_res"]
@@ -220,8 +222,14 @@ def _remedy(recipe: Recipe, failed: dict[Need, Exception], batch_size: int, tria
     return f"{' '.join(flags)} {'works' if len(flags) == 1 else 'work'}"
 
 
-def _candidates(recipe: Recipe) -> Iterable[int]:
-    return {*CANDIDATES_PX, *(recipe.flat()[key] for key in SIZES)}
+def candidates(model: nn.Module) -> set[int]:
+    """Return the sides that are tried to find one that fits, px: common ones, and those that the model declares.
+
+    timm's models name the sizes of their published weights. Some take no other size, such as 196, 378 or 518 px.
+    """
+    published: Any = getattr(model, "pretrained_cfg", None) or {}
+    declared = [published.get(key) or () for key in ("input_size", "test_input_size", "min_input_size")]
+    return {*CANDIDATES_PX, *(size[-1] for size in declared if size and size[-1] == size[-2])}
 
 
 class DrawCounter(TorchDispatchMode):

@@ -32,7 +32,7 @@ from imagenet_training.preemption import StopRequest
 from imagenet_training.recipe import read_recipe
 from imagenet_training.state import TrainState
 from imagenet_training.step_mode import COMPILED, EAGER
-from imagenet_training.trainer import Trainer, allow_tf32, build_trainer, make_deterministic
+from imagenet_training.trainer import Trainer, allow_tf32, build_trainer, infinite_buffers, make_deterministic
 
 WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 
@@ -301,6 +301,19 @@ def test_images_in_the_weights_format_are_not_copied():
     assert trainer.to_memory_format(channels_last).data_ptr() == channels_last.data_ptr()
     plain = make_trainer(small_model(), channels_last=False).to_memory_format(channels_last)
     assert plain.is_contiguous() and torch.equal(plain, channels_last)
+
+
+def test_infinities_from_the_start_are_no_fault():
+    model = small_model()
+    model.register_buffer("limit", torch.tensor(torch.inf))
+    model.register_buffer("average", torch.tensor(0.0))
+    trainer = make_trainer(model, infinite=infinite_buffers(model))
+    assert trainer.infinite == {"limit"} and trainer.is_finite()
+    model.average.fill_(torch.inf)
+    assert not trainer.is_finite()
+    model.average.fill_(0.0)
+    model[0].weight.detach()[0, 0] = torch.nan
+    assert not trainer.is_finite()
 
 
 def test_waits_are_those_between_batches():

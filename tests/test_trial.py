@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from imagenet_training.loss import recipe_loss
-from imagenet_training.model import build_model, model_on_paper, recipe_model
+from imagenet_training.model import build_model, model_on_paper, on_paper, recipe_model
 from imagenet_training.plan import plan_run
 from imagenet_training.recipe import read_recipe
-from imagenet_training.trial import Trial, try_model
+from imagenet_training.trial import Trial, candidates, try_model
 
 
 def recipe_of(arch, sizes=(32, 32, 32), *arguments):
@@ -70,6 +70,34 @@ def test_a_size_within_the_ramp_is_tried_too():
         ValueError, match="96 px in training, between .* and resolution.max_res.*--resolution.min_res=128 works"
     ):
         try_model(recipe, plan_of(recipe), whole_tiles, recipe_loss(recipe))
+
+
+class OfOneSize(nn.Module):
+    """A model that takes images of one size only, and declares the sizes of timm's models of published weights."""
+
+    def __init__(self, size_px, declared_px):
+        super().__init__()
+        self.size_px, self.head = size_px, nn.Linear(3, 5)
+        self.pretrained_cfg = {"input_size": (3, declared_px, declared_px), "test_input_size": (3, 1026, 770)}
+
+    def forward(self, images):
+        assert images.shape[-1] == self.size_px, f"images of {self.size_px} px are wanted"
+        return self.head(images.mean((2, 3)))
+
+
+def test_the_size_that_a_model_declares_is_tried():
+    recipe = recipe_of("resnet18", (224, 224, 256))
+    with pytest.raises(
+        ValueError, match="--resolution.min_res=518 --resolution.max_res=518 --validation.resolution=518"
+    ):
+        try_model(recipe, plan_of(recipe), OfOneSize(518, 518), recipe_loss(recipe))
+    with pytest.raises(ValueError, match=r"; none of \d+ sizes that were tried works: choose another --model.arch$"):
+        try_model(recipe, plan_of(recipe), OfOneSize(518, 196), recipe_loss(recipe))
+
+
+def test_timm_s_sizes_of_published_weights_are_candidates():
+    for arch, size_px in {"vit_small_patch14_dinov2": 518, "eva_large_patch14_196": 196, "resnet50": 224}.items():
+        assert size_px in candidates(on_paper(arch=arch, library="timm"))
 
 
 def test_one_image_is_too_few_for_batch_normalisation_at_one_pixel():
