@@ -29,7 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 import train_imagenet  # noqa: E402
 from ffcv_ops import OrderOption, read_beton  # noqa: E402
-from imagenet_training.data import IMAGENET_MEAN, IMAGENET_STD, Loaders, build_loaders  # noqa: E402
+from imagenet_training.card import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
+from imagenet_training.data import Loaders, build_loaders  # noqa: E402
 from imagenet_training.recipe import Recipe, read_recipe  # noqa: E402
 from imagenet_training.run_folder import locked_folder  # noqa: E402
 
@@ -87,7 +88,7 @@ class StockBatches:
             scale, ratio = recipe.augmentation.crop_scale, recipe.augmentation.crop_ratio
             crop = RandomResizedCropRGBImageDecoder((size, size), scale=scale, ratio=ratio)
             flips = [transforms.RandomHorizontalFlip(recipe.augmentation.flip)]
-        mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
+        mean, std = 255 * np.array(IMAGENET_MEAN), 255 * np.array(IMAGENET_STD)
         normalize = transforms.NormalizeImage(mean, std, np.float32)
         self.loader = StockLoader(
             self.beton.path,

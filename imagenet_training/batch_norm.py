@@ -52,7 +52,7 @@ def tiles(rows: int, channels: int, inputs: int) -> Tiles:
 
 
 @triton.jit(do_not_specialize=["rows", "chunk", "parts"])
-def _sums(  # type: ignore[no-untyped-def]
+def _sums(
     x, results, rows, channels, chunk, parts,
     block_c: tl.constexpr, block_r: tl.constexpr, unroll: tl.constexpr, stages: tl.constexpr, even: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +91,7 @@ def _sums(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _add(gradient, x, mean, scale, bias, total, products, relu: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add(gradient, x, mean, scale, bias, total, products, relu: tl.constexpr):
     distance = x.to(tl.float32) - mean[None, :]
     gradient = gradient.to(tl.float32)
     if relu:
@@ -100,7 +100,7 @@ def _add(gradient, x, mean, scale, bias, total, products, relu: tl.constexpr):  
 
 
 @triton.jit(do_not_specialize=["rows", "chunk", "parts"])
-def _gradient_sums(  # type: ignore[no-untyped-def]
+def _gradient_sums(
     gradient, x, mean, invstd, weight, bias, results, rows, channels, chunk, parts, relu: tl.constexpr,
     block_c: tl.constexpr, block_r: tl.constexpr, unroll: tl.constexpr, stages: tl.constexpr, even: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +139,7 @@ def _gradient_sums(  # type: ignore[no-untyped-def]
     tl.store(target + channels.to(tl.int64) * parts, tl.sum(products, 0), mask=channel < channels)
 
 
-def _launch(kernel, inputs, vectors, chunk, chosen, *constants):  # type: ignore[no-untyped-def]
+def _launch(kernel, inputs, vectors, chunk, chosen, *constants):
     inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
     n, channels, height, width = inputs[0].shape
     results = _empty_parts(inputs[0], chunk)
@@ -231,7 +231,7 @@ def batch_norm_gradient_sums(
 
 
 @torch.library.register_fake("imagenet_training::batch_norm_gradient_sums", lib=_library)
-def _(gradient, x, mean, invstd, weight, bias, chunk, relu):  # type: ignore[no-untyped-def]
+def _(gradient, x, mean, invstd, weight, bias, chunk, relu):
     return _empty_parts(x, chunk)
 
 
@@ -257,7 +257,7 @@ class _Normalize(torch.autograd.Function):
     """The normalisation by statistics of the same batch, whose part in the gradient it adds."""
 
     @staticmethod
-    def forward(ctx, x, mean, invstd, weight, bias, relu):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, mean, invstd, weight, bias, relu):
         ctx.save_for_backward(x, mean, invstd, weight, bias)
         ctx.relu = relu
         result = (x.float() - _per_channel(mean)) * _per_channel(weight * invstd) + _per_channel(bias)
@@ -266,7 +266,7 @@ class _Normalize(torch.autograd.Function):
         return result.to(x.dtype)
 
     @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+    def backward(ctx, gradient):
         x, mean, invstd, weight, bias = ctx.saved_tensors
         n, channels, height, width = x.shape
         rows = n * height * width
@@ -412,7 +412,7 @@ def fuse_batch_norms(gm: torch.fx.GraphModule) -> int:
     return replaced
 
 
-def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]):  # type: ignore[no-untyped-def]
+def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]):
     """Compile a graph as ``torch.compile`` does by default, with `fuse_batch_norms` before: a backend for it."""
     from torch._inductor.compile_fx import compile_fx
 

@@ -34,10 +34,6 @@ from imagenet_training.plan import IMAGENET_NUM_CLASSES, IMAGENET_NUM_TRAIN, IMA
 from imagenet_training.recipe import Recipe
 from imagenet_training.trainer import DTYPES
 
-# In units of 0 to 255.
-IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
-IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
-
 
 @dataclass(frozen=True)
 class TrainingData:

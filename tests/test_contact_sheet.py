@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from betons import photographs
+from reference import PIXEL_MEAN, PIXEL_STD
 
 from imagenet_training.contact_sheet import (
     NUM_IMAGES,
@@ -14,15 +15,14 @@ from imagenet_training.contact_sheet import (
     draw_contact_sheet,
     take_images,
 )
-from imagenet_training.data import IMAGENET_MEAN, IMAGENET_STD
 
 
 def test_denormalizing_gives_the_bytes_back():
     pixels = torch.from_numpy(np.stack(photographs(3, side=32)))
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
     for dtype in (torch.float32, torch.float16):
         images = ((pixels - mean) / std).to(dtype).permute(0, 3, 1, 2)
-        np.testing.assert_array_equal(denormalized(images, IMAGENET_MEAN, IMAGENET_STD), pixels.numpy())
+        np.testing.assert_array_equal(denormalized(images, PIXEL_MEAN, PIXEL_STD), pixels.numpy())
 
 
 @pytest.mark.parametrize(("num_batches", "rows"), [(1, 1), (3, 3), (9, 4)])

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 import torchvision
 from betons import photographs, write_images
 from ffcv.transforms import ToDevice, ToTensor
+from reference import PIXEL_MEAN, PIXEL_STD
 
 import train_imagenet
 from ffcv_ops import Label, Loader, Mix, Normalize, OrderOption, RandomResizedCrop
-from imagenet_training.data import IMAGENET_MEAN, IMAGENET_STD, build_loaders
+from imagenet_training.data import build_loaders
 from imagenet_training.distributed import World
 from imagenet_training.epoch import train_epoch
 from imagenet_training.logs import RunLog
@@ -47,7 +48,7 @@ def batches(path, device, dtype):
     """Two epochs of mixed batches, made as the trainer makes them, copied to the CPU."""
     mix = Mix(NUM_CLASSES, mixup_alpha=0.2, cutmix_alpha=1.0, smoothing=0.1)
     to_device = [ToDevice(device, non_blocking=True)] if device.type == "cuda" else []
-    image = [RandomResizedCrop(48), ToTensor(), *to_device, Normalize(IMAGENET_MEAN, IMAGENET_STD, dtype)]
+    image = [RandomResizedCrop(48), ToTensor(), *to_device, Normalize(PIXEL_MEAN, PIXEL_STD, dtype)]
     pipelines = {"image": [*image, mix.images()], "label": [Label(), *to_device, mix.targets()]}
     with Loader(path, 16, num_workers=2, order=OrderOption.RANDOM, seed=3, pipelines=pipelines) as loader:
         return [(x.cpu().float(), y.cpu()) for epoch in range(2) for x, y in loader.epoch(epoch)]

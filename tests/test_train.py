@@ -23,6 +23,7 @@ import torch
 import torchvision
 from betons import write_digits
 from browsers import PageReader, needs_chromium, screenshot
+from reference import PIXEL_MEAN, PIXEL_STD
 from safetensors.torch import load_file
 from terminals import run_on_terminal, screen
 from wandb.proto import wandb_internal_pb2
@@ -31,7 +32,7 @@ import train_imagenet
 from ffcv_ops import lock, read_beton
 from ffcv_ops.writing.writer import write
 from imagenet_training import model
-from imagenet_training.data import IMAGENET_MEAN, IMAGENET_STD, open_train_file, random_crop, train_loader
+from imagenet_training.data import open_train_file, random_crop, train_loader
 from imagenet_training.distributed import start
 from imagenet_training.predictions import Predictions
 from imagenet_training.provenance import differences
@@ -577,7 +578,7 @@ def test_a_preview_shows_what_the_model_gets_and_creates_nothing_else(call, reci
     file, crop = open_train_file(read), random_crop(read, 24)
     with train_loader(read, file, start(), torch.float32, crop, batch_size=16) as loader:
         images, targets = next(loader.epoch(0))
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
     first = (images[0].permute(1, 2, 0) * std + mean).round().byte().numpy().repeat(7, axis=0).repeat(7, axis=1)
     sheet = cv2.imread("out.png")[:, :, ::-1]
     np.testing.assert_array_equal(sheet[60 : 60 + 168, 10 : 10 + 168], first)
