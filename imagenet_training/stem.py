@@ -14,24 +14,8 @@ class StemConv2d(nn.Conv2d):
     """A convolution of RGB images at stride 2. Where it is compiled, it goes over blocks of 2 x 2 pixels at stride 1.
 
     Blocks have 12 channels, which suit matrix units better than 3. The products are the same, and are added in another
-    order. The weights keep name and shape. Evaluation is not compiled, so it computes as `torch.nn.Conv2d`.
-
-    Parameters
-    ----------
-    conv : torch.nn.Conv2d
-        `suits` must be true of it.
+    order. Evaluation is not compiled, so it computes as `torch.nn.Conv2d`.
     """
-
-    def __init__(self, conv: nn.Conv2d):
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            bias=conv.bias is not None,
-        )
-        self.weight, self.bias = conv.weight, conv.bias
 
     @staticmethod
     def suits(module: nn.Module) -> bool:
@@ -67,16 +51,7 @@ class StemConv2d(nn.Conv2d):
 
 
 class StemMaxPool2d(nn.MaxPool2d):
-    """Max pooling that runs in `imagenet_training.max_pool` where it is compiled.
-
-    Parameters
-    ----------
-    pool : torch.nn.MaxPool2d
-        `suits` must be true of it.
-    """
-
-    def __init__(self, pool: nn.MaxPool2d):
-        super().__init__(pool.kernel_size, pool.stride, pool.padding)
+    """Max pooling that runs in `imagenet_training.max_pool` where it is compiled."""
 
     @staticmethod
     def suits(module: nn.Module) -> bool:
@@ -94,7 +69,7 @@ class StemMaxPool2d(nn.MaxPool2d):
 
 
 def replace_stem(model: nn.Module) -> None:
-    """Replace, in place, the layers that `StemConv2d` and `StemMaxPool2d` suit. The tensors stay the same.
+    """Change the classes of the layers that `StemConv2d` and `StemMaxPool2d` suit. They keep names and tensors.
 
     Parameters
     ----------
@@ -105,10 +80,7 @@ def replace_stem(model: nn.Module) -> None:
         return
     from imagenet_training import max_pool  # noqa: F401  registers the operation; Triton is not on every machine
 
-    for name, child in model.named_children():
-        if StemConv2d.suits(child):
-            setattr(model, name, StemConv2d(child))  # type: ignore[arg-type]
-        elif StemMaxPool2d.suits(child):
-            setattr(model, name, StemMaxPool2d(child))  # type: ignore[arg-type]
-        else:
-            replace_stem(child)
+    for module in model.modules():
+        for form in (StemConv2d, StemMaxPool2d):
+            if form.suits(module):
+                module.__class__ = form
