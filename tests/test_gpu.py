@@ -44,6 +44,11 @@ def beton(tmp_path_factory):
     return write_images(path, photographs(96), labels=[number % NUM_CLASSES for number in range(96)])
 
 
+def copied(values):
+    # The loader writes over a batch later, and on the CPU .cpu() and .float() return the batch itself.
+    return values.to("cpu", torch.float32, copy=True)
+
+
 def batches(path, device, dtype):
     """Two epochs of mixed batches, made as the trainer makes them, copied to the CPU."""
     mix = Mix(NUM_CLASSES, mixup_alpha=0.2, cutmix_alpha=1.0, smoothing=0.1)
@@ -51,7 +56,7 @@ def batches(path, device, dtype):
     image = [RandomResizedCrop(48), ToTensor(), *to_device, Normalize(PIXEL_MEAN, PIXEL_STD, dtype)]
     pipelines = {"image": [*image, mix.images()], "label": [Label(), *to_device, mix.targets()]}
     with Loader(path, 16, num_workers=2, order=OrderOption.RANDOM, seed=3, pipelines=pipelines) as loader:
-        return [(x.cpu().float(), y.cpu()) for epoch in range(2) for x, y in loader.epoch(epoch)]
+        return [(copied(x), copied(y)) for epoch in range(2) for x, y in loader.epoch(epoch)]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
