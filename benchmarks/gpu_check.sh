@@ -11,7 +11,7 @@ set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3} mode=gpu steps='1 2 3 4 5 6 7' total_s=480
 names=(setup tests modes ratios faults learning decode profile)
-limits_s=(60 110 110 100 60 75 30 30)
+limits_s=(60 110 110 100 90 75 30 30)
 
 stop() {
     printf 'gpu-check: %s\n' "$*" >&2
