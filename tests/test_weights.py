@@ -170,6 +170,7 @@ def test_variances_below_zero_and_values_too_large_are_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # PyTorch 2.11
 def test_unusual_tensors_are_loaded_or_refused(tmp_path):
     state = trained().state_dict()
     torch.save({**state, "fc.weight": state["fc.weight"].to(torch.float8_e4m3fn)}, tmp_path / "float8.pt")
