@@ -70,6 +70,8 @@ def check_packages(options: Options) -> Iterator[Finding]:
     wrong = []
     for requirement in map(Requirement, requirements()):
         version = _version(requirement.name)
+        if requirement.name == "opencv-python":  # other distributions have the same package
+            version = version or _version("opencv-python-headless") or _version("opencv-contrib-python")
         if version is None:
             wrong.append(f"{requirement.name} is not installed")
         elif not requirement.specifier.contains(version, prereleases=True):

@@ -15,7 +15,7 @@ def to_channels_last(model: nn.Module) -> None:
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.ndim == 4:
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)  # unlike contiguous(), of 1 x 1 too
 
 
 def layer_without_channels_last(model: nn.Module, device: torch.device) -> str | None:

@@ -210,6 +210,17 @@ def test_a_package_out_of_its_range(monkeypatch, tmp_path):
     assert re.fullmatch(r"numba 0\.59 is installed, numba\S*>=0\.61\S* is needed", finding.text)
 
 
+def test_opencv_without_windows_is_opencv_too(monkeypatch):
+    versions = {"opencv-python": None, "opencv-python-headless": "4.9.0.80"}
+    of_package = checks._version
+    monkeypatch.setattr(checks, "_version", lambda name: versions[name] if name in versions else of_package(name))
+    (finding,) = here("packages")
+    assert finding.status == "ok"
+    versions["opencv-python-headless"] = "4.1"
+    (finding,) = here("packages")
+    assert "opencv-python 4.1 is installed, opencv-python>=4.8 is needed" in finding.text
+
+
 def test_what_installs_is_no_command_that_would_do_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(checks, "_ROOT", tmp_path)
     command = checks.setup_command(is_missing=True)

@@ -36,8 +36,10 @@ def is_channels_last(model):
     return any(tensor.ndim == 4 and not tensor.is_contiguous() for tensor in model.parameters())
 
 
-def test_the_format_is_that_of_pytorch():
-    ours = build_model("test_vit_relpos", library="timm", num_classes=5)
+@pytest.mark.parametrize(("arch", "library"), [("test_vit_relpos", "timm"), ("resnet18", "torchvision")])
+def test_the_format_is_that_of_pytorch(arch, library):
+    """Also of weights of 1 x 1, whose strides DistributedDataParallel compares with those of their gradients."""
+    ours = build_model(arch, library=library, num_classes=5)
     theirs = copy.deepcopy(ours).to(memory_format=torch.channels_last)
     to_channels_last(ours)
     pairs = [*zip(ours.parameters(), theirs.parameters(), strict=True)]
