@@ -210,7 +210,7 @@ def furthest(results, expected) -> float:
         ("small", 4, False),
         ("small", 4, True),
         pytest.param("resnet18", 20, False, marks=pytest.mark.slow),
-        ("resnet18", 20, True),
+        pytest.param("resnet18", 20, True, marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_model_learns_the_same(name, batch_norms, bf16):
