@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 MODES = ("eager", "compiled", "compiled-graph", "graph")
-# What others run: torch.compile of the library's own layers, by its options.
+# Options of torch.compile for the library's own layers, as others run them.
 PEERS: dict[str, dict[str, Any]] = {
     "torch.compile": {},
     "torch.compile, reduce-overhead": {"mode": "reduce-overhead"},

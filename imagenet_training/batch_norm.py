@@ -13,7 +13,7 @@ import triton.language as tl
 
 
 class Tiles(NamedTuple):
-    """How a kernel divides a matrix (rows, channels).
+    """The division of a matrix (rows, channels) among the programs of a kernel.
 
     Attributes
     ----------

@@ -240,7 +240,7 @@ def test_one_sum_a_batch_norm_and_no_tensor_more_than_without():
     saved = [node.meta["val"] for node in backend.backward.graph.nodes if node.op == "placeholder"]
     activations = [value for value in saved if value.dim() == 4 and value.shape[2] == 16]
     assert {value.dtype for value in activations} <= {torch.bfloat16, torch.bool}
-    # What goes into and out of five convolutions, and perhaps the mask of the last relu.
+    # The inputs and outputs of five convolutions, and perhaps the mask of the last relu.
     assert sum(value.dtype == torch.bfloat16 for value in activations) <= 10
 
 
