@@ -194,9 +194,10 @@ def test_a_signal_during_validation_is_honoured_there(ranks, undisturbed, data, 
 
 
 def test_a_hang_up_saves_the_run_and_no_page_ends_it(ranks, undisturbed, data, tmp_path):
-    (tmp_path / "run" / "report.html").mkdir(parents=True)  # the report cannot be written
     arguments = ["--config-file", data / "recipe.yaml", "--resume", "auto"]
     job = ranks.start(tmp_path / "run", 1, *arguments)
+    job.wait_for("epoch 0  step 1/4")
+    (tmp_path / "run" / "report.html").mkdir()  # the report cannot be written
     job.wait_for("epoch 1  step 1/4")
     os.kill(job.pids[0], signal.SIGHUP)
     assert job.statuses() == [75], job.output()
