@@ -132,21 +132,27 @@ def setup(check: Check) -> None:
 
 def tests(check: Check) -> None:
     """Run the tests that need a GPU, and those of recorded steps, which need none. Compile models meanwhile."""
-    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rf", "--durations=8"]
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-vv", "-rf", "--durations=8"]
     pytest += ["-n", "4"] if importlib.util.find_spec("xdist") else ["-p", "no:xdist"]
     pytest += ["-p", "no:benchmark"]  # which warns beside xdist, and warnings are errors
     files = ["tests/test_gpu.py", "tests/test_recorded.py"]
     compiling = precompile(check)
-    done = subprocess.run([*pytest, *files], cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout + done.stderr)
+    run_of_tests = subprocess.Popen(
+        [*pytest, *files], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert run_of_tests.stdout is not None
+    lines = []
+    for line in run_of_tests.stdout:  # as they come, because the step may be stopped at its limit
+        print(line, end="", flush=True)
+        lines.append(line.rstrip())
+    status = run_of_tests.wait()
     for process in compiling:
         process.wait()
-    lines = done.stdout.splitlines()
     counts = re.findall(r"(\d+) (passed|failed|skipped|errors?)", " ".join(lines[-1:]))
     failed = [line.removeprefix("FAILED ")[:200] for line in lines if line.startswith(("FAILED", "ERROR"))]
     check.add("tests", failing=failed, **{kind: int(number) for number, kind in counts})
-    if done.returncode:
-        raise SystemExit(f"pytest ended with status {done.returncode}: {', '.join(failed) or 'see the log'}")
+    if status:
+        raise SystemExit(f"pytest ended with status {status}: {', '.join(failed) or 'see the log'}")
 
 
 def precompile(check: Check) -> list[subprocess.Popen[bytes]]:

@@ -1,3 +1,5 @@
+"""The sums of batch norm in Triton, and the pass that puts them into compiled models, against PyTorch."""
+
 import copy
 import functools
 import os
