@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 pytest.importorskip("triton")
@@ -244,6 +245,17 @@ def test_one_sum_a_batch_norm_and_no_tensor_more_than_without():
     assert {value.dtype for value in activations} <= {torch.bfloat16, torch.bool}
     # The inputs and outputs of five convolutions, and perhaps the mask of the last relu.
     assert sum(value.dtype == torch.bfloat16 for value in activations) <= 10
+
+
+def test_batch_norms_are_replaced_where_several_ranks_split_the_graph():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, backend = compiled(nn.Sequential(nn.Conv2d(3, 64, 3), *(Block(64) for _ in range(3))))  # of 1.8 MB
+        wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)
+        step(wrapped, channels_last(4, 3, 10, 10))
+        assert len(backend.replaced) > 1 and sum(backend.replaced) == 6
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
