@@ -483,27 +483,6 @@ def _convert_colour_into(y, cb, cr, out):
 
 
 @kernel(**_OPTIONS)
-def resample_plane_into(plane, crop, interpolation, workspace, out):
-    """Resample a crop of one plane.
-
-    Parameters
-    ----------
-    plane : ndarray of uint8, shape (height, width), C-contiguous
-        Source.
-    crop : tuple of float
-        ``(y, x, height, width)`` in px of the plane, within the plane, with positive sides.
-    interpolation : int
-        ``BILINEAR`` or ``BICUBIC``.
-    workspace : ndarray of uint8, shape (n,)
-        Scratch of one thread; see `workspace_bytes`.
-    out : ndarray of uint8, shape (out_height, out_width), C-contiguous
-        The output.
-    """
-    taps = _build_taps(crop, out.shape, False, interpolation, workspace)
-    _resample_into(_skip_to_first_touched(plane, crop), plane.shape[1], taps, out.reshape(-1))
-
-
-@kernel(**_OPTIONS)
 def resample_planes_into(y, cb, cr, y_crop, c_crop, flip, interpolation, workspace, out):
     """Resample a crop of the planes of a JPEG and convert it to RGB.
 
