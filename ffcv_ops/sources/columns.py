@@ -16,6 +16,7 @@ from ffcv_ops.errors import UserError
 from ffcv_ops.sources.remarks import Remark
 from ffcv_ops.sources.remote import public_name
 from ffcv_ops.sources.webdataset import read_class_names
+from ffcv_ops.units import show_names
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -217,8 +218,7 @@ def _only(found: list[str], fields: dict[str, "pa.DataType"], what: str, path: s
 
 
 def _list(fields: dict[str, "pa.DataType"]) -> str:
-    names = [f"{name} ({_name_type(kind)})" for name, kind in fields.items()]
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return show_names([f"{name} ({_name_type(kind)})" for name, kind in fields.items()], 8)
 
 
 def _name_type(kind: "pa.DataType") -> str:
