@@ -196,7 +196,7 @@ def _write(
             done = layout.stored.position
             if done:
                 notice(f"resuming: {done} of {plan.num_images} images are on disk already")
-            with _saying_after(_QUIET_S, notice, "if this is the first start here, the encoder is being compiled"):
+            with _notice_after(_QUIET_S, notice, "if this is the first start here, the encoder is being compiled"):
                 sizes, counts = _measure_sample(plan, workers)
             _check_space(plan, done, target, sizes, notice)
             tables = workers.choose_tables(counts) if plan.encoder != jpeg.ENCODER_OF_OWN_TABLES else None
@@ -229,7 +229,7 @@ def _write(
 
 
 @contextmanager
-def _saying_after(time_s: float, notice: Notice, text: str) -> Iterator[None]:
+def _notice_after(time_s: float, notice: Notice, text: str) -> Iterator[None]:
     """Print a text if the block takes longer than a time."""
     timer = threading.Timer(time_s, notice, [text])
     timer.daemon = True
