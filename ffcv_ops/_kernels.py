@@ -55,6 +55,12 @@ def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     return dispatcher
 
 
+def external(symbol: str, result: str, arguments: str) -> Any:
+    """Return a C function for kernels. The types are given by their bytes: 8 for pointers and long, 4 for int."""
+    types: dict[str, Any] = {"4": nb.types.int32, "8": nb.types.int64}
+    return nb.types.ExternalFunction(symbol, types[result](*(types[argument] for argument in arguments)))
+
+
 class _Cache(FunctionCache):
     """The cache of Numba, with a digest of sources in the key of every compiled signature."""
 

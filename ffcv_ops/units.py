@@ -1,6 +1,9 @@
-"""Sizes and durations as text."""
+"""Sizes, durations and lists of names as text."""
+
+from __future__ import annotations  # the doctor is to be read by older Pythons too
 
 import math
+from collections.abc import Sequence
 
 
 def show_bytes(size_bytes: float) -> str:
@@ -16,3 +19,8 @@ def show_duration(time_s: float) -> str:
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     return (f"{days}d " if days else "") + f"{hours:02d}:{minutes:02d}:{seconds:02d}"
+
+
+def show_names(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names, and the number of the others, such as ``a, b, c and 4 more``."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

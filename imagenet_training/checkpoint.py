@@ -16,7 +16,7 @@ from ffcv_ops.files import replacing
 from imagenet_training.card import ModelCard
 from imagenet_training.export import export_weights
 from imagenet_training.state import TrainState
-from imagenet_training.torch_file import UnreadableFile, check_whole, load_file
+from imagenet_training.torch_file import UnreadableFile, check_whole, is_empty, load_file
 from imagenet_training.trainer import Trainer, unwrapped
 
 FORMAT = 2
@@ -84,10 +84,6 @@ def _refuse_newer_format(path: str | Path, content: Any) -> None:
             f"{path} is a checkpoint of format {number}, which a newer version has written; this version reads formats "
             f"{READABLE_FORMATS[0]} to {FORMAT}: use the newer version, or name another checkpoint with --resume"
         )
-
-
-def _is_empty(path: str | Path) -> bool:
-    return Path(path).exists() and not Path(path).stat().st_size
 
 
 def checkpoint_content(
@@ -180,7 +176,7 @@ class CheckpointFolder:
                 found.append((state.epoch, state.samples, path.name == "last.ckpt", path, state.run_name))
             except (UnreadableFile, TypeError, KeyError) as error:
                 if path.exists():
-                    reason = "the file is empty" if _is_empty(path) else error
+                    reason = "the file is empty" if is_empty(path) else error
                     notices.append(f"{path} is damaged and was passed over: {reason}")
         for *_, path, name in sorted(found, reverse=True):
             if run_name not in ("", name):

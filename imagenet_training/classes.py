@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ffcv_ops import Beton, UserError
-
-_NUM_NAMED = 3
+from ffcv_ops.units import show_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,11 +77,14 @@ def _match_by_name(file: Beton, classes: list[str], names: list[str], model: str
         return ClassMatch(names, np.array([int(name) for name in classes], np.int64), (notice,))
     if foreign:
         raise UserError(
-            f"{file.path} has {len(foreign):,} of {len(classes):,} classes that {model} does not have: {_some(foreign)}"
+            f"{file.path} has {len(foreign):,} of {len(classes):,} classes that {model} does not have: "
+            f"{show_names(foreign)}"
         )
     for owner, listed in ((model, names), (str(file.path), classes)):
         if twins := [name for name, count in Counter(listed).items() if count > 1]:
-            raise UserError(f"{owner} has several classes of the same name: {_some(twins)}: names cannot match them")
+            raise UserError(
+                f"{owner} has several classes of the same name: {show_names(twins)}: names cannot match them"
+            )
     number_of = {name: number for number, name in enumerate(names)}
     what = f"{len(classes):,} of the {len(names):,} classes" if len(classes) < len(names) else "the classes"
     order = "" if len(classes) < len(names) else " in another order"
@@ -118,8 +120,3 @@ def imagenet_names(file: Beton, num_classes: int) -> list[str] | None:
 def are_all_numbers(names: Sequence[str]) -> bool:
     """Return True if the names are the numbers from 0 on, each once, in any order."""
     return sorted(names) == sorted(str(number) for number in range(len(names)))
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
-    return ", ".join(names[:_NUM_NAMED]) + more

@@ -30,7 +30,7 @@ PARTS_OF_PROVENANCE = dict.fromkeys(("recipe", "versions", "data"), dict) | dict
 
 
 @dataclass(frozen=True)
-class Run:
+class StoredRun:
     """A run as read from disk: its name on the page, its records, and its provenance, which may be empty."""
 
     name: str
@@ -69,7 +69,7 @@ def _check_out(path: Path) -> None:
         raise UserError(f"--out {path}: {error}") from error
 
 
-def read_runs(given: Sequence[str]) -> list[Run]:
+def read_runs(given: Sequence[str]) -> list[StoredRun]:
     """Read runs, given as folders or records. A run is named by the last part of its path, if that is unique.
 
     Raises
@@ -85,7 +85,7 @@ def read_runs(given: Sequence[str]) -> list[Run]:
     if len(set(names)) < len(names):
         names = list(given)
     return [
-        Run(name, path, read_records(path), read_provenance(path.with_suffix(".recipe.json")))
+        StoredRun(name, path, read_records(path), read_provenance(path.with_suffix(".recipe.json")))
         for name, path in zip(names, paths, strict=True)
     ]
 
@@ -142,7 +142,7 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def write_comparison(path: Path, runs: Sequence[Run]) -> None:
+def write_comparison(path: Path, runs: Sequence[StoredRun]) -> None:
     """Write the page that compares runs."""
     known = {run.name: run.provenance for run in runs if run.provenance}
     write_page(
@@ -165,7 +165,7 @@ def write_comparison(path: Path, runs: Sequence[Run]) -> None:
     )
 
 
-def figures(run: Run) -> tuple[str, ...]:
+def figures(run: StoredRun) -> tuple[str, ...]:
     """Return the figures of a run as text, in the order of `HEADERS`."""
     found = key_figures(run.records)
     best, last = found["best"] or {}, found["last"] or {}

@@ -230,15 +230,15 @@ def build_loaders(recipe: Recipe, plan: RunPlan, data: TrainingData, world: Worl
     """Build the loaders of training and validation for this rank."""
     assert data.train is not None, "a run that only evaluates has no training loader"
     dtype = DTYPES[plan.precision]
-    crop = random_crop(recipe, plan.resolution(0))
+    crop = build_random_crop(recipe, plan.resolution(0))
     return Loaders(
-        train=train_loader(recipe, data.train, world, dtype, crop, batch_size=plan.batch_size),
-        val=val_loader(recipe, data.val, world, dtype),
+        train=build_train_loader(recipe, data.train, world, dtype, crop, batch_size=plan.batch_size),
+        val=build_val_loader(recipe, data.val, world, dtype),
         train_crop=crop,
     )
 
 
-def random_crop(recipe: Recipe, size_px: int) -> RandomResizedCrop:
+def build_random_crop(recipe: Recipe, size_px: int) -> RandomResizedCrop:
     """Build the decoder of training images."""
     augmentation = recipe.augmentation
     return RandomResizedCrop(
@@ -250,7 +250,7 @@ def random_crop(recipe: Recipe, size_px: int) -> RandomResizedCrop:
     )
 
 
-def train_loader(
+def build_train_loader(
     recipe: Recipe, file: Beton, world: World, dtype: torch.dtype, crop: RandomResizedCrop, *, batch_size: int
 ) -> EarlyLoader:
     """Build the loader of `Loaders.train`."""
@@ -285,7 +285,7 @@ def train_loader(
     )
 
 
-def val_loader(
+def build_val_loader(
     recipe: Recipe,
     file: Beton,
     world: World,
@@ -337,7 +337,9 @@ def validation_images(recipe: Recipe, file: Beton, world: World, ids: np.ndarray
     ndarray of uint8, shape (N, H, W, 3)
     """
     only_rank = replace(world, rank=0, world_size=1)
-    with val_loader(recipe, file, only_rank, torch.float32, indices=np.sort(ids).tolist(), num_workers=1) as loader:
+    with build_val_loader(
+        recipe, file, only_rank, torch.float32, indices=np.sort(ids).tolist(), num_workers=1
+    ) as loader:
         batches = [denormalized(images, *pixel_statistics(recipe)) for images, _ in loader]
     return np.concatenate(batches)[np.argsort(np.argsort(ids))] if batches else np.zeros((0, 1, 1, 3), np.uint8)
 

@@ -14,7 +14,7 @@ from ffcv_ops.settings.collect import DEFAULT
 from ffcv_ops.settings.command_line import COMMAND_LINE
 from ffcv_ops.settings.fields import show
 from imagenet_training.card import ModelCard
-from imagenet_training.data import TrainingData, open_evaluation_data, settle_num_classes, val_loader
+from imagenet_training.data import TrainingData, build_val_loader, open_evaluation_data, settle_num_classes
 from imagenet_training.distributed import World, join
 from imagenet_training.epoch import evaluate
 from imagenet_training.failures import ending_with_status
@@ -269,7 +269,7 @@ def evaluate_only(recipe: Recipe) -> None:
         resumed_from=candidate.path,
     )
     trainer = build_evaluated(candidate, plan, world)
-    loader = val_loader(recipe, data.val, world, DTYPES[plan.precision])
+    loader = build_val_loader(recipe, data.val, world, DTYPES[plan.precision])
     provenance = describe_run(recipe, plan, data, world)
     log = RunLog(Path(recipe.logging.folder) / "logs", world.is_main)
     for notice in (*evaluation_notices(candidate, plan, data, world, provenance), *trainer.notices):

@@ -5,7 +5,7 @@ from pathlib import Path
 from imagenet_training import distributed
 from imagenet_training.augmentation import describe_augmentations
 from imagenet_training.contact_sheet import caption, class_names, denormalized, draw_contact_sheet, take_images
-from imagenet_training.data import open_train_file, random_crop, train_loader
+from imagenet_training.data import build_random_crop, build_train_loader, open_train_file
 from imagenet_training.normalization import pixel_statistics
 from imagenet_training.recipe import Recipe
 from imagenet_training.schedule import resolution_of
@@ -23,9 +23,9 @@ def draw_preview(recipe: Recipe) -> None:
     path, world = Path(recipe.training.preview or ""), distributed.start()
     data = open_train_file(recipe)
     batch_size = min(recipe.training.batch_size, data.num_samples // world.world_size)
-    crop = random_crop(recipe, resolution_of(recipe)(0))
+    crop = build_random_crop(recipe, resolution_of(recipe)(0))
     dtype = DTYPES[recipe.training.precision if world.device.type == "cuda" else "32"]
-    with train_loader(recipe, data, world, dtype, crop, batch_size=batch_size) as loader:
+    with build_train_loader(recipe, data, world, dtype, crop, batch_size=batch_size) as loader:
         images, targets = take_images(loader.epoch(0), len(loader))
     if world.is_main:
         shown = denormalized(images, *pixel_statistics(recipe))

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-NUM_CLASSES_NAMED = 3
+from ffcv_ops.units import show_names
+
 # A file that begins with so many bytes of text is text.
 TEXT_BYTES = 16
 
@@ -47,12 +48,13 @@ def check_whole(path: str | Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
-        raise UnreadableFile("the file is empty" if _is_empty(path) else str(error)) from error
+        raise UnreadableFile("the file is empty" if is_empty(path) else str(error)) from error
     if damaged is not None:
         raise UnreadableFile(f"the checksum of {damaged} in it is wrong")
 
 
-def _is_empty(path: str | Path) -> bool:
+def is_empty(path: str | Path) -> bool:
+    """Return True if there is a file without a byte."""
     return Path(path).exists() and not Path(path).stat().st_size
 
 
@@ -90,6 +92,5 @@ def _reason(path: str | Path, error: Exception) -> str:
     if not isinstance(error, pickle.UnpicklingError):
         return str(error).partition("\n")[0] or type(error).__name__
     named = [str(name) for name in unknown_classes(path)]
-    more = f" and {len(named) - NUM_CLASSES_NAMED} more" if len(named) > NUM_CLASSES_NAMED else ""
-    what = f" ({', '.join(named[:NUM_CLASSES_NAMED])}{more})" if named else ""
+    what = f" ({show_names(named)})" if named else ""
     return f"it holds objects that could run code{what}, so it is not loaded; save only a state_dict() in it"

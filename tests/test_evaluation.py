@@ -19,7 +19,7 @@ from ffcv_ops import UserError, read_beton
 from ffcv_ops.writing.plan import WriteSettings
 from ffcv_ops.writing.writer import write
 from imagenet_training.checkpoint import save_atomically
-from imagenet_training.data import val_loader
+from imagenet_training.data import build_val_loader
 from imagenet_training.distributed import World
 from imagenet_training.epoch import measure
 from imagenet_training.evaluation import differences_from_published
@@ -133,7 +133,7 @@ def test_the_printed_line_builds_the_model_that_the_run_has_logged(trained, data
     card, world = names["card"], World(0, 0, 1, 1, torch.device("cpu"))
     file, recipe = read_beton(data / "val.beton"), read_recipe(["--config-file", str(data / "recipe.yaml")])
     settings = {"precision": card.precision, "flip": card.flip, "channels_last": card.channels_last}
-    with val_loader(recipe, file, world, torch.float32) as loader:
+    with build_val_loader(recipe, file, world, torch.float32) as loader:
         values = measure(names["model"], loader, world, num_samples=file.num_samples, **settings)
     assert values == {name: record[name] for name in values} and card.acc1 == record["val/acc1"]
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from timm.data.distributed_sampler import RepeatAugSampler
 
 from ffcv_ops.beton.allocations import AllocationTable
-from ffcv_ops.beton.layout import ALLOC_TYPE
 from ffcv_ops.loading.epoch_length import batches_per_rank, samples_per_rank
 from ffcv_ops.loading.order import (
     QuasiRandom,
@@ -173,13 +172,12 @@ def test_repeated_augmentation_selects_as_timm_does(num_samples, world_size, rep
 
 def settings_of_a_loader(num_samples, rank, world_size, drop_last, repeats):
     """Return what an order reads of a loader."""
-    table = np.zeros(num_samples, ALLOC_TYPE)
-    table["sample_id"] = np.arange(num_samples)
-    table["ptr"] = 100 * np.arange(num_samples)
+    ids = np.arange(num_samples)
+    allocations = AllocationTable(100 * ids.astype(np.uint64), np.zeros(num_samples, np.uint32), ids.astype(np.uint32))
     return SimpleNamespace(
-        indices=np.arange(num_samples), seed=1, distributed=True, rank=rank, world_size=world_size,
+        indices=ids, seed=1, distributed=True, rank=rank, world_size=world_size,
         drop_last=drop_last, repeats=repeats,
-        beton=SimpleNamespace(allocations=AllocationTable.from_rows(table), num_samples=num_samples, page_size=1000),
+        beton=SimpleNamespace(allocations=allocations, num_samples=num_samples, page_size=1000),
     )  # fmt: skip
 
 
@@ -223,10 +221,9 @@ def test_copies_are_numbered_and_on_different_ranks(world_size):
 
 
 def test_sample_pages_is_the_page_of_the_lowest_pointer():
-    table = np.zeros(5, dtype=[("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-    table["sample_id"] = [2, 0, 2, 3, 0]
-    table["ptr"] = [900, 350, 250, 100, 120]
-    np.testing.assert_array_equal(sample_pages(AllocationTable.from_rows(table), 5, 100), [1, 0, 2, 1, 0])
+    ptrs, ids = np.array([900, 350, 250, 100, 120], np.uint64), np.array([2, 0, 2, 3, 0], np.uint32)
+    table = AllocationTable(ptrs, np.zeros(5, np.uint32), ids).in_order()
+    np.testing.assert_array_equal(sample_pages(table, 5, 100), [1, 0, 2, 1, 0])
 
 
 def test_imagenet_s_orders_take_less_than_a_second():

@@ -3,25 +3,17 @@ import random
 import numpy as np
 import pytest
 import torch
-from ffcv.pipeline.state import State
 from PIL import Image
 from scipy import stats
 from timm.data import auto_augment
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms import RandomErasing as TorchvisionErasing
 from torchvision.transforms import TrivialAugmentWide as TorchvisionTrivial
 
-from ffcv_ops import rng
 from ffcv_ops.operations import pillow_ops, rand_augment
-from ffcv_ops.operations.base import Batch
-from ffcv_ops.operations.erasing import RandomErasing
-from ffcv_ops.operations.image_operation import ImageOperation
 from ffcv_ops.operations.rand_augment import RandAugment, TrivialAugmentWide, read_rand_augment
-from ffcv_ops.operations.threads import WorkerPool
-from tests.betons import photographs
+from tests.image_operations import SIZE, augmented, batch_of, images
 
 RSB = "rand-m7-mstd0.5-inc1"
-SIZE = (48, 40)
 
 # in the order of timm's lists
 TIMM_OPERATIONS = list(rand_augment._RAND_TABLE)
@@ -42,20 +34,6 @@ TIMM_FUNCTIONS = {
     pillow_ops.TRANSLATE_X: auto_augment.translate_x_abs,
     pillow_ops.TRANSLATE_Y: auto_augment.translate_y_abs,
 }
-
-
-def batch_of(count, seed=0, epoch=0, num_workers=1, copies=None):
-    return Batch(seed, epoch, 5 + 3 * np.arange(count), WorkerPool(num_workers), storage=None, copies=copies)
-
-
-def images(count):
-    return np.stack([image[: SIZE[0], : SIZE[1]] for image in photographs(count)])
-
-
-def augmented(policy, source, batch):
-    changed = source.copy()
-    assert policy.generate_code()(changed, None, batch) is changed
-    return changed
 
 
 # --- the string
@@ -94,16 +72,6 @@ def test_reads_timms_strings(text, expected):
 def test_refuses_other_strings(text, named):
     with pytest.raises(ValueError, match=named):
         RandAugment(text)
-
-
-def test_refuses_a_wrong_colour_and_a_wrong_place():
-    for build in (lambda: RandAugment(RSB, fill=(300, 0, 0)), lambda: RandomErasing(0.1, fill=(0, 0))):
-        with pytest.raises(ValueError, match="fill"):
-            build()
-    state = State(jit_mode=False, device=torch.device("cpu"), shape=(*SIZE, 3), dtype=torch.uint8)
-    for operation in (RandAugment(RSB), RandomErasing(0.1)):
-        with pytest.raises(ValueError, match="ToTensor"):
-            operation.declare_state_and_memory(state)
 
 
 # --- what is drawn
@@ -181,21 +149,6 @@ def test_weighted_operations_come_once(weights):
     assert stats.chisquare(first[expected > 0], expected[expected > 0]).pvalue > 1e-3
 
 
-@pytest.mark.parametrize(
-    "policy", [RandAugment(RSB), TrivialAugmentWide(), RandomErasing(0.5)], ids=lambda p: type(p).__name__
-)
-def test_images_are_a_function_of_seed_epoch_sample_and_copy(policy):
-    source = images(24)
-    reference = augmented(policy, source, batch_of(24, seed=3, epoch=1))
-    assert np.array_equal(reference, augmented(policy, source, batch_of(24, seed=3, epoch=1, num_workers=3)))
-    alone = augmented(policy, source[7:9], Batch(3, 1, 5 + 3 * np.arange(7, 9), WorkerPool(1), storage=None))
-    assert np.array_equal(reference[7:9], alone)
-    others = [batch_of(24, seed=4, epoch=1), batch_of(24, seed=3, epoch=2)]
-    others.append(batch_of(24, seed=3, epoch=1, copies=np.ones(24, dtype=np.int64)))
-    for other in others:
-        assert not np.array_equal(reference, augmented(policy, source, other))
-
-
 # --- what is made of it
 
 
@@ -242,50 +195,3 @@ def test_trivial_augment_draws_evenly():
     assert len(kinds) == 14 and stats.chisquare(counts).pvalue > 1e-3
     steps, counts = np.unique(drawn.arguments[drawn.operations == pillow_ops.ROTATE], return_counts=True)
     assert len(steps) == 61 and stats.chisquare(np.delete(counts, 30)).pvalue > 1e-3
-
-
-def test_erasing_is_torchvisions():
-    size, prob, count = (224, 224), 0.3, 20_000
-    boxes = RandomErasing(prob).draw(batch_of(count), size)
-    top, bottom, left, right = boxes[boxes[:, 1] > 0].T
-    assert stats.binomtest(len(top), count, prob).pvalue > 1e-3
-    torch.manual_seed(0)
-    image = torch.empty(3, *size)
-    drawn = (TorchvisionErasing.get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0]) for _ in range(4000))
-    theirs = np.array([box[:4] for box in drawn]).T
-    for ours, expected in zip((top, left, bottom - top, right - left), theirs, strict=True):
-        assert stats.ks_2samp(ours, expected).pvalue > 1e-3
-    assert bottom.max() <= 224 and right.max() <= 224 and min(top.min(), left.min()) >= 0
-
-
-def test_erasing_paints_its_boxes():
-    operation, source, batch = RandomErasing(0.6, fill=(1, 2, 3)), images(20), batch_of(20)
-    expected = source.copy()
-    for image, (top, bottom, left, right) in zip(expected, operation.draw(batch, SIZE), strict=True):
-        image[top:bottom, left:right] = (1, 2, 3)
-    assert not np.array_equal(expected, source)
-    assert np.array_equal(augmented(operation, source, batch), expected)
-    assert np.array_equal(augmented(RandomErasing(0.0), source, batch), source)
-    with pytest.raises(ValueError, match="prob"):
-        RandomErasing(1.1)
-
-
-class RandomInvert(ImageOperation):
-    def __init__(self, prob):
-        super().__init__()
-        self.prob = prob
-
-    def apply(self, images, batch):
-        drawn = batch.draw_uniforms(rng.named_stream("RandomInvert"), ())
-        images[drawn < self.prob] ^= 255
-
-
-def test_a_new_operation_is_one_class():
-    source = images(16)
-    changed = augmented(RandomInvert(0.5), source, batch_of(16))
-    inverted = (changed == 255 - source).all(axis=(1, 2, 3))
-    assert 0 < inverted.sum() < 16 and np.array_equal(changed[~inverted], source[~inverted])
-    again = augmented(
-        RandomInvert(0.5), source[::-1][:4], Batch(0, 0, 5 + 3 * np.arange(15, 11, -1), WorkerPool(1), None)
-    )
-    assert np.array_equal(again, changed[::-1][:4]), "the same samples in another batch"

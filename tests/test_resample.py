@@ -19,7 +19,6 @@ from ffcv_ops.operations.resample import (
     BICUBIC,
     BILINEAR,
     INTERPOLATIONS,
-    resample_plane_into,
     resample_planes_into,
     resample_rgb_into,
     workspace_bytes,
@@ -28,6 +27,7 @@ from tests import reference
 
 FILTERS = {BILINEAR: Image.Resampling.BILINEAR, BICUBIC: Image.Resampling.BICUBIC}
 PILLOW_CHOOSES_ORDER = int(PIL.__version__.split(".")[0]) >= 13
+NONE = np.empty((0, 0), np.uint8)
 SUBSAMPLINGS = {"4:4:4": (1, 1), "4:2:2": (1, 2), "4:2:0": (2, 2), "4:4:0": (2, 1)}
 
 
@@ -45,12 +45,6 @@ def workspace_for(box, shape) -> np.ndarray:
     return np.empty(workspace_bytes(math.ceil(box[2]), math.ceil(box[3]), max(shape[:2])), np.uint8)
 
 
-def region_of(plane, box, shape, interpolation) -> np.ndarray:
-    out = np.empty(shape, np.uint8)
-    resample_plane_into(plane, box, interpolation, workspace_for(box, shape), out)
-    return out
-
-
 def rgb_of(image, box, shape, interpolation, flip=False) -> np.ndarray:
     out = np.empty((*shape, 3), np.uint8)
     resample_rgb_into(image, box, flip, interpolation, workspace_for(box, shape), out)
@@ -61,6 +55,10 @@ def planes_of(y, cb, cr, y_box, c_box, shape, interpolation, flip=False) -> np.n
     out = np.empty((*shape, 3), np.uint8)
     resample_planes_into(y, cb, cr, y_box, c_box, flip, interpolation, workspace_for(y_box, shape), out)
     return out
+
+
+def region_of(plane, box, shape, interpolation) -> np.ndarray:
+    return planes_of(plane, NONE, NONE, box, box, shape, interpolation)[..., 0]
 
 
 def pillow(image, box, shape, interpolation) -> np.ndarray:
@@ -169,10 +167,10 @@ def test_every_colour_is_converted_as_by_the_standard():
 
 
 def test_gray_planes_give_equal_channels(photograph):
-    y, none = np.ascontiguousarray(photograph[..., 0]), np.empty((0, 0), np.uint8)
-    box = 10.0, 20.0, 300.0, 220.0
-    ours = planes_of(y, none, none, box, (0.0, 0.0, 0.0, 0.0), (96, 112), BICUBIC)
-    np.testing.assert_array_equal(ours, np.repeat(region_of(y, box, (96, 112), BICUBIC)[..., None], 3, axis=-1))
+    y, box = np.ascontiguousarray(photograph[..., 0]), (10.0, 20.0, 300.0, 220.0)
+    ours = planes_of(y, NONE, NONE, box, (0.0, 0.0, 0.0, 0.0), (96, 112), BICUBIC)
+    expected = reference.resampled(y, box, (96, 112), True)
+    np.testing.assert_array_equal(ours, np.repeat(expected[..., None], 3, axis=-1))
 
 
 @settings(max_examples=50, deadline=None)
@@ -225,14 +223,14 @@ def test_a_narrow_plane_in_wide_rows_is_read_within_its_rows(photograph):
         whole = np.full(height * width + 128, 255, np.uint8)
         plane = whole[64:-64].reshape(height, width)
         plane[:] = photograph[:height, :width, 0]
-        target = np.full(40 * 50 + 128, 7, np.uint8)
+        target = np.full(40 * 50 * 3 + 128, 7, np.uint8)
+        out = target[64:-64].reshape(40, 50, 3)
         box = 0.0, 0.0, float(height), float(width)
         for interpolation in FILTERS:
-            resample_plane_into(plane, box, interpolation, workspace_for(box, (40, 50)), target[64:-64].reshape(40, 50))
+            workspace = workspace_for(box, (40, 50))
+            resample_planes_into(plane, NONE, NONE, box, box, False, interpolation, workspace, out)
             assert (target[:64] == 7).all() and (target[-64:] == 7).all()
-            np.testing.assert_array_equal(
-                target[64:-64].reshape(40, 50), region_of(plane.copy(), box, (40, 50), interpolation)
-            )
+            np.testing.assert_array_equal(out[..., 0], region_of(plane.copy(), box, (40, 50), interpolation))
 
 
 def test_colours_are_converted_with_the_numbers_of_libjpeg():
@@ -262,9 +260,6 @@ def bytes_of_a_process(**environment: str) -> bytes:
                 sys.stdout.buffer.write(out.tobytes())
                 resample_planes_into(*planes, box, c_box, False, interpolation, workspace, out)
                 sys.stdout.buffer.write(out.tobytes())
-                plane = np.empty(shape, np.uint8)
-                resample_plane_into(planes[0], box, interpolation, workspace, plane)
-                sys.stdout.buffer.write(plane.tobytes())
     """)
     done = subprocess.run(
         [sys.executable, "-c", script],

@@ -32,7 +32,7 @@ import train_imagenet
 from ffcv_ops import lock, read_beton
 from ffcv_ops.writing.writer import write
 from imagenet_training import model
-from imagenet_training.data import open_train_file, random_crop, train_loader
+from imagenet_training.data import build_random_crop, build_train_loader, open_train_file
 from imagenet_training.distributed import start
 from imagenet_training.predictions import Predictions
 from imagenet_training.provenance import differences
@@ -575,8 +575,8 @@ def test_a_preview_shows_what_the_model_gets_and_creates_nothing_else(call, reci
     status, out, _, created = call(*argv)
     assert (status, created) == (0, {tmp_path / "out.png"}) and "32 training images" in out
     read = read_recipe(argv)
-    file, crop = open_train_file(read), random_crop(read, 24)
-    with train_loader(read, file, start(), torch.float32, crop, batch_size=16) as loader:
+    file, crop = open_train_file(read), build_random_crop(read, 24)
+    with build_train_loader(read, file, start(), torch.float32, crop, batch_size=16) as loader:
         images, targets = next(loader.epoch(0))
     mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
     first = (images[0].permute(1, 2, 0) * std + mean).round().byte().numpy().repeat(7, axis=0).repeat(7, axis=1)

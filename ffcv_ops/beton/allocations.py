@@ -34,13 +34,6 @@ class AllocationTable:
         id_type = np.uint32 if num_samples <= 1 << 32 else np.uint64
         return cls(np.empty(length, np.uint64), np.empty(length, np.uint32), np.empty(length, id_type))
 
-    @classmethod
-    def from_rows(cls, rows: np.ndarray) -> AllocationTable:
-        """Return the table of rows as the file has them, of `ALLOC_TYPE`."""
-        table = cls.empty(len(rows), int(rows["sample_id"].max(initial=0)) + 1)
-        table.ptrs[:], table.sizes[:], table.sample_ids[:] = rows["ptr"], rows["size"], rows["sample_id"]
-        return table.in_order()
-
     def in_order(self) -> AllocationTable:
         """Return the table by ascending offset; itself if it is in this order."""
         if np.all(self.ptrs[1:] > self.ptrs[:-1]):

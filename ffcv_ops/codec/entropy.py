@@ -95,11 +95,6 @@ _SCAN = tuple(b"\xff\xda\0\x0c\3\1\0\2\x11\3\x11\0\x3f\0")
 
 
 @kernel
-def _value_of(extra, size):
-    return extra - ((1 << size) - 1 if extra < (1 << size) >> 1 else 0)
-
-
-@kernel
 def _peek(data, position):
     """Return at least 57 bits from a position in bits, at the upper end."""
     return load_big_endian(data + (position >> 3)) << np.uint64(position & 7)
@@ -133,7 +128,7 @@ def _decode_ac_alone(data, position, place, block, codes, quantisation):
     if size > huffman.MOST_VALUE_BITS or place > _LAST:
         return -1, position
     extra = np.int64((bits << np.uint64(length)) >> np.uint64(64 - size))
-    value = _value_of(extra, size)
+    value = huffman.value_of(extra, size)
     if abs(value) * np.int64(load_u1(quantisation + place // ROW_BYTES)) > MAX_COEFFICIENT:
         return -1, position
     store_u2(block + place, value)
@@ -151,7 +146,7 @@ def _decode_dc_alone(data, position, codes):
     if size == 0:
         return 0, position + length
     extra = np.int64((bits << np.uint64(length)) >> np.uint64(64 - size))
-    return _value_of(extra, size), position + length + size
+    return huffman.value_of(extra, size), position + length + size
 
 
 @nb.njit(nogil=True, forceinline=True)

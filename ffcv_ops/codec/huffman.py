@@ -79,7 +79,8 @@ def _read_codes_into(segment, num_symbols, most_bits, out):
 
 
 @kernel
-def _value_of(extra, size):
+def value_of(extra, size):
+    """Return the value whose symbol has `size` extra bits: EXTEND of T.81, F.2.2.1."""
     return extra - ((1 << size) - 1 if extra < (1 << size) >> 1 else 0)
 
 
@@ -97,7 +98,7 @@ def _build_dc_into(segment, table):
                 width = 1 << (DC_BITS - used)
                 for extra in range(1 << size):
                     first = table + 8 * (code << size | extra) * width
-                    entry = _value_of(extra, size) << 8 | used
+                    entry = value_of(extra, size) << 8 | used
                     for i in range(width):
                         store_i8(first + 8 * i, entry)
             code += 1
@@ -128,14 +129,14 @@ def _build_ac_into(segment, bits, pyramid, table):
                     width = half >> used
                     for extra in range(1 << size):
                         first = pyramid + 8 * (half + (code << size | extra) * width)
-                        entry = (_value_of(extra, size) & 0xFFFF) << 32 | second
+                        entry = (value_of(extra, size) & 0xFFFF) << 32 | second
                         for i in range(width):
                             store_i8(first + 8 * i, entry)
                 elif number == 1 and fits and used <= bits:
                     width = 2 * half >> used
                     for extra in range(1 << size):
                         first = table + 8 * (code << size | extra) * width
-                        entry = (_value_of(extra, size) & 0xFFFF) << 48 | step << _FIRST | second
+                        entry = (value_of(extra, size) & 0xFFFF) << 48 | step << _FIRST | second
                         for i in range(width):
                             store_i8(first + 8 * i, entry + (0 if is_end else load_i8(pyramid + 8 * (width + i))))
                 code += 1

@@ -278,65 +278,50 @@ def _emit_row(builder: ir.IRBuilder, work: ir.Value, size: int) -> tuple[list[ir
     return [builder.xor(row, signs) for row in rows], distances.exceeds(MAX_PIXEL)
 
 
-def _build_transform_of_rows(blocks_per_mcu: int) -> Callable[..., Any]:
-    """Return the code generator of a row of a group, whose MCUs are `blocks_per_mcu` blocks wide."""
+def _build_row_transform(blocks_per_mcu: int) -> Any:
+    """Return the transform of a row of a group, whose MCUs are `blocks_per_mcu` blocks wide."""
 
-    def generate(builder: ir.IRBuilder, arguments: Sequence[ir.Value], size: int) -> ir.Value:
-        work, places, offset, below, _ = arguments
-        rows, beyond = _emit_row(builder, work, size)
-        width = blocks_per_mcu * size
-        for mcu in reversed(range(8 // blocks_per_mcu)):
-            place = builder.load(pointer_to(builder, builder.add(places, ir.Constant(_I64, 8 * mcu)), _I64), align=1)
-            upper = builder.add(place, offset)
-            row, start = rows[mcu * width // 16], mcu * width % 16
-            for at, first in ((upper, start), (builder.add(upper, below), 16 + start)):
-                part = _shuffle(builder, row, row, range(first, first + width))
-                builder.store(part, pointer_to(builder, at, ir.VectorType(_I8, width)), align=1)
-        return beyond
+    @intrinsic(prefer_literal=True)
+    def transform_row(typing_context, work, places, offset, below, size) -> Any:
+        if not isinstance(size, nb.types.IntegerLiteral):
+            return None
+        width = blocks_per_mcu * size.literal_value
 
-    return generate
+        def codegen(context, builder, signature, arguments):
+            work, places, offset, below, _ = arguments
+            rows, beyond = _emit_row(builder, work, size.literal_value)
+            for mcu in reversed(range(8 // blocks_per_mcu)):
+                pointer = pointer_to(builder, builder.add(places, ir.Constant(_I64, 8 * mcu)), _I64)
+                upper = builder.add(builder.load(pointer, align=1), offset)
+                row, start = rows[mcu * width // 16], mcu * width % 16
+                for at, first in ((upper, start), (builder.add(upper, below), 16 + start)):
+                    part = _shuffle(builder, row, row, range(first, first + width))
+                    builder.store(part, pointer_to(builder, at, ir.VectorType(_I8, width)), align=1)
+            return beyond
 
+        return nb.types.int64(*(nb.types.int64 for _ in range(4)), size), codegen
 
-_generate_luma_row, _generate_chroma_row = _build_transform_of_rows(2), _build_transform_of_rows(1)
-
-
-@intrinsic(prefer_literal=True)
-def transform_luma_row(typing_context, work, places, offset, below, size) -> Any:
-    """Transform a row of a group of four MCUs: eight blocks from upper halves, then eight from lower halves.
-
-    Parameters
-    ----------
-    work : int
-        Address of the row's numbers, int16 (8, LANES), from `transform_columns`.
-    places : int
-        Address of the addresses of the four MCUs in the plane, int64 (4,). If two are equal, the earlier one is
-        stored.
-    offset, below : int
-        What to add to the addresses for the upper blocks, and what to add further for the lower blocks.
-    size : literal int
-        The side of a block in px: 8, 4, 2 or 1.
-
-    Returns
-    -------
-    int
-        Not 0 if a pixel is beyond `MAX_PIXEL`.
-    """
-    if not isinstance(size, nb.types.IntegerLiteral):
-        return None
-
-    def codegen(context, builder, signature, arguments):
-        return _generate_luma_row(builder, arguments, size.literal_value)
-
-    return nb.types.int64(*(nb.types.int64 for _ in range(4)), size), codegen
+    return transform_row
 
 
-@intrinsic(prefer_literal=True)
-def transform_chroma_row(typing_context, work, places, offset, below, size) -> Any:
-    """Transform a row of a group of eight MCUs: eight blocks of Cb, then eight of Cr. See `transform_luma_row`."""
-    if not isinstance(size, nb.types.IntegerLiteral):
-        return None
+transform_luma_row, transform_chroma_row = _build_row_transform(2), _build_row_transform(1)
+"""Transform a row of a group: of luma, four MCUs; of chroma, eight blocks of Cb, then eight of Cr.
 
-    def codegen(context, builder, signature, arguments):
-        return _generate_chroma_row(builder, arguments, size.literal_value)
+A group of luma has eight blocks from upper halves of MCUs, then eight from lower halves.
 
-    return nb.types.int64(*(nb.types.int64 for _ in range(4)), size), codegen
+Parameters
+----------
+work : int
+    Address of the row's numbers, int16 (8, LANES), from `transform_columns`.
+places : int
+    Address of the addresses of the MCUs in the plane, int64 (4,) or (8,). If two are equal, the earlier one is stored.
+offset, below : int
+    What to add to the addresses for the upper blocks or Cb, and what to add further for the lower blocks or Cr.
+size : literal int
+    The side of a block in px: 8, 4, 2 or 1.
+
+Returns
+-------
+int
+    Not 0 if a pixel is beyond `MAX_PIXEL`.
+"""

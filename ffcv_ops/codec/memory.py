@@ -7,8 +7,17 @@ either. An address is an int64. Nothing here checks one: the caller makes sure t
 from typing import Any
 
 import numba as nb
+import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
+
+from ffcv_ops._kernels import kernel
+
+
+@kernel
+def address(array):
+    """Return the address of an array."""
+    return np.int64(array.ctypes.data)
 
 
 def _integer(number_type: Any) -> ir.IntType:

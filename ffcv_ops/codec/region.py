@@ -19,27 +19,22 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from ffcv_ops._kernels import kernel
+from ffcv_ops._kernels import external, kernel
 from ffcv_ops.codec import entropy, jpeg
+from ffcv_ops.codec.memory import address
 from ffcv_ops.errors import UserError
 
 for _name, _entry in jpeg.function_addresses().items():
     llvm.add_symbol(f"ffcv_ops_{_name}", _entry)
 
 
-def _external(symbol: str, result: str, arguments: str) -> Any:
-    """Return a C function for kernels. The types are given by their bytes: 8 for pointers, 4 for int."""
-    types: dict[str, Any] = {"4": nb.types.int32, "8": nb.types.int64}
-    return nb.types.ExternalFunction(symbol, types[result](*(types[argument] for argument in arguments)))
-
-
-_open_decompressor = _external("ffcv_ops_tjInitDecompress", "8", "")
-_close_decompressor = _external("ffcv_ops_tjDestroy", "4", "8")
-_decompress_header = _external("ffcv_ops_tjDecompressHeader3", "4", "8888888")
-_decompress_to_planes = _external("ffcv_ops_tjDecompressToYUVPlanes", "4", "88884844")
-_decompress_to_rgb = _external("ffcv_ops_tjDecompress2", "4", "888844444")
-_memcpy = _external("memcpy", "8", "888")
-_memchr = _external("memchr", "8", "848")
+_open_decompressor = external("ffcv_ops_tjInitDecompress", "8", "")
+_close_decompressor = external("ffcv_ops_tjDestroy", "4", "8")
+_decompress_header = external("ffcv_ops_tjDecompressHeader3", "4", "8888888")
+_decompress_to_planes = external("ffcv_ops_tjDecompressToYUVPlanes", "4", "88884844")
+_decompress_to_rgb = external("ffcv_ops_tjDecompress2", "4", "888844444")
+_memcpy = external("memcpy", "8", "888")
+_memchr = external("memchr", "8", "848")
 
 DECODERS = "own", "turbojpeg"
 SLACK_BYTES = entropy.SLACK_BYTES
@@ -103,11 +98,6 @@ def _pointer(typing_context, address) -> Any:
 def view_memory(address, size_bytes):
     """Return a view of the bytes at an address, uint8 (size_bytes,). The bytes must live longer than the view."""
     return nb.carray(_pointer(np.int64(address)), (np.int64(size_bytes),), np.uint8)  # type: ignore[call-arg]
-
-
-@kernel
-def _address(array):
-    return np.int64(array.ctypes.data)
 
 
 @kernel
@@ -196,7 +186,7 @@ def splice_into(data, layout, rows, segments, out):
     """
     segment_px = layout.interval * _MCU_PX
     segments_per_row = -(-layout.width // segment_px)
-    source, target = _address(data), _address(out)
+    source, target = address(data), address(out)
     header = 4 + _read_u2(data, 4)
     if not header < layout.scan <= data.size:
         return 0
@@ -235,10 +225,10 @@ def splice_into(data, layout, rows, segments, out):
 def _find_marker(data, position, stop):
     """Return the offset of the first marker that begins in [position, stop]; -1 if there is none."""
     while position <= stop:
-        found = _memchr(_address(data) + position, 0xFF, stop + 1 - position)
+        found = _memchr(address(data) + position, 0xFF, stop + 1 - position)
         if found == 0:
             return -1
-        position = found - _address(data)
+        position = found - address(data)
         if data[position + 1] != 0:
             return position
         position += 2
@@ -274,9 +264,9 @@ def decode_planes_into(data, size, window, eighths, scratch, planes):
     layout = read_layout(data)
     is_indexed = layout.height == size[0] and layout.width == size[1]
     if decoder.size > 0:
-        source, target = (_address(data), data.size), (_address(spliced), spliced.size)
-        output = _address(planes), planes.size
-        own = _address(decoder)
+        source, target = (address(data), data.size), (address(spliced), spliced.size)
+        output = address(planes), planes.size
+        own = address(decoder)
         if is_indexed:
             is_done = entropy.decode_region_into(source, layout, window, eighths, target, own, output)
         else:
@@ -310,9 +300,9 @@ def _decode_with_turbojpeg(handle, data, size, layout, window, eighths, numbers,
                 handle, spliced[:length], (top, left, height, width), _SUBSAMPLING_420, eighths, numbers, planes
             )
     found = numbers.view(np.int32)
-    at = _address(numbers)
+    at = address(numbers)
     found[0], found[1] = 0, 0
-    is_named = _decompress_header(handle, _address(data), data.size, at, at + 4, at + 8, at + 12) == 0
+    is_named = _decompress_header(handle, address(data), data.size, at, at + 4, at + 8, at + 12) == 0
     if found[0] != size[1] or found[1] != size[0]:
         return Planes(WRONG_SIZE if is_named else BAD_JPEG, 0, 0, 0, 0, 0, 0)
     # If TurboJPEG has no name for the sampling factors, it gives the size and an error. It decodes such images to RGB.
@@ -325,9 +315,9 @@ def _decode_with_turbojpeg(handle, data, size, layout, window, eighths, numbers,
 def _decode(handle, data, region, subsampling, eighths, numbers, planes):
     top, left, height, width = region
     height, width = (height * eighths + 7) // 8, (width * eighths + 7) // 8
-    at = _address(planes)
+    at = address(planes)
     if subsampling < 0:
-        status = _decompress_to_rgb(handle, _address(data), data.size, at, width, 0, height, _TJPF_RGB, 0)
+        status = _decompress_to_rgb(handle, address(data), data.size, at, width, 0, height, _TJPF_RGB, 0)
         return Planes(OK if status == 0 else BAD_JPEG, top, left, height, width, RGB, RGB)
     v, h = _CHROMA_V[subsampling], _CHROMA_H[subsampling]
     # TurboJPEG rounds its planes up to whole chroma samples, but its argument is the size of the image.
@@ -338,7 +328,7 @@ def _decode(handle, data, region, subsampling, eighths, numbers, planes):
     numbers[2] = numbers[1] + (plane_height // v_step) * (plane_width // h_step)
     numbers[3] = numbers[4] = 0
     status = _decompress_to_planes(
-        handle, _address(data), data.size, _address(numbers), width, _address(numbers[3:]), height, 0
+        handle, address(data), data.size, address(numbers), width, address(numbers[3:]), height, 0
     )
     return Planes(OK if status == 0 else BAD_JPEG, top, left, plane_height, plane_width, v, h)
 

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
-import numba as nb
 import numpy as np
 
-from ffcv_ops._kernels import kernel
+from ffcv_ops._kernels import external, kernel
 from ffcv_ops.cgroups import available_bytes
 from ffcv_ops.files import read_exactly
 
@@ -46,14 +45,9 @@ _CLOCK_MONOTONIC, _RUSAGE_THREAD = 1, 1
 _RUSAGE_WORDS, _VOLUNTARY = 18, 16
 
 
-def _external(symbol: str, result: Any, *arguments: Any) -> Any:
-    """Return a function of the C library for kernels."""
-    return nb.types.ExternalFunction(symbol, result(*arguments))
-
-
-_pread = _external("pread", nb.int64, nb.int32, nb.int64, nb.int64, nb.int64)
-_clock_gettime = _external("clock_gettime", nb.int32, nb.int32, nb.int64)
-_getrusage = _external("getrusage", nb.int32, nb.int32, nb.int64)
+_pread = external("pread", "8", "4888")
+_clock_gettime = external("clock_gettime", "4", "48")
+_getrusage = external("getrusage", "4", "48")
 
 
 @kernel

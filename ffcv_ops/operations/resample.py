@@ -27,6 +27,7 @@ from llvmlite import ir
 from numba.extending import intrinsic, overload, register_jitable
 
 from ffcv_ops._kernels import HAS_AVX2, kernel
+from ffcv_ops.codec.memory import address
 from ffcv_ops.operations import resample_avx2
 
 BILINEAR = 0
@@ -212,11 +213,6 @@ def _build_axis_taps(workspace, start, extent, size, interpolation, flip):
 
 
 @kernel(**_OPTIONS)
-def _address(array):
-    return np.int64(array.ctypes.data)
-
-
-@kernel(**_OPTIONS)
 def _count_parts(taps, num_columns):
     """Return the argument `num_parts` of `resample_avx2.weigh_columns`; 0 if the plain loops have to serve."""
     firsts, group, spread = taps.firsts, resample_avx2.GROUP, resample_avx2.WINDOW_SPREAD
@@ -362,8 +358,8 @@ def _weigh_rows_into(source, at, stride, taps, position, sums, out, out_at, leng
 def _weigh_along_y_into(source, stride, width, taps, out):
     firsts, counts, weights, _ = taps.y_taps
     if HAS_AVX2 and taps.num_parts > 0:
-        axis = _address(firsts), _address(counts), _address(weights)
-        resample_avx2.weigh_rows(_address(source), stride, axis[0], axis[1], axis[2], firsts.size, width, _address(out))
+        axis = address(firsts), address(counts), address(weights)
+        resample_avx2.weigh_rows(address(source), stride, axis[0], axis[1], axis[2], firsts.size, width, address(out))
         return
     for y in range(firsts.size):
         _weigh_rows_into(source, firsts[y] * stride, stride, taps.y_taps, y, taps.scratch.sums, out, y * width, width)
@@ -381,9 +377,9 @@ def _weigh_along_x_into(source, stride, height, taps, out):
     firsts, _, weights, num_pairs = taps.x_taps
     size, width = firsts.size, taps.num_columns
     if HAS_AVX2 and taps.num_parts > 0:
-        axis = _address(firsts), _address(weights)
+        axis = address(firsts), address(weights)
         resample_avx2.weigh_columns(
-            _address(source), stride, height, width, axis[0], axis[1], size, num_pairs, taps.num_parts, _address(out)
+            address(source), stride, height, width, axis[0], axis[1], size, num_pairs, taps.num_parts, address(out)
         )
         return
     lanes = _stripe_height(height)
@@ -439,11 +435,9 @@ def _skip_to_first_touched(plane, crop):
 def _split_channels_into(image, crop, red, green, blue):
     top, left, width = _first_touched(crop[0]), _first_touched(crop[1]), _num_touched(crop[1], crop[3])
     if HAS_AVX2 and width >= resample_avx2.MIN_LENGTH:
-        at = _address(image) + 3 * (top * image.shape[1] + left)
+        at = address(image) + 3 * (top * image.shape[1] + left)
         for start in range(0, red.size, width):
-            resample_avx2.split_channels(
-                at, _address(red) + start, _address(green) + start, _address(blue) + start, width
-            )
+            resample_avx2.split_channels(at, address(red) + start, address(green) + start, address(blue) + start, width)
             at += 3 * image.shape[1]
         return
     for row in range(red.size // width):
@@ -459,7 +453,7 @@ def _split_channels_into(image, crop, red, green, blue):
 @kernel(**_OPTIONS)
 def _join_channels_into(red, green, blue, out):
     if HAS_AVX2 and red.size >= resample_avx2.MIN_LENGTH:
-        resample_avx2.join_channels(_address(red), _address(green), _address(blue), _address(out), red.size)
+        resample_avx2.join_channels(address(red), address(green), address(blue), address(out), red.size)
         return
     pixels = out.reshape(-1)
     for i in range(red.size):
@@ -477,7 +471,7 @@ def _round_to_channel(total):
 def _convert_colour_into(y, cb, cr, out):
     """Convert YCbCr to RGB as JPEG does (full-range BT.601), in the 16 bit fixed point of jdcolor.c in libjpeg."""
     if HAS_AVX2 and y.size >= resample_avx2.MIN_LENGTH:
-        resample_avx2.convert_colour(_address(y), _address(cb), _address(cr), _address(out), y.size)
+        resample_avx2.convert_colour(address(y), address(cb), address(cr), address(out), y.size)
         return
     pixels = out.reshape(-1)
     for i in range(y.size):
@@ -486,27 +480,6 @@ def _convert_colour_into(y, cb, cr, out):
         pixels[3 * i] = _round_to_channel(luma + _multiply(red, np.int32(91881)))
         pixels[3 * i + 1] = _round_to_channel(luma - _multiply(blue, np.int32(22554)) - _multiply(red, np.int32(46802)))
         pixels[3 * i + 2] = _round_to_channel(luma + _multiply(blue, np.int32(116130)))
-
-
-@kernel(**_OPTIONS)
-def resample_plane_into(plane, crop, interpolation, workspace, out):
-    """Resample a crop of one plane.
-
-    Parameters
-    ----------
-    plane : ndarray of uint8, shape (height, width), C-contiguous
-        Source.
-    crop : tuple of float
-        ``(y, x, height, width)`` in px of the plane, within the plane, with positive sides.
-    interpolation : int
-        ``BILINEAR`` or ``BICUBIC``.
-    workspace : ndarray of uint8, shape (n,)
-        Scratch of one thread; see `workspace_bytes`.
-    out : ndarray of uint8, shape (out_height, out_width), C-contiguous
-        The output.
-    """
-    taps = _build_taps(crop, out.shape, False, interpolation, workspace)
-    _resample_into(_skip_to_first_touched(plane, crop), plane.shape[1], taps, out.reshape(-1))
 
 
 @kernel(**_OPTIONS)

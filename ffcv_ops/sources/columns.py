@@ -16,6 +16,7 @@ from ffcv_ops.errors import UserError
 from ffcv_ops.sources.remarks import Remark
 from ffcv_ops.sources.remote import public_name
 from ffcv_ops.sources.webdataset import read_class_names
+from ffcv_ops.units import show_names
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -112,8 +113,18 @@ def choose_columns(schema: "pa.Schema", spec: "SourceSpec", path: str) -> Column
     """
     fields = dict(_flatten(schema))
     features = _read_features(schema)
-    image = _choose_image(fields, features, spec.image_column, path)
-    label = _choose_label(fields, features, spec.label_column, path)
+    images = [
+        [name for name in fields if _feature(features, name).get("_type") == "Image"],
+        [name for name, kind in fields.items() if _is_image_struct(kind)],
+        [name for name, kind in fields.items() if _is_binary(kind) and name.lower() in _IMAGE_NAMES],
+    ]
+    labels = [
+        [name for name in fields if _feature(features, name).get("_type") == "ClassLabel"],
+        [name for name in fields if name.lower() in _LABEL_NAMES and "." not in name],
+        [f"json.{name}" for name in _JSON_LABELS if f"json.{name}" in fields][:1],
+    ]
+    image = _choose("image", spec.image_column, images, ("image", "jpg"), fields, path)
+    label = _choose("label", spec.label_column, labels, ("label",), fields, path)
     content, names = _find_content(image, fields[image], path)
     mode = _feature(features, image).get("mode")
     return Columns(image, label, content, names, mode, _read_names(features, label))
@@ -174,41 +185,22 @@ def _feature(features: dict[str, Any], name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _choose_image(fields: dict[str, "pa.DataType"], features: dict[str, Any], wanted: str | None, path: str) -> str:
+def _choose(
+    what: str,
+    wanted: str | None,
+    candidates: list[list[str]],
+    preferred: tuple[str, ...],
+    fields: dict[str, "pa.DataType"],
+    path: str,
+) -> str:
+    """Return the column that the user wants, or the only one of the first candidates, or a preferred one of them."""
     if wanted is not None:
-        return _wanted(fields, wanted, "image", path)
-    candidates = [
-        [name for name in fields if _feature(features, name).get("_type") == "Image"],
-        [name for name, kind in fields.items() if _is_image_struct(kind)],
-        [name for name, kind in fields.items() if _is_binary(kind) and name.lower() in _IMAGE_NAMES],
-    ]
+        if wanted not in fields:
+            raise UserError(f"{path}: has no column {wanted} but {_list(fields)}; choose one with --{what}_column")
+        return wanted
     found = next((names for names in candidates if names), [])
     if len(found) > 1:
-        found = [name for name in found if name in ("image", "jpg")] or found
-    return _only(found, fields, "image", path)
-
-
-def _choose_label(fields: dict[str, "pa.DataType"], features: dict[str, Any], wanted: str | None, path: str) -> str:
-    if wanted is not None:
-        return _wanted(fields, wanted, "label", path)
-    candidates = [
-        [name for name in fields if _feature(features, name).get("_type") == "ClassLabel"],
-        [name for name in fields if name.lower() in _LABEL_NAMES and "." not in name],
-        [f"json.{name}" for name in _JSON_LABELS if f"json.{name}" in fields][:1],
-    ]
-    found = next((names for names in candidates if names), [])
-    if len(found) > 1:
-        found = [name for name in found if name == "label"] or found
-    return _only(found, fields, "label", path)
-
-
-def _wanted(fields: dict[str, "pa.DataType"], wanted: str, what: str, path: str) -> str:
-    if wanted not in fields:
-        raise UserError(f"{path}: has no column {wanted} but {_list(fields)}; choose one with --{what}_column")
-    return wanted
-
-
-def _only(found: list[str], fields: dict[str, "pa.DataType"], what: str, path: str) -> str:
+        found = [name for name in found if name in preferred] or found
     if len(found) == 1:
         return found[0]
     problem = f"has several columns for the {what}" if found else f"has no column that is known to hold the {what}"
@@ -217,8 +209,7 @@ def _only(found: list[str], fields: dict[str, "pa.DataType"], what: str, path: s
 
 
 def _list(fields: dict[str, "pa.DataType"]) -> str:
-    names = [f"{name} ({_name_type(kind)})" for name, kind in fields.items()]
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return show_names([f"{name} ({_name_type(kind)})" for name, kind in fields.items()], 8)
 
 
 def _name_type(kind: "pa.DataType") -> str:

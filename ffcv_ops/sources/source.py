@@ -23,6 +23,7 @@ import numpy as np
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.remarks import Remark
+from ffcv_ops.units import show_names
 
 Stage = Callable[[str, int], None]
 """Called with what is done, and with the number of images so far."""
@@ -201,9 +202,5 @@ def class_difference(expected: Sequence[str], found: Sequence[str]) -> str | Non
     if list(expected) == list(found):
         return None
     missing, added = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    parts = []
-    for what, names in (("lacks", missing), ("has also", added)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            parts.append(f"{what} {', '.join(names[:3])}{more}")
+    parts = [f"{what} {show_names(names)}" for what, names in (("lacks", missing), ("has also", added)) if names]
     return "; ".join(parts) or "has them in another order"

@@ -4,6 +4,7 @@ All formats of GNU tar and of Python's ``tarfile`` are read: v7, ustar, GNU and 
 times as long and keeps an object for each file. Its result is the same (``tests/test_tar.py``).
 """
 
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -97,14 +98,14 @@ class TarWalk:
         """Return a member, and the size of what follows its header."""
         kind, name = block[156], extended.get("path") or _name(block)
         if kind in _REFUSED or "sparse" in extended:
-            raise TarError(f"{self._where}: {_text(name)} is {_REFUSED.get(kind, _REFUSED[ord('S')])}")
+            raise TarError(f"{self._where}: {os.fsdecode(name)} is {_REFUSED.get(kind, _REFUSED[ord('S')])}")
         what = _KINDS.get(kind, FILE)
         if what == FILE and name.endswith(b"/") and kind in b"\0" + b"0":
             what = FOLDER  # as the oldest archives mark it
         size_bytes = 0
         if kind == ord("D") or (what == FILE and kind not in _DEVICES):
             size_bytes = self._size(extended.get("size") or block[124:136], position, 10 if "size" in extended else 8)
-        self._check_inside(position + BLOCK, size_bytes, _text(name))
+        self._check_inside(position + BLOCK, size_bytes, os.fsdecode(name))
         target = extended.get("linkpath") or block[157:257].split(b"\0", 1)[0]
         return Member(name, what, position + BLOCK, size_bytes, target), size_bytes
 
@@ -194,7 +195,3 @@ def _pax_records(content: bytes) -> Iterator[tuple[bytes, bytes]]:
         record, content = content[: int(length)], content[int(length) :]
         key, _, value = record[len(length) + 1 : -1].partition(b"=")
         yield key, value
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")

@@ -137,7 +137,7 @@ class _ShardLister:
 
     def _check_other(self, member: Member, name: bytes) -> None:
         if is_image(name.rpartition(b"/")[2]):
-            raise self._error(f"{_text(name)} is a {member.kind}; make the shard again with files only")
+            raise self._error(f"{os.fsdecode(name)} is a {member.kind}; make the shard again with files only")
 
     def _finish(self, key: bytes, sample: _Sample) -> None:
         """Note a sample that is complete. If it is not, the rest may follow elsewhere in the shard."""
@@ -154,8 +154,9 @@ class _ShardLister:
             self._count()
             if sample.image is not None:
                 raise self._error(
-                    f"{_text(sample.image.name)} and {_text(member.name)} are images of one sample, because "
-                    "a key ends at the first dot; choose the extension of one with --image_column, or rename them"
+                    f"{os.fsdecode(sample.image.name)} and {os.fsdecode(member.name)} are images of one sample, "
+                    "because a key ends at the first dot; choose the extension of one with --image_column, or rename "
+                    "them"
                 )
             sample.image = member
             return
@@ -165,17 +166,19 @@ class _ShardLister:
             text = self._json_label(member)
         elif extension == self._class_extension:
             if sample.text is not None and not sample.is_json:
-                raise self._error(f"{_text(member.name)} is the second class of its sample; give each sample its key")
+                raise self._error(
+                    f"{os.fsdecode(member.name)} is the second class of its sample; give each sample its key"
+                )
             text = self._label(member)
         if text is not None:
             sample.text, sample.is_json = text, is_json
         elif not is_json or sample.text is None:
-            self.listing.tally.add(f"parts of samples left out with extension .{extension}", _text(member.name))
+            self.listing.tally.add(f"parts of samples left out with extension .{extension}", os.fsdecode(member.name))
 
     def _label(self, member: Member) -> str:
         text = self._content(member).strip()
         if not text or "\n" in text:
-            raise self._error(f"{_text(member.name)} is no class but {text[:40]!r}")
+            raise self._error(f"{os.fsdecode(member.name)} is no class but {text[:40]!r}")
         return text
 
     def _json_label(self, member: Member) -> str | None:
@@ -183,7 +186,7 @@ class _ShardLister:
         try:
             found = json.loads(self._content(member))
         except (ValueError, RecursionError) as error:
-            raise self._error(f"{_text(member.name)} cannot be read as JSON ({error})") from error
+            raise self._error(f"{os.fsdecode(member.name)} cannot be read as JSON ({error})") from error
         if not isinstance(found, dict):
             return None
         for key in [self._label_column] if self._label_column else _JSON_KEYS:
@@ -194,27 +197,23 @@ class _ShardLister:
 
     def _content(self, member: Member) -> str:
         if member.size_bytes > _MOST_LABEL_BYTES:
-            raise self._error(f"{_text(member.name)} is too large to be a label ({member.size_bytes} bytes)")
+            raise self._error(f"{os.fsdecode(member.name)} is too large to be a label ({member.size_bytes} bytes)")
         try:
             return self._walk.content(member).decode()
         except UnicodeDecodeError as error:
-            raise self._error(f"{_text(member.name)} cannot be read as a label ({error})") from error
+            raise self._error(f"{os.fsdecode(member.name)} cannot be read as a label ({error})") from error
 
     def _report(self, key: bytes, sample: _Sample) -> None:
         if sample.image is None:
-            raise self._error(f"the sample {_text(key)} has a class but no image")
+            raise self._error(f"the sample {os.fsdecode(key)} has a class but no image")
         where = f"no file .{self._label_column} or key of .json" if self._label_column else "no .cls, no label in .json"
         raise self._error(
-            f"the sample {_text(key)} has an image but no class ({where}); name the extension or the key of .json with "
-            "--label_column"
+            f"the sample {os.fsdecode(key)} has an image but no class ({where}); name the extension or the key of "
+            ".json with --label_column"
         )
 
     def _error(self, message: str) -> UserError:
         return UserError(f"{self._part.where}: {message}")
-
-
-def _text(name: bytes) -> str:
-    return os.fsdecode(name)
 
 
 def _name_classes(

@@ -25,7 +25,7 @@ from ffcv_ops.errors import UserError
 from ffcv_ops.lock import OwnerLock
 from ffcv_ops.sources.kinds import SourceSpec, open_source
 from ffcv_ops.sources.source import Source, SourceChanged, SourceError, Stage, class_difference
-from ffcv_ops.units import show_bytes
+from ffcv_ops.units import show_bytes, show_names
 from ffcv_ops.workers.processes import choose_num_workers, end_if_imported, use_executor
 from ffcv_ops.workers.tasks import TASKS_A_WORKER, NoWorkers, WorkerKilled, count_workers, run_in_order
 from ffcv_ops.writing.encode import Encoded, EncodeJob, EncodeTask, encoder_versions
@@ -163,10 +163,9 @@ def _numbered_as(source: Source, classes: Sequence[str], notice: Notice) -> Sour
         raise UserError(f"{source.address}: not the classes of the training split: it {difference}{hint}")
     missing = [name for name in classes if name not in set(source.classes)]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         notice(
             f"{source.address}: has no images of {len(missing)} of the training split's {len(classes)} classes: "
-            f"{', '.join(missing[:3])}{more}; classes are numbered as in the training split"
+            f"{show_names(missing)}; classes are numbered as in the training split"
         )
     return source.numbered_as(classes)
 
@@ -197,7 +196,7 @@ def _write(
             done = layout.stored.position
             if done:
                 notice(f"resuming: {done} of {plan.num_images} images are on disk already")
-            with _saying_after(_QUIET_S, notice, "if this is the first start here, the encoder is being compiled"):
+            with _notice_after(_QUIET_S, notice, "if this is the first start here, the encoder is being compiled"):
                 sizes, counts = _measure_sample(plan, workers)
             _check_space(plan, done, target, sizes, notice)
             tables = workers.choose_tables(counts) if plan.encoder != jpeg.ENCODER_OF_OWN_TABLES else None
@@ -230,7 +229,7 @@ def _write(
 
 
 @contextmanager
-def _saying_after(time_s: float, notice: Notice, text: str) -> Iterator[None]:
+def _notice_after(time_s: float, notice: Notice, text: str) -> Iterator[None]:
     """Print a text if the block takes longer than a time."""
     timer = threading.Timer(time_s, notice, [text])
     timer.daemon = True
