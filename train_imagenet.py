@@ -54,20 +54,20 @@ class Run:
     plan: "RunPlan"
     trainer: "Trainer"
     state: "TrainState"
-    model_on_paper: "Module"
+    meta_model: "Module"
     recipe: Recipe
 
 
-def meet(recipe: Recipe) -> "tuple[World, Module]":
+def join_run(recipe: Recipe) -> "tuple[World, Module]":
     """Become one rank of the run. Return its place and, for its size, the model on the meta device."""
     from imagenet_training.distributed import join
-    from imagenet_training.model import model_on_paper
+    from imagenet_training.model import recipe_meta_model
 
-    paper = model_on_paper(recipe)  # an architecture that does not exist is an error before ranks meet
-    return join(recipe), paper
+    model = recipe_meta_model(recipe)  # an architecture that does not exist is an error before ranks meet
+    return join(recipe), model
 
 
-def build(recipe: Recipe, world: "World", paper: "Module") -> Run:
+def build(recipe: Recipe, world: "World", meta_model: "Module") -> Run:
     """Open the data, choose the checkpoint, plan the run, and build the trainer at the position of the checkpoint."""
     from imagenet_training.changes import check_classes, check_rest_of_epoch, keeps_best
     from imagenet_training.data import open_training_data
@@ -99,7 +99,7 @@ def build(recipe: Recipe, world: "World", paper: "Module") -> Run:
     state = restore(trainer, point, recipe, plan)
     if point.content is not None and not keeps_best(point.content, recipe, data):
         state.forget_best()
-    return Run(world, data, point, plan, trainer, state, paper, recipe)
+    return Run(world, data, point, plan, trainer, state, meta_model, recipe)
 
 
 def train(recipe: Recipe) -> None:
@@ -107,9 +107,9 @@ def train(recipe: Recipe) -> None:
     from imagenet_training.data import build_loaders
     from imagenet_training.run_folder import check_folder, locked_folder
 
-    world, paper = meet(recipe)
+    world, meta_model = join_run(recipe)
     with locked_folder(recipe, world) as lock:  # before the checkpoint is chosen, which another run may still write
-        run = build(recipe, world, paper)
+        run = build(recipe, world, meta_model)
         recipe = run.recipe
         check_folder(recipe, run.trainer, run.state)
         train_epochs(recipe, run, build_loaders(recipe, run.plan, run.data, world), lock)
@@ -124,7 +124,7 @@ def train_epochs(recipe: Recipe, run: Run, loaders: "Loaders", lock: "OwnerLock"
     from imagenet_training.step_mode import prepare_step
 
     plan, trainer, state = run.plan, run.trainer, run.state
-    folder = RunFolder(recipe, plan, run.data, trainer, state, run.point, run.model_on_paper, lock)
+    folder = RunFolder(recipe, plan, run.data, trainer, state, run.point, run.meta_model, lock)
     log = folder.log
     stopping = StopRequest(run.world, log.failure, log.keep)
     with ending_with_status(plan, run.world, log, folder.finish_failed), stopping as stop, folder:

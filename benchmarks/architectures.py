@@ -40,7 +40,7 @@ from imagenet_training.card import ModelCard  # noqa: E402
 from imagenet_training.distributed import World  # noqa: E402
 from imagenet_training.export import export_weights, load_model  # noqa: E402
 from imagenet_training.loss import recipe_loss  # noqa: E402
-from imagenet_training.model import build_model, model_on_paper, recipe_model  # noqa: E402
+from imagenet_training.model import build_model, model_arguments, recipe_meta_model  # noqa: E402
 from imagenet_training.normalization import settle_normalization  # noqa: E402
 from imagenet_training.plan import plan_run  # noqa: E402
 from imagenet_training.recipe import Recipe, read_recipe  # noqa: E402
@@ -96,10 +96,10 @@ def recipe_of(name: str, size_px: int, num_classes: int = NUM_CLASSES, *argument
     return settle_normalization(recipe)
 
 
-def smallest_size(recipe: Recipe, paper: torch.nn.Module) -> int | None:
+def smallest_size(recipe: Recipe, meta_model: torch.nn.Module) -> int | None:
     """Return the smallest candidate, px, at which a model trains and evaluates; None if there is none."""
-    for on_paper in (True, False):
-        model = paper if on_paper else build_model(**recipe_model(recipe))  # some architectures compute with values
+    for on_meta in (True, False):  # some architectures compute with values
+        model = meta_model if on_meta else build_model(**model_arguments(recipe))
         trial = Trial(model, recipe_loss(recipe), NUM_CLASSES, "32")
         for size in sorted(candidates(model)):
             if trial.train(size, BATCH_SIZE, backward=False) is None and trial.evaluate(size, BATCH_SIZE) is None:
@@ -118,14 +118,14 @@ def attempt(name: str, max_parameters: float, sender: Connection) -> None:
 
     try:
         recipe = recipe_of(name, 224)
-        paper = model_on_paper(recipe)
-        parameters = sum(parameter.numel() for parameter in paper.parameters())
+        meta_model = recipe_meta_model(recipe)
+        parameters = sum(parameter.numel() for parameter in meta_model.parameters())
         done("parameters", parameters)
         done("plan")
         if parameters > max_parameters:
             return
         action = "step"
-        size = smallest_size(recipe, paper)
+        size = smallest_size(recipe, meta_model)
         done("size_px", size)
         recipe = recipe_of(name, size or 224)
         action = "build"
@@ -147,7 +147,7 @@ def attempt(name: str, max_parameters: float, sender: Connection) -> None:
         with tempfile.TemporaryDirectory() as folder:
             action = "export"
             path = Path(folder) / "weights.safetensors"
-            card = ModelCard.of_recipe(recipe.to_dict(), recipe_model(recipe), None)
+            card = ModelCard.of_recipe(recipe.to_dict(), model_arguments(recipe), None)
             export_weights(path, trainer.evaluated_model.state_dict(), card)
             done("export")
             action = "load"
@@ -157,7 +157,7 @@ def attempt(name: str, max_parameters: float, sender: Connection) -> None:
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
             done("load")
             action = "head"
-            other = build_model(**recipe_model(recipe_of(name, size, OTHER_NUM_CLASSES)), weights=path).eval()
+            other = build_model(**model_arguments(recipe_of(name, size, OTHER_NUM_CLASSES)), weights=path).eval()
             with torch.no_grad():
                 assert other(images).shape == (BATCH_SIZE, OTHER_NUM_CLASSES)
             done("head")
@@ -182,7 +182,7 @@ def drop_path_of(recipe: Recipe) -> str:
     except UserError:
         pass
     try:
-        model_on_paper(recipe)
+        recipe_meta_model(recipe)
         return "ignored, therefore refused"
     except UserError:
         return "refused"

@@ -142,9 +142,9 @@ def train(name: str, data: Path, folder: Path, seed: int, options: argparse.Name
     }.items():
         argv.append(f"--{key}={value}")
     recipe = read_recipe(argv)
-    world, paper = train_imagenet.meet(recipe)
+    world, meta_model = train_imagenet.join_run(recipe)
     with locked_folder(recipe, world) as lock:
-        run = train_imagenet.build(recipe, world, paper)
+        run = train_imagenet.build(recipe, world, meta_model)
         loaders = build_loaders(recipe, run.plan, run.data, world)
         if "stock" in name:
             stock: dict[str, Any] = {split: StockBatches(recipe, train=split == "train") for split in ("train", "val")}

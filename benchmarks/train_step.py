@@ -122,7 +122,7 @@ def build_run(options: argparse.Namespace, *, prepare: bool = True) -> tuple[Any
         "wandb.enable": 0,
     }
     recipe = read_recipe([f"--{key}={value}" for key, value in settings.items()])
-    run = train_imagenet.build(recipe, *train_imagenet.meet(recipe))
+    run = train_imagenet.build(recipe, *train_imagenet.join_run(recipe))
     log = RunLog(Path(options.folder), is_main=True, eta=EtaEstimator([options.size], options.batches), log_every=50)
     if prepare:
         prepare_step(run.trainer, options.batch_size, options.size, log)

@@ -4,7 +4,7 @@ from imagenet_training.augmentation import build_augmentations
 from imagenet_training.data import planned_data
 from imagenet_training.distributed import planned_world_size
 from imagenet_training.loss import recipe_loss
-from imagenet_training.model import drop_path_notices, model_on_paper, model_size
+from imagenet_training.model import drop_path_notices, model_size, recipe_meta_model
 from imagenet_training.normalization import planned_normalization
 from imagenet_training.plan import plan_run
 from imagenet_training.recipe import Recipe
@@ -24,7 +24,7 @@ def show_plan(recipe: Recipe) -> None:
         num_val=data.num_val,
         class_counts=data.class_counts,
     )
-    model = model_on_paper(recipe)
+    model = recipe_meta_model(recipe)
     try_model(recipe, plan, model, recipe_loss(recipe))
     print(summary(recipe, plan, model_size(model, recipe.validation.resolution)))
     print(f"\n{resolved_recipe(recipe)}")

@@ -19,7 +19,7 @@ from imagenet_training.distributed import World, join
 from imagenet_training.epoch import evaluate
 from imagenet_training.failures import ending_with_status
 from imagenet_training.logs import RunLog
-from imagenet_training.model import find_library, model_on_paper, model_size
+from imagenet_training.model import find_library, model_size, recipe_meta_model
 from imagenet_training.normalization import settle_normalization
 from imagenet_training.plan import RunPlan, plan_run
 from imagenet_training.provenance import describe_run, differences
@@ -302,7 +302,7 @@ def show_evaluation(recipe: Recipe) -> None:
     """Print what an evaluation would do, and the resolved recipe. Check the data if they exist, and create nothing."""
     candidate = choose_candidate(recipe, World(0, 0, 1, 1, torch.device("cpu")))
     recipe = candidate.recipe
-    size = model_size(model_on_paper(recipe), recipe.validation.resolution)
+    size = model_size(recipe_meta_model(recipe), recipe.validation.resolution)
     print(f"{evaluation_summary(recipe, candidate.describe(), size)}\n\n{resolved_recipe(recipe)}")
     notices = [*recipe.notices, *candidate.notices]
     if Path(recipe.data.val_dataset).exists():

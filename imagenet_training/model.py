@@ -268,7 +268,7 @@ def _torchvision_state(arch: str) -> tuple[dict[str, torch.Tensor], str]:
         ) from error
 
 
-def recipe_model(recipe: Recipe) -> dict[str, Any]:
+def model_arguments(recipe: Recipe) -> dict[str, Any]:
     """Return the arguments of `build_model` that a recipe sets, without weights."""
     model = recipe.model
     return {
@@ -298,12 +298,12 @@ def drop_path_notices(recipe: Recipe, model: nn.Module) -> list[str]:
     ]
 
 
-def model_on_paper(recipe: Recipe) -> nn.Module:
+def recipe_meta_model(recipe: Recipe) -> nn.Module:
     """Build the recipe's model on the meta device: it has shapes, and no values."""
-    return on_paper(**recipe_model(recipe))
+    return build_meta_model(**model_arguments(recipe))
 
 
-def on_paper(**arguments: Any) -> nn.Module:
+def build_meta_model(**arguments: Any) -> nn.Module:
     """Build a model on the meta device, from the arguments of `build_model`.
 
     Some architectures compute with values while they are built. They are built on the CPU, and then moved.

@@ -29,7 +29,7 @@ from imagenet_training.distributed import World, decided_by_main, wait_for_all
 from imagenet_training.export import use_of_weights
 from imagenet_training.logs import RunLog, data_wait_advice
 from imagenet_training.meters import EtaEstimator
-from imagenet_training.model import model_size, recipe_model
+from imagenet_training.model import model_arguments, model_size
 from imagenet_training.outputs import LOCK_NAME
 from imagenet_training.plan import RunPlan
 from imagenet_training.predictions import Predictions
@@ -59,7 +59,7 @@ class RunFolder:
     state : TrainState
         The position of the run, which the caller moves on.
     point : ResumePoint
-    model_on_paper : torch.nn.Module
+    meta_model : torch.nn.Module
         The model on the meta device, for its size in the summary.
     lock : OwnerLock
         The lock of the folder; see `locked_folder`.
@@ -73,16 +73,16 @@ class RunFolder:
         trainer: Trainer,
         state: TrainState,
         point: ResumePoint,
-        model_on_paper: nn.Module,
+        meta_model: nn.Module,
         lock: OwnerLock,
     ):
         self.recipe, self.plan, self.data, self.trainer, self.state = recipe, plan, data, trainer, state
-        self.point, self.world, self.model_on_paper, self.lock = point, trainer.world, model_on_paper, lock
+        self.point, self.world, self.meta_model, self.lock = point, trainer.world, meta_model, lock
         self.folder = Path(recipe.logging.folder)
         self.report = self.folder / "report.html"
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", recipe.model.arch)
         self.provenance = describe_run(recipe, plan, data, self.world)
-        card = ModelCard.of_recipe(self.provenance["recipe"], recipe_model(recipe), self.provenance["classes"])
+        card = ModelCard.of_recipe(self.provenance["recipe"], model_arguments(recipe), self.provenance["classes"])
         self.card = dataclasses.replace(card, precision=plan.precision)
         resolutions = [plan.resolution(epoch) for epoch in range(plan.epochs)]
         self.log = RunLog(
@@ -98,7 +98,7 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         log, state = self.log, self.state
         self.lock.check()
-        size = model_size(self.model_on_paper, self.recipe.validation.resolution)
+        size = model_size(self.meta_model, self.recipe.validation.resolution)
         log.print(summary(self.recipe, self.plan, size))
         log.keep(resolved_recipe(self.recipe))
         notices = run_notices(self.recipe, self.plan, self.data, self.world, self.point, self.provenance)

@@ -17,7 +17,7 @@ from imagenet_training.distributed import World
 from imagenet_training.layers import freeze_body, lr_scales, set_training_mode
 from imagenet_training.loss import Loss, main_logits, recipe_loss
 from imagenet_training.memory_format import memory_format_notices, set_memory_format
-from imagenet_training.model import build_model, compiled, drop_path_notices, head_of, recipe_model, unwrapped
+from imagenet_training.model import build_model, compiled, drop_path_notices, head_of, model_arguments, unwrapped
 from imagenet_training.optim import build_ema, build_optimizer
 from imagenet_training.plan import RunPlan
 from imagenet_training.recipe import Recipe
@@ -359,14 +359,14 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
     allow_tf32(training.tf32)
     notices: list[str] = []
     model = build_model(
-        **recipe_model(recipe),
+        **model_arguments(recipe),
         pretrained=recipe.model.pretrained and not from_checkpoint,
         weights=None if from_checkpoint else recipe.model.weights,
         ema=recipe.model.ema,
         whole=training.eval_only,
         notices=notices,
     ).to(world.device)
-    head = frozenset(head_of(model, **recipe_model(recipe)).class_dims) if _needs_head(recipe) else frozenset()
+    head = frozenset(head_of(model, **model_arguments(recipe)).class_dims) if _needs_head(recipe) else frozenset()
     if head and recipe.model.freeze == "body":
         freeze_body(model, head)
     if not training.eval_only:

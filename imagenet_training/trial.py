@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ffcv_ops.errors import UserError
 from imagenet_training.layers import set_training_mode
 from imagenet_training.loss import Loss, main_logits, recipe_loss
-from imagenet_training.model import build_model, find_library, on_paper, reason_of, recipe_model
+from imagenet_training.model import build_meta_model, build_model, find_library, model_arguments, reason_of
 from imagenet_training.plan import RunPlan
 from imagenet_training.recipe import Recipe
 from imagenet_training.trainer import autocast
@@ -77,7 +77,7 @@ class Trial:
             return self.train(size_px, batch_size, backward=need.backward)
         return self.evaluate(size_px, batch_size)
 
-    def errors_of(self, needs: Iterable[Need], batch_size: int, paper: "Trial | None") -> dict[Need, Exception]:
+    def errors_of(self, needs: Iterable[Need], batch_size: int, on_meta: "Trial | None") -> dict[Need, Exception]:
         """Pass a batch for each need. Return the errors.
 
         With a trial of the same model on the meta device, a need is met if the shapes fit there, and small images pass
@@ -86,7 +86,7 @@ class Trial:
         passes: dict[Need, bool] = {}
         errors: dict[Need, Exception] = {}
         for need in needs:
-            if paper is not None and paper.error_of(need, need.size_px, batch_size) is None:
+            if on_meta is not None and on_meta.error_of(need, need.size_px, batch_size) is None:
                 small = replace(need, key="", size_px=min(need.size_px, SMALL_PX))
                 if small not in passes:
                     passes[small] = self.error_of(small, small.size_px, batch_size) is None
@@ -175,12 +175,12 @@ def try_model(recipe: Recipe, plan: RunPlan, model: nn.Module, loss: Loss) -> No
     trial = Trial(model, loss, recipe.model.known_num_classes, plan.precision)
     batch_size = min(2, plan.batch_size)
 
-    paper = None
+    on_meta = None
     if trial.device.type == "cpu":  # where two large images take seconds
-        paper = Trial(copy.deepcopy(model).to("meta"), recipe_loss(recipe), trial.num_classes, "32")
-    failed = trial.errors_of(needs_of(recipe, plan), batch_size, paper)
+        on_meta = Trial(copy.deepcopy(model).to("meta"), recipe_loss(recipe), trial.num_classes, "32")
+    failed = trial.errors_of(needs_of(recipe, plan), batch_size, on_meta)
     if failed and trial.device.type == "meta":  # perhaps only because there are no values
-        try_model(recipe, plan, build_model(**recipe_model(recipe)), loss)
+        try_model(recipe, plan, build_model(**model_arguments(recipe)), loss)
     elif failed:
         need, error = next(iter(failed.items()))
         remedy = _remedy(recipe, failed, batch_size, trial)
@@ -254,9 +254,9 @@ def check_drop_path(recipe: Recipe, plan: RunPlan) -> None:
     """
     if not recipe.model.drop_path or recipe.training.eval_only:
         return
-    arguments, counts = recipe_model(recipe), []
+    arguments, counts = model_arguments(recipe), []
     for drop_path in (recipe.model.drop_path, 0.0):
-        model = on_paper(**{**arguments, "drop_path": drop_path}).train()
+        model = build_meta_model(**{**arguments, "drop_path": drop_path}).train()
         images = torch.empty(2, 3, *[plan.resolution(0)] * 2, device="meta")
         with DrawCounter() as draws, torch.no_grad():
             try:

@@ -176,7 +176,7 @@ def test_steps_wait_for_nothing(beton, tmp_path, precision, options):
     settings += ["--resolution.min_res=64", "--resolution.max_res=64", "--lr.lr_peak_epoch=0", "--lr=0.01"]
     settings += ["--augmentation.mixup_alpha=0.2", "--augmentation.cutmix_alpha=1.0", "--training.ema_decay=0.9"]
     recipe = read_recipe([*settings, f"--precision={precision}", *options])
-    run = train_imagenet.build(recipe, *train_imagenet.meet(recipe))
+    run = train_imagenet.build(recipe, *train_imagenet.join_run(recipe))
     loader = build_loaders(recipe, run.plan, run.data, run.world).train
     log = RunLog(tmp_path, True, eta=EtaEstimator([64], run.plan.steps_per_epoch))
     modes = {"1": "compiled", "graph": "graph", "compiled-graph": "compiled-graph"}

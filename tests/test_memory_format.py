@@ -11,7 +11,7 @@ from imagenet_training.card import ModelCard
 from imagenet_training.distributed import World
 from imagenet_training.export import export_weights, load_model
 from imagenet_training.memory_format import layer_without_channels_last, set_memory_format, to_channels_last
-from imagenet_training.model import build_model, on_paper, recipe_model
+from imagenet_training.model import build_meta_model, build_model, model_arguments
 from imagenet_training.plan import plan_run
 from imagenet_training.recipe import read_recipe
 from imagenet_training.trainer import build_trainer
@@ -71,7 +71,7 @@ def test_five_dimensions_stay_as_they_are():
     ],
 )
 def test_layers_that_a_cpu_cannot_train_in_channels_last_are_found(arch, layer):
-    model = on_paper(arch=arch, num_classes=5)
+    model = build_meta_model(arch=arch, num_classes=5)
     assert layer_without_channels_last(model, CPU) == layer
     assert layer_without_channels_last(model, CUDA) is None
 
@@ -83,7 +83,7 @@ def test_such_a_model_trains_on_a_cpu_in_the_other_format_and_a_note_says_so(tmp
     note = "training.channels_last=1 is not used on the CPU: .* gradient of the layer stem.conv_1x1.conv"
     (text,) = (text for text in trainer.notices if "channels_last" in text)
     assert re.match(note, text)
-    card = ModelCard(recipe_model(recipe), channels_last=True)
+    card = ModelCard(model_arguments(recipe), channels_last=True)
     export_weights(tmp_path / "x.safetensors", trainer.model.state_dict(), card)
     assert not is_channels_last(load_model(tmp_path / "x.safetensors").model)
     _, asked = trainer_of("repvgg_a0", "--training.channels_last=0")

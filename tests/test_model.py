@@ -17,9 +17,9 @@ from imagenet_training.model import (
     compiled,
     drop_path_notices,
     find_library,
-    model_on_paper,
     model_size,
     pretrained_state,
+    recipe_meta_model,
 )
 from imagenet_training.recipe import read_recipe
 
@@ -86,10 +86,10 @@ def test_drop_path_needs_timm():
 )
 def test_a_drop_path_that_no_setting_shows_is_told(arch, library, largest):
     recipe = read_recipe([f"--model.arch={arch}", f"--model.library={library}"])
-    (notice,) = drop_path_notices(recipe, model_on_paper(recipe))
+    (notice,) = drop_path_notices(recipe, recipe_meta_model(recipe))
     assert f"{library}'s {arch} skips up to {largest} of its residual branches" in notice
     plain = read_recipe(["--model.arch=convnext_tiny", "--model.library=timm"])
-    assert drop_path_notices(plain, model_on_paper(plain)) == []
+    assert drop_path_notices(plain, recipe_meta_model(plain)) == []
 
 
 def test_blurpool_goes_where_ffcv_imagenet_puts_it_and_keeps_names():

@@ -20,7 +20,7 @@ from imagenet_training.epoch import train_epoch
 from imagenet_training.logs import RunLog
 from imagenet_training.loss import soft_target_cross_entropy
 from imagenet_training.meters import EtaEstimator
-from imagenet_training.model import model_on_paper
+from imagenet_training.model import recipe_meta_model
 from imagenet_training.optim import build_ema, build_optimizer
 from imagenet_training.plan import plan_run
 from imagenet_training.preemption import Stopped, StopRequest
@@ -207,7 +207,7 @@ def test_a_stop_between_epochs_does_not_save_again(beton, tmp_path, num_steps):
     part = Part(plan_of(recipe), TrainState(), tmp_path)
     data, point = open_training_data(recipe), ResumePoint(None, None, {}, ())
     lock = OwnerLock(tmp_path / "run.lock", "", "")
-    folder = RunFolder(recipe, part.plan, data, part.trainer, part.state, point, model_on_paper(recipe), lock)
+    folder = RunFolder(recipe, part.plan, data, part.trainer, part.state, point, recipe_meta_model(recipe), lock)
     last = folder.checkpoints.last
     with pytest.raises(Stopped), folder:
         part.state.finish_epoch({})

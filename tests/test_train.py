@@ -608,11 +608,11 @@ def test_every_part_of_the_published_recipes_runs(call, recipe, reversed_val, tm
 
 
 def test_a_loss_that_explodes_ends_the_run_with_its_remedies(call, recipe, monkeypatch):
-    papers, on_paper = [], model.model_on_paper
-    monkeypatch.setattr(model, "model_on_paper", lambda recipe: papers.append(1) or on_paper(recipe))
+    built, meta_model = [], model.recipe_meta_model
+    monkeypatch.setattr(model, "recipe_meta_model", lambda recipe: built.append(1) or meta_model(recipe))
     status, out, _, created = call("--config-file", recipe, "--no_wandb", "--lr", "1e30", "--epochs", "2")
     assert status == 1
-    assert len(papers) == 1, "built on paper once"
+    assert len(built) == 1, "built on the meta device once"
     assert "the loss or a weight is not finite" in out and "--training.grad_clip=1" in out
     assert any(path.suffix == ".log" and "not finite" in path.read_text() for path in created)
 

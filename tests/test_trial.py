@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from imagenet_training.loss import recipe_loss
-from imagenet_training.model import build_model, model_on_paper, on_paper, recipe_model
+from imagenet_training.model import build_meta_model, build_model, model_arguments, recipe_meta_model
 from imagenet_training.plan import plan_run
 from imagenet_training.recipe import read_recipe
 from imagenet_training.trial import Trial, candidates, try_model
@@ -28,13 +28,13 @@ def plan_of(recipe):
     return plan_run(recipe, world_size=1, num_train=100, num_val=10, device_type="cpu")
 
 
-def try_recipe(arch, sizes=(32, 32, 32), *arguments, on_paper=False):
+def try_recipe(arch, sizes=(32, 32, 32), *arguments, on_meta=False):
     recipe = recipe_of(arch, sizes, *arguments)
-    model = model_on_paper(recipe) if on_paper else build_model(**recipe_model(recipe))
+    model = recipe_meta_model(recipe) if on_meta else build_model(**model_arguments(recipe))
     try_model(recipe, plan_of(recipe), model, recipe_loss(recipe))
 
 
-@pytest.mark.parametrize("on_paper", [False, True])
+@pytest.mark.parametrize("on_meta", [False, True])
 @pytest.mark.parametrize(
     "arch, sizes",
     [
@@ -43,8 +43,8 @@ def try_recipe(arch, sizes=(32, 32, 32), *arguments, on_paper=False):
         ("levit_128s", (224, 224, 224)),  # two heads; caches in evaluation
     ],
 )
-def test_what_can_be_trained_passes(arch, sizes, on_paper):
-    try_recipe(arch, sizes, on_paper=on_paper)
+def test_what_can_be_trained_passes(arch, sizes, on_meta):
+    try_recipe(arch, sizes, on_meta=on_meta)
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_what_can_be_trained_passes(arch, sizes, on_paper):
 )
 def test_sizes_that_do_not_fit_are_one_line_with_sizes_that_do(arch, sizes, remedy):
     with pytest.raises(ValueError, match=rf"'s {arch} cannot take images of .*; {remedy}$") as caught:
-        try_recipe(arch, sizes, on_paper=arch == "test_maxvit")
+        try_recipe(arch, sizes, on_meta=arch == "test_maxvit")
     assert "\n" not in str(caught.value)
-    try_recipe(arch, sizes, *re.findall(r"--\S+=\d+", str(caught.value)), on_paper=True)
+    try_recipe(arch, sizes, *re.findall(r"--\S+=\d+", str(caught.value)), on_meta=True)
 
 
 def test_a_size_within_the_ramp_is_tried_too():
@@ -97,7 +97,7 @@ def test_the_size_that_a_model_declares_is_tried():
 
 def test_timm_s_sizes_of_published_weights_are_candidates():
     for arch, size_px in {"vit_small_patch14_dinov2": 518, "eva_large_patch14_196": 196, "resnet50": 224}.items():
-        assert size_px in candidates(on_paper(arch=arch, library="timm"))
+        assert size_px in candidates(build_meta_model(arch=arch, library="timm"))
 
 
 def test_one_image_is_too_few_for_batch_normalisation_at_one_pixel():
@@ -112,13 +112,13 @@ def test_one_image_is_too_few_for_batch_normalisation_at_one_pixel():
 def test_drop_path_has_an_effect_or_is_refused(arch, fault):
     arguments = [(32, 32, 32), "--model.library=timm", "--model.drop_path=0.1"]
     with pytest.raises(ValueError, match=f"drop_path=0.1.*{arch} {fault}; pass --model.drop_path=0"):
-        try_recipe(arch, *arguments, on_paper=True)
+        try_recipe(arch, *arguments, on_meta=True)
     try_recipe("test_convnext", *arguments)
 
 
 def test_a_trial_changes_nothing():
     recipe = recipe_of("resnet18")
-    model = build_model(**recipe_model(recipe))
+    model = build_model(**model_arguments(recipe))
     before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     try_model(recipe, plan_of(recipe), model, recipe_loss(recipe))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

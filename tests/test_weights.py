@@ -25,7 +25,7 @@ from imagenet_training.distributed import World
 from imagenet_training.epoch import measure
 from imagenet_training.evaluation import settings_of
 from imagenet_training.export import export_weights, use_of_weights
-from imagenet_training.model import build_model, head_of, recipe_model
+from imagenet_training.model import build_model, head_of, model_arguments
 from imagenet_training.normalization import planned_normalization, settle_normalization
 from imagenet_training.recipe import read_recipe
 from imagenet_training.weights import _present_names
@@ -581,7 +581,7 @@ RECIPES = sorted([*ROOT.glob("rn50_configs/*.yaml"), *ROOT.glob("rn18_configs/*.
 def test_every_recipe_exports_all_that_its_evaluation_needs():
     for path in RECIPES:
         recipe = settle_normalization(read_recipe(["--config-file", str(path), "--model.num_classes=10"]))
-        card = ModelCard.of_recipe(recipe.to_dict(), recipe_model(recipe), None)
+        card = ModelCard.of_recipe(recipe.to_dict(), model_arguments(recipe), None)
         assert settings_of(ModelCard.from_dict(card.to_dict(), "x")) == {
             section: {name: recipe.to_dict()[section][name] for name in values}
             for section, values in settings_of(card).items()
@@ -596,7 +596,7 @@ def networks():
     found = {}
     for recipe in recipes:
         arch = {"resnet50": "resnet18"}.get(recipe.model.arch, recipe.model.arch)  # the same code, and less of it
-        network = {**recipe_model(recipe), "arch": arch}
+        network = {**model_arguments(recipe), "arch": arch}
         card = ModelCard.of_recipe(settle_normalization(recipe).to_dict(), network, None)
         found.setdefault(str((network, card.flip, card.channels_last)), card)
     return list(found.values())
