@@ -49,8 +49,24 @@ def export_weights(path: Path, state: Mapping[str, torch.Tensor], card: ModelCar
         "metadata": {name: dict(values) for name, values in versions.items()},
         "checksum": checksum(tensors),
     }
-    with replacing(path) as temporary:
-        temporary.write_bytes(save(tensors, {"format": "pt", CARD_KEY: json.dumps(facts)}))
+    content = save(tensors, {"format": "pt", CARD_KEY: json.dumps(facts)})
+    header, start = _sorted_header(content)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(header)
+        file.write(memoryview(content)[start:])
+
+
+def _sorted_header(content: bytes) -> tuple[bytes, int]:
+    """Return the header of a safetensors file with sorted metadata, and where the tensors begin in the file.
+
+    The package (0.8.0) writes metadata in an order that changes, which would give equal weights several digests.
+    """
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, start
 
 
 def load_model(path: str | Path, *, ema: bool | Literal["auto"] = "auto") -> LoadedModel:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch.optim.swa_utils import AveragedModel
 
@@ -442,6 +443,19 @@ def test_facts_that_no_run_writes_are_refused(tmp_path, change, told):
     for use in (load_model, lambda path: settled(f"--model.weights={path}")):
         with pytest.raises(UserError, match=told):
             use(tmp_path / "x.safetensors")
+
+
+def test_equal_weights_have_equal_bytes(tmp_path):
+    card = ModelCard(**{**vars(card_of()), "classes": ["\u00e4", "b", "c", "d"]})
+    contents = set()
+    for number in range(8):  # the package alone would write two orders by chance
+        export_weights(tmp_path / f"{number}.safetensors", trained().state_dict(), card)
+        contents.add((tmp_path / f"{number}.safetensors").read_bytes())
+    (content,) = contents
+    assert int.from_bytes(content[:8], "little") % 8 == 0, "tensors begin at multiples of 8 bytes"
+    with safe_open(tmp_path / "0.safetensors", "pt") as file:
+        assert file.metadata().keys() == {"format", CARD_KEY}
+    assert load_model(tmp_path / "0.safetensors").card.classes == card.classes
 
 
 def test_tied_tensors_are_exported(tmp_path):
