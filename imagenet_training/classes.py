@@ -9,6 +9,8 @@ import numpy as np
 
 from ffcv_ops import Beton, UserError
 from ffcv_ops.units import show_names
+from imagenet_training.recipe import Recipe
+from imagenet_training.weight_file import read_card
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +92,55 @@ def _match_by_name(file: Beton, classes: list[str], names: list[str], model: str
     order = "" if len(classes) < len(names) else " in another order"
     notice = f"{file.path} has {what} of {model}{order}: labels are matched by name"
     return ClassMatch(names, np.array([number_of[name] for name in classes], np.int64), (notice,))
+
+
+def names_of_weights(recipe: Recipe, own: list[str] | None, source: str) -> list[str] | None:
+    """Return the names of the classes of weights, by number: their own, or those of ``model.class_names``, if any.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    own : list of str or None
+        The names that are stored with the weights.
+    source : str
+        The weights, for messages.
+
+    Raises
+    ------
+    UserError
+        If both have names, or the file of names cannot be read.
+    """
+    file = recipe.model.class_names
+    if file is None:
+        return own
+    if own is not None:
+        raise UserError(f"{recipe.shown('model.class_names')}: {source} has the names of its classes itself")
+    from ffcv_ops.sources.webdataset import read_class_names  # here, because few runs need it
+
+    return read_class_names(file)
+
+
+def names_in_file(recipe: Recipe) -> list[str] | None:
+    """Return `names_of_weights` for the file ``model.weights``, which is read for it."""
+    weights = recipe.model.weights
+    card = read_card(weights) if weights else None
+    return names_of_weights(recipe, card.classes if card is not None else None, str(weights))
+
+
+def order_notices(file: Beton) -> list[str]:
+    """Return a notice if timm would number the classes of a file in another way, which weights do not tell."""
+    if file.classes is None or sorted(file.classes, key=_natural_key) == list(file.classes):
+        return []
+    shown = show_names(sorted(file.classes, key=_natural_key))
+    return [
+        f"timm numbers classes of these names in another order: {shown}. If it has trained the weights, pass a file "
+        "with the names in that order as --model.class_names"
+    ]
+
+
+def _natural_key(name: str) -> list[int | str]:
+    """Return the key by which timm 1.0.31 sorts names: lower case, with digits as numbers."""
+    return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"(\d+)", name.lower()))]
 
 
 def head_notices(path: str, of_weights: Sequence[str] | None, of_data: Sequence[str] | None) -> list[str]:

@@ -26,7 +26,7 @@ from ffcv_ops import (
 from ffcv_ops.loading.epoch import EpochIterator
 from ffcv_ops.machine import cpus_per_rank
 from imagenet_training.augmentation import build_augmentations
-from imagenet_training.classes import ClassMatch, imagenet_names, match_classes
+from imagenet_training.classes import ClassMatch, imagenet_names, match_classes, names_in_file, order_notices
 from imagenet_training.contact_sheet import denormalized
 from imagenet_training.distributed import World
 from imagenet_training.normalization import pixel_statistics
@@ -126,9 +126,11 @@ def open_training_data(recipe: Recipe) -> TrainingData:
     Raises
     ------
     UserError
-        If a file is missing or damaged, the training file has not as many classes as the model, or the validation file
-        has a class that the training file does not have.
+        If a file is missing or damaged, the training file has not as many classes as the model, the validation file has
+        a class that the training file does not have, or ``model.class_names`` does not fit the weights.
     """
+    if recipe.model.class_names:
+        names_in_file(recipe)  # an error before anything is created
     train, val = open_train_file(recipe), read_beton(recipe.data.val_dataset)
     return TrainingData(val, match_splits(train, val), train)
 
@@ -163,6 +165,8 @@ def open_evaluation_data(recipe: Recipe, names: Sequence[str] | None, val_digest
         names = imagenet_names(val, num_classes)
         if names is not None:
             notices.append(f"the model has no class names: its {num_classes:,} classes are assumed to be ImageNet's")
+        else:
+            notices += order_notices(val)
     match = match_classes(val, names, num_classes, model="the model")
     return TrainingData(val, replace(match, notices=(*notices, *match.notices)))
 

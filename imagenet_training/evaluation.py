@@ -14,6 +14,7 @@ from ffcv_ops.settings.collect import DEFAULT
 from ffcv_ops.settings.command_line import COMMAND_LINE
 from ffcv_ops.settings.fields import show
 from imagenet_training.card import ModelCard
+from imagenet_training.classes import names_of_weights
 from imagenet_training.data import TrainingData, build_val_loader, open_evaluation_data, settle_num_classes
 from imagenet_training.distributed import World, join
 from imagenet_training.epoch import evaluate
@@ -53,6 +54,8 @@ class Candidate:
         The content of the checkpoint.
     card : ModelCard or None
         The facts beside the weights of ``model.weights``, if this project wrote the file.
+    classes : list of str or None
+        Names of the model's classes, by number. None if they are not known.
     notices : tuple of str
         Settings that were chosen or that differ from those of the run.
     as_in_run : bool
@@ -64,14 +67,8 @@ class Candidate:
     content: Mapping[str, Any] | None
     notices: tuple[str, ...]
     card: ModelCard | None = None
+    classes: list[str] | None = None
     as_in_run: bool = False
-
-    @property
-    def classes(self) -> list[str] | None:
-        """Names of the model's classes, by number. None if they are not known."""
-        if self.content is not None:
-            return self.content.get("classes")
-        return self.card.classes if self.card is not None else None
 
     @property
     def val_digest(self) -> str | None:
@@ -143,7 +140,7 @@ def choose_candidate(recipe: Recipe, world: World) -> Candidate:
     Raises
     ------
     UserError
-        If there are no weights, or they are named twice.
+        If there are no weights, or they or their classes are named twice.
     """
     _check_one_source(recipe)
     point = choose_checkpoint(recipe, world)
@@ -155,14 +152,35 @@ def choose_candidate(recipe: Recipe, world: World) -> Candidate:
     else:
         card = read_weight_file(weights, f"model.weights={weights}").card if weights else None
         saved = settings_of(card) if card is not None else {}
-    settled, lost, kept = with_settings_of(recipe, saved)
-    settled = settle_normalization(settle_num_classes(settled), content)
+    own = content.get("classes") if content is not None else card.classes if card is not None else None
     source, notices = point.path or weights, list(point.notices)
+    classes = names_of_weights(recipe, own, str(source))
+    settled, lost, kept = with_settings_of(recipe, saved)
+    settled = settle_normalization(settle_num_classes(_with_number_of(settled, classes)), content)
     if lost:
         notices.append(f"settings of the run that saved {source} replace those of files: {', '.join(lost)}")
     if kept:
         notices.append(f"the result may differ from that of the run that saved {source}: {', '.join(kept)}")
-    return Candidate(settled, point.path, content, tuple(notices), card, as_in_run=not kept)
+    return Candidate(settled, point.path, content, tuple(notices), card, classes, as_in_run=not kept)
+
+
+def _with_number_of(recipe: Recipe, classes: list[str] | None) -> Recipe:
+    """Return a recipe with the number of the classes of ``model.class_names``, if it names them.
+
+    Raises
+    ------
+    UserError
+        If the recipe has another number.
+    """
+    model = recipe.model
+    if model.class_names is None or classes is None:
+        return recipe
+    if model.num_classes not in ("auto", len(classes)):
+        raise UserError(
+            f"{recipe.shown('model.class_names')} names {len(classes):,} classes, not "
+            f"{recipe.shown('model.num_classes')}: pass --model.num_classes=auto"
+        )
+    return recipe.with_values({"model.num_classes": len(classes)}, "model.class_names")
 
 
 def settings_of(card: ModelCard) -> dict[str, dict[str, Any]]:

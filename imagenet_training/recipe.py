@@ -108,6 +108,7 @@ def check_recipe(recipe: Recipe) -> None:
     """
     _check_schedule(recipe)
     _check_optimisation(recipe)
+    _check_class_names(recipe)
     _check_frozen_body(recipe)
     _check_images(recipe)
     _check_files(recipe)
@@ -136,6 +137,12 @@ def _check_optimisation(recipe: Recipe) -> None:
         raise UserError(f"{shown('training.bce_threshold')} needs training.loss=bce, not {shown('training.loss')}")
     if training.ema_rescale and not training.ema_decay:
         raise UserError(f"{shown('training.ema_rescale')} needs a moving average: set training.ema_decay")
+
+
+def _check_class_names(recipe: Recipe) -> None:
+    model, shown = recipe.model, recipe.shown
+    if model.class_names and not (model.pretrained or model.weights or recipe.training.resume):
+        raise UserError(f"{shown('model.class_names')} names the classes of weights: set --model.weights=FILE")
 
 
 def _check_frozen_body(recipe: Recipe) -> None:

@@ -22,7 +22,7 @@ from imagenet_training.background import BackgroundTask
 from imagenet_training.card import ModelCard
 from imagenet_training.changes import best_notices, position_notices
 from imagenet_training.checkpoint import CheckpointFolder, checkpoint_content, copy_to_cpu, size_bytes
-from imagenet_training.classes import head_notices
+from imagenet_training.classes import head_notices, names_in_file
 from imagenet_training.contact_sheet import class_names
 from imagenet_training.data import TrainingData, validation_images
 from imagenet_training.distributed import World, decided_by_main, wait_for_all
@@ -41,7 +41,6 @@ from imagenet_training.resume import LOCK_NOTE, RUN_NOTE, ResumePoint
 from imagenet_training.state import TrainState
 from imagenet_training.summary import resolved_recipe, summary
 from imagenet_training.trainer import Trainer
-from imagenet_training.weight_file import read_card
 
 
 class RunFolder:
@@ -331,8 +330,8 @@ def run_notices(
     if recipe.validation.classes == "only" and len(set(data.val.labels.tolist())) == 1:
         yield f"validation.classes=only, and {data.val.path} has images of one class: every prediction is right"
     weights = recipe.model.weights
-    if data.train is not None and weights and point.content is None and (card := read_card(weights)) is not None:
-        yield from head_notices(weights, card.classes, data.train.classes)
+    if data.train is not None and weights and point.content is None:
+        yield from head_notices(weights, names_in_file(recipe), data.train.classes)
     if point.content is not None:
         yield from position_notices(point.content, recipe, plan)
         yield from best_notices(point.content, recipe, data)

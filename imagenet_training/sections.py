@@ -61,6 +61,8 @@ class Model:
     """Start from the ImageNet weights of torchvision or timm, which are downloaded."""
     weights: str | None = setting(Text())
     """Start from this file of weights or checkpoint."""
+    class_names: str | None = setting(Text())
+    """Text file with the class names of weights that have none: the name of class 0 on the first line, and so on."""
     ema: bool | Literal["auto"] = setting(Auto(), default="auto")
     """Take the averaged (1) or the raw weights (0) of a file that has both. auto: averaged if any."""
     library: Literal["auto", "torchvision", "timm"] = setting(Choice("auto", "torchvision", "timm"), default="auto")

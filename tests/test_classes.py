@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from betons import photographs
 from timm.data import ImageNetInfo
+from timm.utils.misc import natural_key
 from torch import nn
 
 from ffcv_ops import UserError, read_beton
 from ffcv_ops.writing.plan import WriteSettings
 from ffcv_ops.writing.writer import write
-from imagenet_training.classes import imagenet_names, match_classes
+from imagenet_training.classes import imagenet_names, match_classes, order_notices
 from imagenet_training.distributed import World
 from imagenet_training.epoch import measure
 
@@ -84,6 +85,23 @@ def test_an_order_that_nobody_knows_is_assumed_and_told(make, named, names):
     found = match(make(ANIMALS, named=named), names, 5)
     assert "are assumed to be those of the model in the same order" in found.notices[0] and found.numbers is None
     assert found.names == (ANIMALS if named or names else None)
+
+
+@pytest.mark.parametrize(
+    ("classes", "other"),
+    [
+        (["ant", "bee"], None),
+        (["n01440764", "n02102040"], None),
+        (["class10", "class9"], "class9, class10"),
+        (["1", "10", "2", "3"], "1, 2, 3 and 1 more"),
+        (["Zebra", "ant"], "ant, Zebra"),
+        (["a2b", "a10", "a2"], "a2, a2b, a10"),
+    ],
+)
+def test_an_order_of_timm_is_told_where_it_differs(make, classes, other):
+    file = make(classes)
+    assert (sorted(file.classes, key=natural_key) != file.classes) == (other is not None)
+    assert [f"in another order: {other}. If" in notice for notice in order_notices(file)] == [True] * bool(other)
 
 
 def test_a_file_without_names_of_another_count_is_refused(make):

@@ -292,6 +292,26 @@ def test_a_head_of_another_size_is_not_evaluated(trained, evaluate, tmp_path, da
     assert status == 0 and "are assumed to be those of the model in the same order: only the file has names" in output
 
 
+def test_weights_without_names_are_given_those_of_a_text_file(trained, evaluate, tmp_path, data):
+    best, record, _ = trained
+    state, order = dict(torch.load(best, weights_only=True)["ema"]), [sorted(WORDS).index(name) for name in WORDS]
+    for name in ("fc.weight", "fc.bias"):
+        state[name] = state[name][order]
+    torch.save(state, tmp_path / "plain.pt")
+    (tmp_path / "names.txt").write_text("\n".join(WORDS) + "\n")
+    (weights,) = best.parent.glob("*-weights.*")
+    names, dataset = "--model.class_names=names.txt", f"--data.val_dataset={data / 'val.beton'}"
+    settings = ["--config-file", data / "recipe.yaml", "--model.num_classes=auto"]
+    status, output = evaluate(*settings, "--model.weights=plain.pt", names)
+    assert status == 0 and results(record) in output and "in another order: labels are matched by name" in output
+    status, output = evaluate(*settings, "--model.weights=plain.pt", names, "--model.num_classes=9")
+    assert status == 2 and "names 10 classes, not model.num_classes=9 (command line)" in output
+    for source in (f"--model.weights={weights}", f"--resume={best}"):
+        status, output = evaluate(source, names, dataset)
+        assert status == 2 and "model.class_names=names.txt (command line): " in output
+        assert "has the names of its classes itself" in output
+
+
 def test_auto_evaluates_the_newest_checkpoint_and_never_untrained_weights(trained, evaluate, data):
     status, output = evaluate("--resume", "auto", f"--data.val_dataset={data / 'val.beton'}")
     assert status == 2 and "no checkpoint in checkpoints, so there is nothing to evaluate" in output

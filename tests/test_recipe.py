@@ -579,6 +579,7 @@ def test_files_that_are_no_text_are_refused(tmp_path, refusal):
             "training.agc=0.01 (command line) has",
         ),
         (["--model.freeze=body"], "would keep random weights: set --model.pretrained=1"),
+        (["--model.class_names=names.txt"], "names the classes of weights: set --model.weights=FILE"),
         (["--training.ema_rescale=1"], "needs a moving average: set training.ema_decay"),
         (["--augmentation.repeats=3", "--data.order=quasi_random"], "needs --data.order=random"),
         (["--validation.resize=200"], "is smaller than validation.resolution=224 (default), the side of its crop"),

@@ -274,7 +274,9 @@ def read_class_names(address: str) -> list[str]:
         raise UserError(f"{where}: names the class {name} twice")
     image = next((name for name in names if _LABEL.match(name)), None)
     if image:
-        raise UserError(f"{where}: has labels of images, such as {image}; --class_names has a class on each line")
+        raise UserError(
+            f"{where}: has labels of images, such as {image}; a file of class names has a class on each line"
+        )
     return names
 
 
