@@ -452,7 +452,7 @@ SLURM = {
 
 
 def test_the_slurm_script_has_a_run_that_its_time_cuts_short_saved_and_goes_on_with_it(tmp_path):
-    for name in (".venv", "training"):
+    for name in (".venv", "ffcv_ops", "imagenet_training"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "bin").mkdir()
     for name, program in SLURM.items():

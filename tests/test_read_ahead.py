@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from betons import photographs, write_images
 
 from ffcv_ops import CenterCrop, Label, Loader, OrderOption, read_beton
 from ffcv_ops.files import ReadError
-from ffcv_ops.loading import read_ahead
+from ffcv_ops.loading import read_ahead, storage
 from ffcv_ops.loading.read_ahead import ReadAhead, values_of
 
 BATCH = 32
@@ -151,6 +152,16 @@ def test_stopping_wakes_the_thread_that_waits(beton, file):
     ahead.close()
     with pytest.raises(RuntimeError, match="the epoch is closed"):
         ahead.begin_batch(0)
+
+
+@pytest.mark.parametrize("is_larger", [False, True])
+def test_a_file_that_is_larger_than_memory_is_mapped_for_random_reads(beton, monkeypatch, is_larger):
+    monkeypatch.setattr(storage, "available_bytes", lambda: beton.size_bytes - is_larger)
+    mapped = storage.MappedFile(beton.path, beton.allocations)
+    storage.MappedEpoch(mapped, ReadAhead(mapped.file, "file.beton", values_in_order(beton, np.arange(128)), 4))
+    maps = Path("/proc/self/smaps").read_text().partition(str(beton.path))[2]
+    flags = next(line for line in maps.splitlines() if line.startswith("VmFlags:"))
+    assert ("rr" in flags.split()) == is_larger
 
 
 def test_every_offset_in_a_fields_metadata_is_a_value(beton):

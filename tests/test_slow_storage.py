@@ -318,9 +318,11 @@ import sys
 from ffcv_ops import CenterCrop, Label, Loader, OrderOption
 from ffcv_ops.loading.read_ahead import ReadAhead
 limit_file, path = sys.argv[1:]
-pipelines = {"image": [CenterCrop(64)], "label": [Label()]}
-loader = Loader(path, 16, 1, seed=1, order=OrderOption.RANDOM, pipelines=pipelines)
-next(loader.epoch(0))  # everything that is compiled is in memory now
+def load(order, indices):
+    pipelines = {"image": [CenterCrop(64)], "label": [Label()]}
+    return Loader(path, 16, 1, seed=1, order=order, indices=indices, pipelines=pipelines)
+next(load(OrderOption.SEQUENTIAL, range(16)).epoch(0))  # all compiled code is in memory now, but few samples
+loader = load(OrderOption.RANDOM, None)
 with open("/proc/self/status") as file:
     (rss_kb,) = [int(line.split()[1]) for line in file if line.startswith("RssAnon")]
 with open(limit_file, "w") as file:
@@ -365,4 +367,4 @@ def test_a_process_whose_page_cache_is_smaller_than_the_file_reads_each_byte_onc
     assert done.returncode == 0, done.stderr
     count, window_bytes = map(int, done.stdout.split())
     assert count == 2 * 512 and window_bytes <= 32 << 20, "an eighth of what is left, and the batch that exceeds it"
-    assert slow.counts["bytes"] < 2.3 * num_bytes, "two epochs, and the values that were ready before the limit"
+    assert slow.counts["bytes"] <= 2 * num_bytes, "two epochs"

@@ -126,11 +126,7 @@ class ReadAhead:
     def __init__(self, file: int, path: str, values: Callable[[int], tuple[np.ndarray, np.ndarray]], num_batches: int):
         self.path = path
         self._file, self._values, self._num_batches = file, values, num_batches
-        available = available_bytes()
-        self._window_bytes = min(_WINDOW_BYTES, int(available * _WINDOW_SHARE))
-        if os.fstat(file).st_size > available:
-            # The kernel would also read the neighbours of a value, and drop them before they are needed.
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+        self._window_bytes = min(_WINDOW_BYTES, int(available_bytes() * _WINDOW_SHARE))
         self._lock = threading.Condition()
         self._wanted: SimpleQueue[tuple[_Reads, np.ndarray] | None] = SimpleQueue()
         self._batches: dict[int, _Reads] = {}

@@ -20,6 +20,7 @@ import numpy as np
 from ffcv_ops import _sigbus
 from ffcv_ops._ffcv import read_mapped
 from ffcv_ops.beton.allocations import AllocationTable
+from ffcv_ops.cgroups import available_bytes
 from ffcv_ops.files import ReadError, read_exactly
 from ffcv_ops.loading.read_ahead import ReadAhead
 
@@ -66,6 +67,15 @@ class MappedFile:
         """Return the function by which FFCV's decoders read a value. FFCV compiles it into them."""
         return read_mapped
 
+    def advise_random(self) -> None:
+        """Ask the kernel to read no neighbours of a sample, and not to keep samples because they were used.
+
+        Without this advice, Linux prefers mapped pages that were used to pages that were read ahead. It then drops the
+        latter before their use.
+        """
+        os.posix_fadvise(self.file, 0, 0, os.POSIX_FADV_RANDOM)  # for reads
+        self._map.madvise(mmap.MADV_RANDOM)  # for the map
+
     def check(self) -> None:
         """Raise ReadError if the file has become shorter or could not be read: a sample may have zeros in its place."""
         if self._size() < self.data.size:
@@ -93,6 +103,8 @@ class MappedEpoch:
 
     def __init__(self, mapped: MappedFile, read_ahead: ReadAhead):
         self._mapped, self._read_ahead = mapped, read_ahead
+        if mapped.data.size > available_bytes():
+            mapped.advise_random()
         self.locate, self.storage_state = mapped.locate, mapped.storage_state
         self.begin_batch, self.stop, self.close = read_ahead.begin_batch, read_ahead.stop, read_ahead.close
 
