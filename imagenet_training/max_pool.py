@@ -1,11 +1,17 @@
 """Max pooling of 3 x 3 windows at stride 2 on GPUs, with a gradient that each input gathers."""
 
+import hashlib
+from pathlib import Path
+
 import torch
 import triton
 import triton.language as tl
 
 # Neighbouring values of a row that one program works on.
 BLOCK = 1024
+# The compiler's caches on disk know an operation by its name alone: they would keep the gradient of an earlier version.
+# So the names change with this file.
+_VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
 @triton.jit
@@ -76,7 +82,7 @@ def _grid(shape: torch.Size) -> tuple[int, int]:
     return n * (height // 2), triton.cdiv(width // 2 * channels, BLOCK)
 
 
-@torch.library.custom_op("imagenet_training::max_pool", mutates_args=())
+@torch.library.custom_op(f"imagenet_training::max_pool_{_VERSION}", mutates_args=())
 def max_pool(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what ``F.max_pool2d(images, 3, stride=2, padding=1)`` returns, to the bit, and the places of the maxima.
 
@@ -109,7 +115,7 @@ def _empty(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return pooled, torch.empty(shape, dtype=torch.int8, device=images.device, memory_format=form)
 
 
-@torch.library.custom_op("imagenet_training::max_pool_gradient", mutates_args=())
+@torch.library.custom_op(f"imagenet_training::max_pool_gradient_{_VERSION}", mutates_args=())
 def max_pool_gradient(gradient: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Return the gradient of the images, (N, C, H, W), of those of pooled images and the places of the maxima."""
     gradient, places = (part.contiguous(memory_format=torch.channels_last) for part in (gradient, places))
@@ -135,3 +141,6 @@ def _backward(ctx, gradient, _):
 
 
 max_pool.register_autograd(_backward, setup_context=_keep)
+
+# As an operation of PyTorch, which ``torch.compile`` keeps whole.
+OPERATION = getattr(torch.ops.imagenet_training, f"max_pool_{_VERSION}").default

@@ -1,6 +1,7 @@
 """The first layers of ResNets in forms that compute the same in less time on a GPU."""
 
 import importlib.util
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,8 @@ class StemConv2d(nn.Conv2d):
 class StemMaxPool2d(nn.MaxPool2d):
     """Max pooling that runs in `imagenet_training.max_pool` where it is compiled."""
 
+    operation: Any  # from `replace_stem`, because Triton is not on every machine
+
     @staticmethod
     def suits(module: nn.Module) -> bool:
         """Return True for plain max pooling of 3 x 3 windows at stride 2."""
@@ -64,7 +67,7 @@ class StemMaxPool2d(nn.MaxPool2d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return what `torch.nn.MaxPool2d` returns."""
         if torch.compiler.is_compiling() and input.shape[2] % 2 == 0 and input.shape[3] % 2 == 0:
-            return torch.ops.imagenet_training.max_pool(input)[0]
+            return self.operation(input)[0]
         return super().forward(input)
 
 
@@ -78,8 +81,9 @@ def replace_stem(model: nn.Module) -> None:
     """
     if importlib.util.find_spec("triton") is None:
         return
-    from imagenet_training import max_pool  # noqa: F401  registers the operation; Triton is not on every machine
+    from imagenet_training.max_pool import OPERATION
 
+    StemMaxPool2d.operation = OPERATION
     for module in model.modules():
         for form in (StemConv2d, StemMaxPool2d):
             if form.suits(module):

@@ -1,6 +1,8 @@
 """The layers of a ResNet's stem in their faster forms: the same results as PyTorch's own layers."""
 
 import copy
+import hashlib
+import importlib
 import os
 import subprocess
 import sys
@@ -62,7 +64,7 @@ INTERPRETED = """
 import copy, torch
 import torch.nn.functional as F
 from torch import nn
-from imagenet_training.max_pool import max_pool
+from imagenet_training.max_pool import OPERATION, max_pool
 from imagenet_training.stem import replace_stem
 
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -78,7 +80,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     (theirs,) = torch.autograd.grad(F.max_pool2d(in_float32, 3, stride=2, padding=1), in_float32, gradient.float())
     # PyTorch on a CPU adds 16-bit floats. Triton's interpreter cuts bfloat16 off where a GPU rounds.
     torch.testing.assert_close(ours, theirs.to(dtype), rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=1e-6)
-torch.library.opcheck(torch.ops.imagenet_training.max_pool.default, (torch.randn(1, 2, 4, 4).requires_grad_(),))
+torch.library.opcheck(OPERATION, (torch.randn(1, 2, 4, 4).requires_grad_(),))
 nan = torch.zeros(1, 1, 4, 4)
 nan[0, 0, 3, 3] = float("nan")
 assert max_pool(nan)[0].isnan().tolist() == F.max_pool2d(nan, 3, stride=2, padding=1).isnan().tolist()
@@ -107,7 +109,7 @@ for model in (plain, torch.compile(ours, backend="aot_eager"), torch.compile(our
 for result in results[1:]:
     for gradient, expected in zip(result, results[0], strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
-assert "imagenet_training.max_pool(" in graphs[0] and graphs[0].count(".pad(") == 3, graphs[0]
+assert "imagenet_training.max_pool_" in graphs[0] and graphs[0].count(".pad(") == 3, graphs[0]
 """
 
 
@@ -117,6 +119,14 @@ def test_kernels_and_compiled_models_give_what_pytorch_gives():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["max_pool", "batch_norm"])
+def test_operations_that_the_compiler_takes_apart_have_names_of_their_version(name):
+    """Its caches on disk know them by name alone; see findings/torch_compile_cache_gradient.sh."""
+    module = importlib.import_module(f"imagenet_training.{name}")
+    digest = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
+    assert module.OPERATION.name().endswith(f"_{digest[:12]}")
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp32"])
