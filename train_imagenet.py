@@ -182,10 +182,14 @@ def run(recipe: Recipe) -> None:
 
 def main() -> None:
     protect_output()
-    recipe = read_recipe(sys.argv[1:])  # a mistake, or --help, ends here, before the imports that take seconds
-    from torch.distributed.elastic.multiprocessing.errors import record
+    try:
+        recipe = read_recipe(sys.argv[1:])  # a mistake, or --help, ends here, before the imports that take seconds
+        from torch.distributed.elastic.multiprocessing.errors import record
 
-    record(run)(recipe)  # torchrun learns of an error from it
+        record(run)(recipe)  # torchrun learns of an error from it
+    except KeyboardInterrupt:  # while the run starts, or during an evaluation; training has a `StopRequest`
+        print("stopped by Ctrl-C", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def run_write(chosen: Write, executor: Executor | None, progress: Progress) -> i
     print_line(f"{len(counts)} classes of {min(counts)} to {max(counts)} images; {num_skipped} images skipped")
     print_line(f"{manifest_path(target)}: digest {manifest['digest']}")
     print_line("next")
-    for command in next_commands(target, chosen.split):
+    for command in next_commands(target, chosen.split, len(counts)):
         print_line(f"  {command}")
     return 0
 

@@ -64,17 +64,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         check_whole(path)
         content = load_file(path)
     except UnreadableFile as error:
+        if Path(path).suffix == ".safetensors":
+            raise UserError(_no_checkpoint_message(path)) from error
         raise UserError(f"training.resume={path} cannot be read as a checkpoint: {error}") from error
     _refuse_newer_format(path, content)
     if not isinstance(content, dict) or content.get("format") not in READABLE_FORMATS or "state" not in content:
-        raise UserError(
-            f"training.resume={path} is not a checkpoint of a run (one such as checkpoints/last.ckpt); "
-            "weights alone are loaded with --model.weights"
-        )
+        raise UserError(_no_checkpoint_message(path))
     name = str(content["state"].get("run_name", ""))
     if Path(name).name != name:  # the log files of the run get this name
         raise UserError(f"training.resume={path} names its log files {name!r}: it is not to be trusted")
     return content
+
+
+def _no_checkpoint_message(path: str | Path) -> str:
+    return (
+        f"training.resume={path} is not a checkpoint of a run (one such as checkpoints/last.ckpt); "
+        "weights alone are loaded with --model.weights"
+    )
 
 
 def _refuse_newer_format(path: str | Path, content: Any) -> None:

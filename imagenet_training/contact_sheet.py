@@ -1,6 +1,7 @@
 """A contact sheet: images with captions, such as training images as the model gets them with their targets."""
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -80,6 +81,8 @@ def draw_contact_sheet(
 ) -> None:
     """Draw images in rows of eight, each with its caption. Small images are enlarged by a whole number.
 
+    A character that Matplotlib's font does not have is drawn as a box.
+
     Parameters
     ----------
     images : ndarray of uint8, shape (N, H, W, 3)
@@ -110,7 +113,8 @@ def draw_contact_sheet(
         place = left / width, (bottom - 3) / height
         figure.text(*place, _drawable(text), va="top", fontsize=8, parse_math=False)
     _draw_histograms(figure, histograms, width, height)
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)  # a box shows it
         figure.savefig(temporary, format="png", dpi=100)
 
 

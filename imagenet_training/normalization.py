@@ -85,7 +85,7 @@ def _of_weights(recipe: Recipe) -> Expected:
         card = read_card(model.weights)
         if card is not None:
             return Expected(card.mean, card.std, f"the weights of {model.weights}")
-        published = _published(recipe)
+        published = _published(recipe) if "auto" in (recipe.data.mean, recipe.data.std) else None
         if published is not None and (published.mean, published.std) != (IMAGENET_MEAN, IMAGENET_STD):
             notice = (
                 f"{model.weights} does not say its normalisation: ImageNet's is assumed. {published.source} expect "

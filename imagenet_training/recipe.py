@@ -192,12 +192,19 @@ def _check_files(recipe: Recipe) -> None:
                 raise UserError(f"{shown(key)}: {error}") from error
     if model.pretrained and model.weights:
         raise UserError(f"{shown('model.pretrained')} and {shown('model.weights')} exclude each other: set one")
-    if model.weights and not Path(model.weights).is_file():
-        raise UserError(f"{shown('model.weights')}: no such file")
+    if model.weights:
+        _check_file(shown("model.weights"), Path(model.weights))
     if training.eval_only and not (model.pretrained or model.weights or training.resume):
         raise UserError("--eval_only has no weights to evaluate: set --resume, --model.weights or --model.pretrained=1")
-    if training.resume not in (None, AUTO) and not Path(training.resume).is_file():
-        raise UserError(f"{shown('training.resume')}: no such file")
+    if training.resume not in (None, AUTO):
+        _check_file(shown("training.resume"), Path(training.resume))
+
+
+def _check_file(shown: str, path: Path) -> None:
+    if not path.is_file():
+        from imagenet_training.torch_file import no_file_message  # imports PyTorch, which takes seconds
+
+        raise UserError(f"{shown}: {no_file_message(path)}")
 
 
 def _find_notices(recipe: Recipe) -> Iterable[str]:

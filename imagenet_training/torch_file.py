@@ -11,6 +11,9 @@ import torch
 
 from ffcv_ops.units import show_names
 
+# The ends of the names of weights files, as hubs have them in a folder.
+FILE_KINDS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+
 # A file that begins with so many bytes of text is text.
 TEXT_BYTES = 16
 
@@ -94,3 +97,14 @@ def _reason(path: str | Path, error: Exception) -> str:
     named = [str(name) for name in unknown_classes(path)]
     what = f" ({show_names(named)})" if named else ""
     return f"it holds objects that could run code{what}, so it is not loaded; save only a state_dict() in it"
+
+
+def no_file_message(path: Path) -> str:
+    """Return why a path is no file. For a folder, name a file in it or in its ``checkpoints``, if there is one."""
+    if not path.is_dir():
+        return "no such file"
+    files = [file for kind in FILE_KINDS for place in (path, path / "checkpoints") for file in place.glob(f"*{kind}")]
+    if not files:
+        return "this is a folder"
+    likely = min(files, key=lambda file: (file.name != "last.ckpt", file))
+    return f"this is a folder; pass a file in it, such as {likely.relative_to(path)}"

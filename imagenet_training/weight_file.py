@@ -15,11 +15,9 @@ from safetensors import SafetensorError, safe_open
 
 from ffcv_ops.errors import UserError
 from imagenet_training.card import CARD_KEY, ModelCard
-from imagenet_training.torch_file import UnreadableFile, check_whole, load_file, unknown_classes
+from imagenet_training.torch_file import UnreadableFile, check_whole, load_file, no_file_message, unknown_classes
 
 MAX_DEPTH = 5
-# The ends of the names of weights files, as hubs have them in a folder.
-FILE_KINDS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 AVERAGED_WORDS = {"ema", "swa", "avg", "average", "averaged"}
 # The keys of tensors that have the names and shapes of weights, but are an optimizer's, or gradients.
 NO_WEIGHTS = re.compile(r"optim|exp_avg|exp_inf|max_exp_avg|momentum|grad|scheduler|scaler", re.IGNORECASE)
@@ -80,7 +78,7 @@ def read_weight_file(path: str | Path, name: str) -> WeightFile:
         If the file is missing, unreadable, or has no named tensors.
     """
     if not Path(path).is_file():
-        raise UserError(f"{name}: {_folder_message(Path(path)) if Path(path).is_dir() else 'no such file'}")
+        raise UserError(f"{name}: {no_file_message(Path(path))}")
     try:
         with open(path, "rb") as file:
             start = file.read(9)
@@ -90,11 +88,6 @@ def read_weight_file(path: str | Path, name: str) -> WeightFile:
     if not found.groups:
         raise UserError(f"{name} holds no state dict: save one with torch.save(model.state_dict(), FILE)")
     return found
-
-
-def _folder_message(folder: Path) -> str:
-    files = sorted(path.name for kind in FILE_KINDS for path in folder.glob(f"*{kind}"))
-    return f"this is a folder; pass a file in it, such as {files[0]}" if files else "this is a folder"
 
 
 def read_card(path: str | Path) -> ModelCard | None:

@@ -139,7 +139,7 @@ def test_what_is_no_beton_is_refused(tmp_path, content, message):
 
 
 def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="this is a folder; write_beton.py makes a .beton file"):
         read_beton(tmp_path)
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from plans import make_plan
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ffcv_ops import UserError
 from imagenet_training import checkpoint
@@ -213,6 +213,9 @@ def test_foreign_and_damaged_files_are_refused(tmp_path):
     torch.save(run.parts["model"].state_dict(), tmp_path / "weights.pt")
     with pytest.raises(UserError, match="--model.weights"):
         read_checkpoint(tmp_path / "weights.pt")
+    save_file(run.parts["model"].state_dict(), tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match="not a checkpoint of a run .*--model.weights"):
+        read_checkpoint(tmp_path / "weights.safetensors")
     with pytest.raises(UserError, match="another model"):
         Run(tmp_path, num_classes=5).restore(read_checkpoint(run.last))
 

@@ -61,8 +61,9 @@ def test_the_sheet_holds_each_image_pixel_for_pixel(tmp_path, side):
         np.testing.assert_array_equal(sheet[top : top + len(shown), left : left + len(shown)], shown)
 
 
+@pytest.mark.filterwarnings("error")
 def test_any_name_can_be_drawn(tmp_path):
     images = np.stack(photographs(3, side=32))
-    for text in ("$a_{b$ <b>&", "caf\udce9"):
+    for text in ("$a_{b$ <b>&", "caf\udce9", "\u72ac"):
         draw_contact_sheet(images, [text] * 3, tmp_path / "sheet.png", title=text)
         assert cv2.imread(str(tmp_path / "sheet.png")).std() > 0

@@ -562,6 +562,7 @@ def test_files_that_are_no_text_are_refused(tmp_path, refusal):
         ),
         (["--lr.warmup_epochs=5"], "does not fit lr.lr_schedule_type=cyclic (default)"),
         (["--training.nesterov=1", "--training.momentum=0"], "needs a momentum"),
+        ([f"--resume={ROOT}"], "(command line): this is a folder"),
         (["--resume=no/last.ckpt"], "training.resume=no/last.ckpt (command line): no such file"),
         (["--model.weights=no/weights.pt"], "model.weights=no/weights.pt (command line): no such file"),
         ([f"--model.weights={__file__}", "--model.pretrained=1"], "exclude each other"),

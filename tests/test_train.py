@@ -449,6 +449,15 @@ def call(monkeypatch, capsys, tmp_path):
     return call
 
 
+def test_ctrl_c_while_a_run_starts_prints_one_line(call, monkeypatch):
+    def interrupt(recipe):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_imagenet, "run", interrupt)
+    status, _, err, created = call()
+    assert status == 130 and err == "stopped by Ctrl-C\n" and not created
+
+
 def test_mistakes_are_refused_before_anything_is_created(call, recipe, data, tmp_path):
     foreign = tmp_path / "foreign.beton"
     foreign.write_bytes(b"no beton at all" * 100)

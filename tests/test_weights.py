@@ -543,6 +543,9 @@ def test_another_normalisation_than_that_of_the_weights_is_noted(tmp_path):
     mean, std, notices = settled(f"--model.weights={tmp_path / 'foreign.pt'}", "--model.arch=vit_tiny_patch16_224")
     assert mean == IMAGENET_MEAN and "does not say its normalisation: ImageNet's is assumed" in notices[0]
     assert "--data.mean=0.5,0.5,0.5 --data.std=0.5,0.5,0.5" in notices[0]
+    both = ["--data.mean=0.5,0.5,0.5", "--data.std=0.5,0.5,0.5"]  # nothing is assumed
+    foreign = [f"--model.weights={tmp_path / 'foreign.pt'}", "--model.arch=vit_tiny_patch16_224"]
+    assert settled(*foreign, *both) == (HALF, HALF, ())
 
 
 def test_a_plan_has_the_numbers_that_a_run_would_take(tmp_path):

@@ -69,6 +69,8 @@ def test_both_splits_and_the_check_of_their_files(data, written):
     output = run("--split=val", f"--source={data / 'val'}", f"--target={written.parent / 'val.beton'}")
     assert "12 images of about" in output and "12 images, " in output and "4 classes of 3 to 3 images" in output
     assert "digest sha256:" in output
+    both = f"--data.train_dataset={written} --data.val_dataset={written.parent / 'val.beton'}"
+    assert f"train_imagenet.py --config-file rn50_configs/finetune.yaml {both}\n" in output
     assert read_beton(written).num_samples == 24
     assert read_beton(written.parent / "val.beton").classes == [f"class_{number}" for number in range(4)]
     assert "sound" in run("--verify", written, "--num_workers=1")

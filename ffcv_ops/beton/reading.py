@@ -147,6 +147,8 @@ def read_beton(path: str | os.PathLike[str], *, custom_fields: Mapping[str, Any]
             return _read(path, file, dict(custom_fields or {}))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; write_beton.py makes it") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: this is a folder; write_beton.py makes a .beton file of its images") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 

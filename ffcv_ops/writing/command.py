@@ -192,14 +192,19 @@ def settings_line(settings: WriteSettings) -> str:
     return ", ".join(f"{name} {value}" for name, value in vars(settings).items() if not unused.get(name))
 
 
-def next_commands(target: Path, split: str | None) -> list[str]:
-    """Return the commands that are usually next for a file that has just been written."""
+def next_commands(target: Path, split: str | None, num_classes: int) -> list[str]:
+    """Return the commands that are usually next for a file that has just been written.
+
+    The recipe is for ImageNet if the file has as many classes. The file of the other split is named if it is there.
+    """
     path = shlex.quote(str(target))
     lines = [
         f"check  python write_beton.py --verify {path}",
         f"look   python write_beton.py --inspect {path} --sheet {shlex.quote(f'{target.stem}.png')}",
     ]
     if split:
-        recipe = "rn50_configs/single_gpu_100ep.yaml"
-        lines.append(f"train  python train_imagenet.py --config-file {recipe} --data.{split}_dataset={path}")
+        recipe = f"rn50_configs/{'single_gpu_100ep' if num_classes == 1000 else 'finetune'}.yaml"
+        files = [(name, target if name == split else target.with_name(f"{name}.beton")) for name in ("train", "val")]
+        data = [f"--data.{name}_dataset={shlex.quote(str(file))}" for name, file in files if file.exists()]
+        lines.append(f"train  python train_imagenet.py --config-file {recipe} {' '.join(data)}")
     return lines
