@@ -14,7 +14,8 @@ def build_augmentations(recipe: Recipe) -> list[Any]:
     UserError
         If ``augmentation.auto_augment`` names an operation that does not exist.
     """
-    from ffcv_ops import RandAugment, RandomErasing, TrivialAugmentWide  # here, because the summary needs no kernels
+    # Imported here, because the summary needs no kernels.
+    from ffcv_ops import RandAugment, RandomErasing, TrivialAugmentWide
 
     augmentation = recipe.augmentation
     operations: list[Any] = []

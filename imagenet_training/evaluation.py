@@ -34,7 +34,7 @@ from imagenet_training.trial import try_model
 from imagenet_training.weight_file import read_weight_file
 
 # The settings outside section `validation` that change the result of an evaluation, if a recipe has them.
-_SETTINGS = (
+_OUTSIDE_VALIDATION = (
     "model.arch", "model.library", "model.num_classes", "data.mean", "data.std", "training.use_blurpool",
     "training.precision", "training.tf32", "training.deterministic", "training.channels_last",
 )  # fmt: skip
@@ -229,7 +229,7 @@ def with_settings_of(recipe: Recipe, saved: Mapping[str, Mapping[str, Any]]) -> 
         The settings of files that were replaced, and those of the command line that differ from the run's.
     """
     own, taken, lost, kept = recipe.to_dict(), dict[str, Any](), list[str](), list[str]()
-    for key in (key for key in recipe.flat() if key in _SETTINGS or key.startswith("validation.")):
+    for key in (key for key in recipe.flat() if key in _OUTSIDE_VALIDATION or key.startswith("validation.")):
         section, name = key.split(".")
         if name not in saved.get(section, {}) or saved[section][name] == own[section][name]:
             continue
@@ -363,7 +363,9 @@ def _has_effect(key: str) -> bool:
         "dry_run",
         "resume",
     }
-    return key in _SETTINGS or section in ("model", "validation", "dist") or name in own or key == "wandb.enable"
+    return (
+        key in _OUTSIDE_VALIDATION or section in ("model", "validation", "dist") or name in own or key == "wandb.enable"
+    )
 
 
 def differences_from_published(recipe: Recipe) -> list[str]:

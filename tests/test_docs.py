@@ -376,7 +376,8 @@ def test_the_walkthrough_of_an_augmentation_works(tmp_path: Path) -> None:
     """Do in a copy of ffcv_ops what CONTRIBUTING.md describes, and run the test that the walkthrough ends with."""
     shutil.copytree(ROOT / "ffcv_ops", tmp_path / "ffcv_ops", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "tests").mkdir()
-    shutil.copy(ROOT / "tests" / "betons.py", tmp_path / "tests")
+    for name in ("betons.py", "image_operations.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
     for block in blocks(ROOT / "CONTRIBUTING.md"):
         if name := named_file(block):
             with open(tmp_path / name, "a", encoding="utf-8") as file:
@@ -405,10 +406,10 @@ def test_every_link_leads_somewhere(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_path_that_is_named_exists(document: Path) -> None:
-    rooms = r"(ffcv_ops|imagenet_training|launch|docs|tests|benchmarks|rn50_configs|rn18_configs|\.ci)/[\w.*/-]+"
+    ours = r"(ffcv_ops|imagenet_training|launch|docs|tests|benchmarks|rn50_configs|rn18_configs|\.ci)/[\w.*/-]+"
     created = {named_file(block) for block in blocks(document)}
     for span in code_spans(document):
-        if re.fullmatch(rooms, span) and span not in created:
+        if re.fullmatch(ours, span) and span not in created:
             assert list(ROOT.glob(span)), f"{document.name} names {span}, which does not exist"
         elif re.fullmatch(r"[A-Z_]+\.md", span):
             assert any((folder / span).exists() for folder in (ROOT, ROOT / "docs")), f"{document.name}: no {span}"

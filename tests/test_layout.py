@@ -1,4 +1,4 @@
-"""The rooms of the project and the arrows between them."""
+"""Which packages and modules import which; CONTRIBUTING.md has the rules."""
 
 import ast
 import re
@@ -60,12 +60,13 @@ def test_no_package_knows_a_script() -> None:
         assert not importers(script, *PACKAGES)
 
 
-def test_the_arrows_between_the_rooms() -> None:
+def test_packages_import_only_what_stands_below_them() -> None:
     """The layers of both packages are in pyproject.toml, under ``tool.importlinter``."""
     linted = subprocess.run(
         [Path(sys.executable).with_name("lint-imports"), "--no-cache"], cwd=ROOT, capture_output=True, text=True
     )
-    assert linted.returncode == 0, linted.stdout
+    told = "an import breaks a rule of CONTRIBUTING.md, or pyproject.toml (tool.importlinter) lacks a new package"
+    assert linted.returncode == 0, f"{told}\n{linted.stdout}"
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,8 @@ def test_the_arrows_between_the_rooms() -> None:
     ],
 )
 def test_a_module_has_one_home(module: str, homes: set[str]) -> None:
-    assert importers(module, *PACKAGES) == homes
+    others = sorted(importers(module, *PACKAGES) ^ homes)
+    assert not others, f"only {', '.join(sorted(homes))} should import {module}; see {', '.join(others)}"
 
 
 def test_fastargs_stays_at_the_door() -> None:
@@ -98,7 +100,9 @@ def test_what_is_imported_is_declared() -> None:
         if ROOT / "benchmarks" in path.parents:
             own |= PEERS
         for module in imported(path) - own - set(sys.stdlib_module_names):
-            assert DISTRIBUTIONS.get(module, module) in declared(), f"{path} imports {module}, which nothing installs"
+            assert DISTRIBUTIONS.get(module, module) in declared(), (
+                f"{path} imports {module}, which nothing installs: add it to pyproject.toml and constraints.txt"
+            )
 
 
 def test_each_dependency_has_a_tested_version() -> None:

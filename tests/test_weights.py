@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from imagenet_training.export import export_weights, use_of_weights
 from imagenet_training.model import build_model, head_of, model_arguments
 from imagenet_training.normalization import planned_normalization, settle_normalization
 from imagenet_training.recipe import read_recipe
+from imagenet_training.sections import Validation
 from imagenet_training.weights import _present_names
 
 ROOT = Path(__file__).parent.parent
@@ -399,6 +401,15 @@ def test_a_head_of_other_features_is_another_network(tmp_path):
 def card_of(**changed):
     return ModelCard(
         {**ARCH, "drop_path": 0.0, "use_blurpool": False, **changed}, channels_last=True, classes=list("abcd")
+    )
+
+
+def test_exported_weights_bring_the_settings_of_their_evaluation():
+    # A batch changes no accuracy, and the classes are those of one file of images.
+    names = {field.name for field in dataclasses.fields(Validation)} - {"batch_size", "classes"}
+    assert settings_of(card_of())["validation"].keys() == names, (
+        "add the setting to ModelCard and its _SETTINGS (imagenet_training/card.py), and to settings_of "
+        "(imagenet_training/evaluation.py): else exported weights are evaluated with its default"
     )
 
 

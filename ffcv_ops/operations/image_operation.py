@@ -18,7 +18,8 @@ class ImageOperation(BatchOperation):
     """An operation on a uint8 array (N, H, W, 3), in place. A subclass writes `apply`.
 
     A new augmentation takes three files: its own file in this folder, ``ffcv_ops/__init__.py`` for its public name, and
-    its test. `Batch.draw_uniforms` gives it random numbers. For example::
+    its test. CONTRIBUTING.md has the steps, also those for a setting of recipes. `Batch.draw_uniforms` gives it random
+    numbers. For example::
 
         class RandomInvert(ImageOperation):
             def __init__(self, prob: float):
