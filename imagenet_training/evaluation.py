@@ -262,7 +262,7 @@ def build_evaluated(candidate: Candidate, plan: RunPlan, world: World) -> Traine
     try_model(candidate.recipe, plan, unwrapped(trainer.model), trainer.loss)
     if content is not None:
         state = content["ema" if candidate.averaged else "model"]
-        load_whole(unwrapped(trainer.model), state, str(candidate.path))
+        load_whole(unwrapped(trainer.model), state, str(candidate.path), content["recipe"])
     return trainer
 
 

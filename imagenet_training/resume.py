@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ffcv_ops.errors import UserError
+from ffcv_ops.settings.fields import show
 from imagenet_training.checkpoint import CheckpointFolder, read_checkpoint
 from imagenet_training.distributed import World, decided_by_main
 from imagenet_training.plan import RunPlan
@@ -18,6 +19,9 @@ from imagenet_training.state import TrainState
 from imagenet_training.step_mode import kept_mode
 from imagenet_training.trainer import Trainer, unwrapped
 from imagenet_training.weights import fault_of
+
+# The settings that a model is built from.
+_OF_THE_MODEL = ("model", "arch"), ("model", "library"), ("model", "num_classes"), ("training", "use_blurpool")
 
 # The note in the ranks' store with the names that the run had before torchrun restarted it.
 RUN_NOTE = "run"
@@ -124,9 +128,9 @@ def restore(trainer: Trainer, point: ResumePoint, recipe: Recipe, plan: RunPlan)
     earlier_batches = content["global_batch_size"], content["recipe"]["training"]["accumulation"]
     if earlier_batches != (plan.global_batch_size, plan.accumulation):
         state.numbered_batches = False  # numbers could repeat
-    load_whole(unwrapped(trainer.model), content["model"], str(point.path))
+    load_whole(unwrapped(trainer.model), content["model"], str(point.path), content["recipe"])
     if trainer.ema is not None:
-        load_whole(trainer.ema.module, content["ema"] or content["model"], str(point.path))
+        load_whole(trainer.ema.module, content["ema"] or content["model"], str(point.path), content["recipe"])
         trainer.ema.n_averaged.fill_(content["ema_updates"])
     _restore_optimizer(trainer.optimizer, content, recipe.training.optimizer)
     if content["scaler"]:  # empty if the losses of the run were not scaled
@@ -135,8 +139,17 @@ def restore(trainer: Trainer, point: ResumePoint, recipe: Recipe, plan: RunPlan)
     return state
 
 
-def load_whole(model: nn.Module, state: Mapping[str, torch.Tensor], path: str) -> None:
+def load_whole(model: nn.Module, state: Mapping[str, torch.Tensor], path: str, recipe: Mapping[str, Any]) -> None:
     """Load all tensors of a checkpoint's model, in place.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    state : mapping of str to torch.Tensor
+    path : str
+        The checkpoint.
+    recipe : mapping
+        The resolved recipe of its run, by section.
 
     Raises
     ------
@@ -147,9 +160,11 @@ def load_whole(model: nn.Module, state: Mapping[str, torch.Tensor], path: str) -
     differing = [name for name in own if name not in state or state[name].shape != own[name].shape]
     differing += [name for name in state if name not in own]
     if differing:
+        saved = {f"{section}.{name}": recipe.get(section, {}).get(name) for section, name in _OF_THE_MODEL}
+        settings = " ".join(f"--{key}={show(value)}" for key, value in saved.items() if value is not None)
         raise UserError(
-            f"{path} is of another model than the recipe's: {_some(differing)} differ; model.arch, model.library, "
-            "model.num_classes and training.use_blurpool must be those of its run"
+            f"{path} is of another model than the recipe's: {_some(differing)} differ; pass the settings of its run: "
+            f"{settings}"
         )
     if fault := fault_of(state, own):
         raise UserError(f"{path} has {fault}: its run failed; use an earlier checkpoint")

@@ -237,7 +237,10 @@ def test_bad_raw_weights_do_not_matter_if_the_average_is_whole(trained, evaluate
     ("options", "told"),
     [
         (["--model.num_classes=12"], r"another model than the recipe's: 2 tensors \(fc.weight, fc.bias\)"),
-        (["--model.arch=resnet18"], "is of another model than the recipe's"),
+        (
+            ["--model.arch=resnet18"],
+            "pass the settings of its run: --model.arch=test_resnet --model.library=auto --model.num",
+        ),
         (["--model.pretrained=1"], "training.resume=.* and model.pretrained=1 .command line. are both given"),
         (["--model.weights={best}"], "training.resume=.* and model.weights=.* are both given"),
         (
