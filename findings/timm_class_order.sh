@@ -3,7 +3,7 @@
 #
 # timm sorts the names of the class folders in lower case, with digits as numbers. The others sort them as text. The
 # WordNet names of ImageNet come out alike, but names such as class10 and class2, or ant and Zebra, do not. Weights that
-# one trained, and the other evaluates, fit, load without a word, and score near chance in the classes concerned.
+# one trained load into the model of another without a word. Their predictions then have the numbers of other classes.
 #
 # Output seen (timm 1.0.31, torchvision 0.29.1, datasets 5.2.0; DALI 2.4.0 has the order of the latter two):
 #   torchvision: Zebra ant class10 class2

@@ -129,12 +129,12 @@ def names_in_file(recipe: Recipe) -> list[str] | None:
 
 def order_notices(file: Beton) -> list[str]:
     """Return a notice if timm would number the classes of a file in another way, which weights do not tell."""
-    if file.classes is None or sorted(file.classes, key=_natural_key) == list(file.classes):
+    names = sorted(file.classes or [], key=_natural_key)
+    if names == (file.classes or []):
         return []
-    shown = show_names(sorted(file.classes, key=_natural_key))
     return [
-        f"timm numbers classes of these names in another order: {shown}. If it has trained the weights, pass a file "
-        "with the names in that order as --model.class_names"
+        f"timm numbers classes of these names in another order: {show_names(names)}. If it has trained the weights, "
+        "pass a file with the names in that order as --model.class_names"
     ]
 
 

@@ -1,4 +1,4 @@
-"""What all operations that change images have in common, and what a new one needs."""
+"""Tests of what all operations that change images have in common, and of what a new one needs."""
 
 import numpy as np
 import pytest
