@@ -9,6 +9,7 @@
     python write_beton.py --split train --source imagenet-1k/data          # Parquet files of Hugging Face's datasets
     python write_beton.py --split train --source s3://BUCKET/train.tar --target train.beton    # or https://, gs://, hf://
     python write_beton.py --source FOLDER_OR_TAR --labels labels.csv       # lines of a name and a class
+    python write_beton.py --split train --source FOLDER --hold_out 0.1     # and --split val with the same
     python write_beton.py --verify /fsx/ns1/train.beton
     python write_beton.py --split train --cluster tcp://HOST:8786    # on the workers of a Dask cluster
     python write_beton.py --inspect /fsx/ns1/train.beton --sheet train.png
@@ -51,8 +52,10 @@ from ffcv_ops.writing.command import (
     FLAGS,
     Write,
     WriteBeton,
+    check_other_split,
     choose_executor,
     choose_source,
+    class_sizes_line,
     next_commands,
     read_train_classes,
     settings_line,
@@ -137,6 +140,7 @@ def run(chosen: Write, progress: Progress) -> int:
 def run_write(chosen: Write, executor: Executor | None, progress: Progress) -> int:
     """Write one split and print a summary of the file."""
     source, target = choose_source(chosen)
+    check_other_split(chosen, target)
     settings = chosen.settings
     for name, value in (("source", source.name), ("target", target), ("settings", settings_line(settings))):
         print_line(f"{name:<10}{value}")
@@ -160,10 +164,10 @@ def run_write(chosen: Write, executor: Executor | None, progress: Progress) -> i
         print_line(f"skipped {skipped['image']}: {skipped['reason']}")
     counts, num_skipped = manifest["class_counts"], len(manifest["skipped"])
     print_line(f"{target}: {manifest['num_samples']} images, {show_bytes(manifest['size_bytes'])}, {time_s:.1f} s")
-    print_line(f"{len(counts)} classes of {min(counts)} to {max(counts)} images; {num_skipped} images skipped")
+    print_line(f"{class_sizes_line(counts)}; {num_skipped} images skipped")
     print_line(f"{manifest_path(target)}: digest {manifest['digest']}")
     print_line("next")
-    for command in next_commands(target, chosen.split, len(counts)):
+    for command in next_commands(chosen, target, len(counts)):
         print_line(f"  {command}")
     return 0
 
@@ -185,7 +189,7 @@ def run_verify(path: Path, num_workers: int, executor: Executor | None, progress
     counts = report.class_counts.values()
     print_line(f"{path}: {report.beton.num_samples} images, {show_bytes(report.beton.size_bytes)}, {rate:.0f} images/s")
     if counts:
-        print_line(f"{len(counts)} classes of {min(counts)} to {max(counts)} images")
+        print_line(class_sizes_line(counts))
     compared = "" if report.beton.manifest else "; there is no manifest to compare it with"
     print_line(f"digest {report.digest}{compared}")
     for problem in report.problems:

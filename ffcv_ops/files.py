@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ffcv_ops.errors import UserError
 
+# Suffixes of pages and pictures; those of "" are of kinds that nothing here writes.
+_SUFFIXES = {"HTML page": (".html", ".htm"), "PNG": (".png",), "": (".jpg", ".jpeg", ".pdf", ".svg", ".webp", ".gif")}
 _BEGINNINGS = {"HTML page": b"<!doctype html", "PNG": b"\x89png\r\n"}
 
 
@@ -98,8 +100,12 @@ def check_output(path: Path, kind: str) -> None:
     Raises
     ------
     UserError
-        If its folder does not exist or cannot be written to, or the file has other content.
+        If its folder does not exist or cannot be written to, or the file has other content. Also if the name is that
+        of another kind of file.
     """
+    suffix = path.suffix.lower()
+    if any(suffix in suffixes for other, suffixes in _SUFFIXES.items() if other != kind):
+        raise UserError(f"the file is a {kind}: name it {path.with_suffix(_SUFFIXES[kind][0])}")
     if not path.absolute().parent.is_dir():
         raise UserError(f"there is no folder {path.parent}")
     check_writable(path.parent, path.name)

@@ -67,7 +67,7 @@ def written(data, tmp_path):
 
 def test_both_splits_and_the_check_of_their_files(data, written):
     output = run("--split=val", f"--source={data / 'val'}", f"--target={written.parent / 'val.beton'}")
-    assert "12 images of about" in output and "12 images, " in output and "4 classes of 3 to 3 images" in output
+    assert "12 images of about" in output and "12 images, " in output and "4 classes of 3 images" in output
     assert "digest sha256:" in output
     both = f"--data.train_dataset={written} --data.val_dataset={written.parent / 'val.beton'}"
     assert f"train_imagenet.py --config-file rn50_configs/finetune.yaml {both}\n" in output
@@ -365,6 +365,7 @@ def test_inspect_names_what_it_cannot_do(written, tmp_path):
         (["--inspect", tmp_path / "none.beton"], "damaged or not a .beton file"),
         (["--inspect", written, "--sheet", tmp_path / "nowhere" / "a.png"], "there is no folder"),
         (["--inspect", written, "--sheet", written], "this file exists and is no PNG: choose another name"),
+        (["--inspect", written, "--sheet", "s.JPG"], "error: --sheet s.JPG: the file is a PNG: name it s.png"),
         (["--sheet", "a.png"], "--sheet needs --inspect"),
     ):
         assert message in run(*arguments, status=2)

@@ -29,7 +29,7 @@ def read_command_line(
         if word in ("-C", "--config-file", "--config_file"):
             name = "config-file"
         elif not word.startswith("--") or not name:
-            hint = ""
+            hint = "; settings are given as --NAME VALUE, and --help lists them"
             if Path(word).suffix in (".yaml", ".yml"):
                 hint = f"; a configuration file is given as --config-file {word}"
             elif Path(word).is_file():

@@ -9,6 +9,7 @@ from ffcv_ops.errors import UserError
 from ffcv_ops.sources.addresses import is_pattern
 from ffcv_ops.sources.arrow import fits_arrow, open_arrow
 from ffcv_ops.sources.folder import holds_folders_only, list_classes, list_flat, scan
+from ffcv_ops.sources.hold_out import check_share, hold_out
 from ffcv_ops.sources.parquet import fits_parquet, open_parquet
 from ffcv_ops.sources.remote import is_remote, public_name
 from ffcv_ops.sources.source import Source, Stage
@@ -38,6 +39,9 @@ class SourceSpec:
     image_column, label_column : str or None
         Where samples have several parts, those with the image and with the class: extensions of shards, or a key of
         their JSON. For tables, columns.
+    hold_out : float or None
+        The share of the images of each class that is for validation, if the source has only images for training (see
+        `ffcv_ops.sources.hold_out`).
     index : Path or None
         Where an interrupted run may have left its listing (``Source.save_index``).
     """
@@ -49,6 +53,7 @@ class SourceSpec:
     class_names: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    hold_out: float | None = None
     index: Path | None = None
 
     @property
@@ -167,5 +172,10 @@ def find_kind(spec: SourceSpec) -> str:
 def open_source(spec: SourceSpec, stage: Stage = lambda what, count: None) -> Source:
     """List the images of a source. See `find_kind` and `Kind.open` for what it raises."""
     kind = find_kind(spec)
+    split = spec.split
+    if spec.hold_out is not None:
+        check_share(spec.hold_out, split)
+        spec = replace(spec, split="train")  # if the source has several splits, the images are held out of this one
     _check_place(spec)
-    return KINDS[kind].open(replace(spec, kind=kind), stage)
+    source = KINDS[kind].open(replace(spec, kind=kind), stage)
+    return source if spec.hold_out is None else hold_out(source, spec.hold_out, split, stage)

@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -16,6 +16,7 @@ from ffcv_ops.beton.layout import manifest_path
 from ffcv_ops.errors import UserError
 from ffcv_ops.settings import Flags, Settings, setting
 from ffcv_ops.settings.fields import Choice, Integer, Number, Switch, Text
+from ffcv_ops.sources.hold_out import check_share
 from ffcv_ops.sources.kinds import AUTO, KINDS, OPTIONS, SourceSpec, find_kind
 from ffcv_ops.sources.remote import is_remote
 from ffcv_ops.writing.encode import encoder_versions
@@ -46,6 +47,9 @@ class Write:
     """Extension of the images in shards, or their column in Parquet. None: the only one."""
     label_column: str | None = setting(Text())
     """Extension, or key of .json, with the class in shards, or the column in Parquet. None: cls, label or class."""
+    hold_out: float | None = setting(Number(above=0, below=1))
+    """If the source has only images for training, hold this share of each class out. --split val writes the images held
+    out, --split train the others. Give both the same share."""
     target: str | None = setting(Text())
     """File to write. None: the path of the source folder with .beton after it, or SPLIT.beton beside archives."""
     train_manifest: str | None = setting(Text())
@@ -112,11 +116,13 @@ def choose_source(chosen: Write) -> tuple[SourceSpec, Path]:
     if chosen.source:
         address = chosen.source
     elif chosen.split:
-        address = str(ROOT / chosen.split)
+        address = str(ROOT / ("train" if chosen.hold_out else chosen.split))
     else:
         raise UserError("nothing to write: use --split train, --split val, or --source with a folder or archive")
     options = {name: getattr(chosen, name) for name in OPTIONS}
-    spec = SourceSpec(address, chosen.source_kind, chosen.split, **options)
+    spec = SourceSpec(address, chosen.source_kind, chosen.split, **options, hold_out=chosen.hold_out)
+    if spec.hold_out is not None:
+        check_share(spec.hold_out, spec.split)
     spec = replace(spec, kind=find_kind(spec))
     return spec, Path(chosen.target) if chosen.target else _beside(spec)
 
@@ -127,7 +133,7 @@ def _beside(spec: SourceSpec) -> Path:
         raise UserError(f"{spec.name}: lies on another machine; name the file to write with --target")
     source, split = Path(os.path.abspath(spec.address)), spec.split
     # The files of several splits may lie in one folder.
-    if source.is_dir() and not (split and spec.kind in ("webdataset", "parquet", "arrow")):
+    if source.is_dir() and not (split and (spec.hold_out or spec.kind in ("webdataset", "parquet", "arrow"))):
         return source.parent / f"{source.name}.beton"
     if split is None and not source.exists():
         raise UserError(f"{source}: stands for several files; name the file to write with --target, or use --split")
@@ -174,7 +180,7 @@ def read_train_classes(chosen: Write, target: Path, notice: Callable[[str], None
     """
     if chosen.split != "val":
         return None
-    path = Path(chosen.train_manifest) if chosen.train_manifest else manifest_path(target.with_name("train.beton"))
+    path = _train_manifest(chosen, target)
     if not path.exists() and not chosen.train_manifest:
         notice(f"{path}: not there, so the classes are not numbered as in the training split")
         return None
@@ -182,6 +188,34 @@ def read_train_classes(chosen: Write, target: Path, notice: Callable[[str], None
         return [str(name) for name in json.loads(path.read_bytes())["classes"]]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not a readable manifest; name the training split's with --train_manifest") from None
+
+
+def _train_manifest(chosen: Write, target: Path) -> Path:
+    return Path(chosen.train_manifest) if chosen.train_manifest else manifest_path(target.with_name("train.beton"))
+
+
+def check_other_split(chosen: Write, target: Path) -> None:
+    """Compare the images that are held out with those of the other split's file, if it has been written.
+
+    Raises
+    ------
+    UserError
+        If another share was held out there, so that an image would be in both files.
+    """
+    if chosen.hold_out is None:
+        return
+    is_val = chosen.split == "val"
+    path = _train_manifest(chosen, target) if is_val else manifest_path(target.with_name("val.beton"))
+    try:
+        share = json.loads(path.read_bytes())["source"].get("hold_out")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # no file of this command
+    if share != chosen.hold_out:
+        was = f"with --hold_out={share:g}" if share else "without --hold_out"
+        raise UserError(
+            f"{path}: was written {was}, so images could be in both files; use the same, write that file again, or "
+            "choose a --target in another folder"
+        )
 
 
 def settings_line(settings: WriteSettings) -> str:
@@ -192,19 +226,34 @@ def settings_line(settings: WriteSettings) -> str:
     return ", ".join(f"{name} {value}" for name, value in vars(settings).items() if not unused.get(name))
 
 
-def next_commands(target: Path, split: str | None, num_classes: int) -> list[str]:
+def class_sizes_line(counts: Collection[int]) -> str:
+    """Return the number of classes and of their images as text, such as ``4 classes of 1 to 3 images``."""
+    least, most = min(counts), max(counts)
+    sizes = f"{most}" if least == most else f"{least} to {most}"
+    return f"{len(counts)} class{'es' * (len(counts) > 1)} of {sizes} image{'s' * (most != 1)}"
+
+
+def next_commands(chosen: Write, target: Path, num_classes: int) -> list[str]:
     """Return the commands that are usually next for a file that has just been written.
 
     The recipe is for ImageNet if the file has as many classes. The file of the other split is named if it is there.
+    If images are held out, it comes first.
     """
     path = shlex.quote(str(target))
     lines = [
         f"check  python write_beton.py --verify {path}",
         f"look   python write_beton.py --inspect {path} --sheet {shlex.quote(f'{target.stem}.png')}",
     ]
-    if split:
+    if chosen.split:
         recipe = f"rn50_configs/{'single_gpu_100ep' if num_classes == 1000 else 'finetune'}.yaml"
-        files = [(name, target if name == split else target.with_name(f"{name}.beton")) for name in ("train", "val")]
+        files = [
+            (name, target if name == chosen.split else target.with_name(f"{name}.beton")) for name in ("train", "val")
+        ]
         data = [f"--data.{name}_dataset={shlex.quote(str(file))}" for name, file in files if file.exists()]
+        for name, file in files:
+            if chosen.hold_out and not file.exists():
+                which = "held out" if name == "val" else "for training"
+                same = f"the same command with --split {name} --target {shlex.quote(str(file))}"
+                return [*lines, f"write  {same}, for the images {which}"]
         lines.append(f"train  python train_imagenet.py --config-file {recipe} {' '.join(data)}")
     return lines
