@@ -136,8 +136,30 @@ def open_training_data(recipe: Recipe) -> TrainingData:
 
 
 def match_splits(train: Beton, val: Beton) -> ClassMatch:
-    """Match the classes of the validation file with those of the training file, which are the model's."""
-    return match_classes(val, train.classes, train.num_classes, model=str(train.path))
+    """Match the classes of the validation file with those of the training file, which are the model's.
+
+    The notices also tell if the run would be validated on images that it trains on.
+    """
+    match = match_classes(val, train.classes, train.num_classes, model=str(train.path))
+    return replace(match, notices=(*match.notices, *shared_image_notices(train, val)))
+
+
+def shared_image_notices(train: Beton, val: Beton) -> list[str]:
+    """Return a notice if both files hold the same images, as far as their manifests tell.
+
+    An archive or a folder of shards may have several splits, so the manifests of both files may name it. A folder of
+    images has one, unless a share of it was held out.
+    """
+    sources = [(file.manifest or {}).get("source", {}) for file in (train, val)]
+    places = [source.get("folder") or source.get("path") for source in sources]
+    shares = [source.get("hold_out", 0.0) for source in sources]
+    is_one_place = places[0] == places[1] and places[1] is not None and ("folder" in sources[1] or shares[1] > 0)
+    is_held_out = [source.get("split") for source in sources] == ["train", "val"] and shares[0] >= shares[1]
+    is_same = train.digest == val.digest and train.digest is not None
+    if not is_same and (not is_one_place or is_held_out):
+        return []
+    what = "has the images of" if is_same else f"is from {places[1]}, as is"
+    return [f"{val.path} {what} {train.path}, so the run is validated on images that it trains on"]
 
 
 def open_evaluation_data(recipe: Recipe, names: Sequence[str] | None, val_digest: str | None = None) -> TrainingData:

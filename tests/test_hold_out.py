@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ from archives import contents_of, jpeg, make_folder, tar, tar_of_tars
 from ffcv_ops.beton.reading import read_beton
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.kinds import SourceSpec, open_source
+from ffcv_ops.writing.plan import WriteSettings
+from ffcv_ops.writing.writer import write
+from imagenet_training.data import shared_image_notices
 
 SCRIPT = Path(__file__).parents[1] / "write_beton.py"
 COUNTS = {"ant": 30, "bee": 12, "cat": 3, "dog": 2, "eel": 1}
@@ -108,6 +112,43 @@ def test_what_cannot_be_held_out_is_refused(folder, tmp_path):
     for name in ("single", "same"):
         with pytest.raises(UserError, match="no class has two different ones"):
             split_of(tmp_path / name, "val")
+
+
+def write_files(train, val, folder):
+    """Write files of these sources, without settings that matter. Return what a run of them is told."""
+    files = []
+    with ThreadPoolExecutor(1) as executor:
+        for name, spec in (("train", train), ("val", val)):
+            target = folder / f"{name}.beton"
+            write(spec, target, WriteSettings(mode="raw"), executor=executor, overwrite=True, notice=lambda line: None)
+            files.append(read_beton(target))
+    return shared_image_notices(*files)
+
+
+def test_a_run_is_told_if_it_is_validated_on_images_that_it_trains_on(folder, tmp_path):
+    def part(split=None, share=None, place=folder):
+        return SourceSpec(str(place), split=split, hold_out=share)
+
+    other = make_folder(tmp_path / "other", {"ant/1.jpg": jpeg(310), "bee/1.jpg": jpeg(311)})
+    archive = tar(tmp_path / "images.tar", *sorted(COUNTS), folder=folder)
+    for train, val in [
+        (part("train", 0.2), part("val", 0.2)),
+        (part("train", 0.3), part("val", 0.2)),
+        (part("train", 0.2), part(place=other)),
+        (part("train", 0.2, archive), part("val", 0.2, archive)),
+    ]:
+        assert not write_files(train, val, tmp_path)
+    from_one = [f"{tmp_path / 'val.beton'} is from {folder}, as is {tmp_path / 'train.beton'}, so the run is validated"]
+    for train, val in [
+        (part("train", 0.1), part("val", 0.2)),
+        (part(), part("val", 0.2)),
+        (part("train", 0.2), part()),
+    ]:
+        assert [line.rpartition(" on images")[0] for line in write_files(train, val, tmp_path)] == from_one
+    (line,) = write_files(part(place=archive), part("val", 0.2, archive), tmp_path)
+    assert f"is from {archive}" in line
+    (line,) = write_files(part("val", 0.2), part("val", 0.2), tmp_path)
+    assert "val.beton has the images of" in line
 
 
 def run(*arguments, status=0):

@@ -65,7 +65,7 @@ def hold_out(source: Source, share: float, split: str | None, stage: Stage = lam
         labels=source.labels[chosen],
         places=source.places[chosen],
         sizes_bytes=None if source.sizes_bytes is None else source.sizes_bytes[chosen],
-        facts={**source.facts, "hold_out": share},
+        facts={**source.facts, "hold_out": share, "split": split},
         remarks=[*source.remarks, *remarks],
     )
 
