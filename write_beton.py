@@ -37,14 +37,12 @@ from typing import NoReturn
 
 from ffcv_ops import machine
 from ffcv_ops.beton.describe import describe, histogram_lines, lines
-from ffcv_ops.beton.layout import manifest_path
 from ffcv_ops.beton.verify import verify
 from ffcv_ops.console import call_if_reader_is_gone, protect_output
 from ffcv_ops.errors import UserError, exit_with_user_error
 from ffcv_ops.files import check_output
 from ffcv_ops.progress import Progress, print_line
 from ffcv_ops.settings import ShippedFiles, read_settings
-from ffcv_ops.units import show_bytes
 from ffcv_ops.workers.processes import choose_num_workers
 from ffcv_ops.workers.tasks import NoWorkers, WorkerKilled
 from ffcv_ops.workers.versions import OtherMachine
@@ -55,16 +53,14 @@ from ffcv_ops.writing.command import (
     check_other_split,
     choose_executor,
     choose_source,
-    class_sizes_line,
     next_commands,
     read_train_classes,
     settings_line,
+    summary_lines,
 )
 from ffcv_ops.writing.writer import WriteError, write
 
 RECIPES = ShippedFiles(Path(__file__).resolve().parent, "*_configs/*.yaml")
-
-
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -159,16 +155,9 @@ def run_write(chosen: Write, executor: Executor | None, progress: Progress) -> i
         stage=progress.show_stage,
     )
     progress.close()
-    time_s = time.monotonic() - start_s
-    for skipped in manifest["skipped"]:
-        print_line(f"skipped {skipped['image']}: {skipped['reason']}")
-    counts, num_skipped = manifest["class_counts"], len(manifest["skipped"])
-    print_line(f"{target}: {manifest['num_samples']} images, {show_bytes(manifest['size_bytes'])}, {time_s:.1f} s")
-    print_line(f"{class_sizes_line(counts)}; {num_skipped} images skipped")
-    print_line(f"{manifest_path(target)}: digest {manifest['digest']}")
-    print_line("next")
-    for command in next_commands(chosen, target, len(counts)):
-        print_line(f"  {command}")
+    commands = next_commands(chosen, target, len(manifest["classes"]))
+    summary = summary_lines(manifest, target, time.monotonic() - start_s)
+    print_line("\n  ".join(["\n".join([*summary, "next"]), *commands]))
     return 0
 
 
@@ -185,26 +174,12 @@ def run_verify(path: Path, num_workers: int, executor: Executor | None, progress
         print(f"damaged: {error}", file=sys.stderr)
         return 1
     progress.close()
-    rate = report.beton.num_samples / (time.monotonic() - start_s)
-    counts = report.class_counts.values()
-    print_line(f"{path}: {report.beton.num_samples} images, {show_bytes(report.beton.size_bytes)}, {rate:.0f} images/s")
-    if counts:
-        print_line(class_sizes_line(counts))
-    compared = "" if report.beton.manifest else "; there is no manifest to compare it with"
-    print_line(f"digest {report.digest}{compared}")
-    for problem in report.problems:
-        print(f"damaged: {problem}", file=sys.stderr)
-    for sample, reason in sorted(report.bad.items()):
-        print(f"damaged: sample {sample}: {reason}", file=sys.stderr)
-    for sample, reason in sorted(report.unsupported.items()):
-        print(f"unsupported: sample {sample}: {reason}", file=sys.stderr)
-    if not report.sound:
-        faults = {"bad": report.bad, "unsupported": report.unsupported}
-        samples = ", ".join(f"{len(found)} {kind} samples" for kind, found in faults.items() if found or kind == "bad")
-        print(f"{path}: {samples}, {len(report.problems)} other problems", file=sys.stderr)
-        return 1
-    print_line("sound")
-    return 0
+    print_line("\n".join(report.lines(time.monotonic() - start_s)))
+    if report.sound:
+        print_line("sound")
+        return 0
+    print("\n".join(report.damage_lines()), file=sys.stderr)
+    return 1
 
 
 def run_inspect(path: Path, sheet: Path | None) -> int:
@@ -215,8 +190,7 @@ def run_inspect(path: Path, sheet: Path | None) -> int:
         except UserError as error:
             raise UserError(f"--sheet {sheet}: {error}") from error
     found = describe(path)
-    for line in lines(found):
-        print_line(line)
+    print_line("\n".join(lines(found)))
     width = min(shutil.get_terminal_size().columns, 100)
     for title, (counts, bounds) in found.histograms().items():
         print_line("\n".join(["", *histogram_lines(title, counts, bounds, width)]))

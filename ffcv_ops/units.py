@@ -3,7 +3,7 @@
 from __future__ import annotations  # the doctor is to be read by older Pythons too
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 def show_bytes(size_bytes: float) -> str:
@@ -24,3 +24,10 @@ def show_duration(time_s: float) -> str:
 def show_names(names: Sequence[str], most: int = 3) -> str:
     """Return the first names, and the number of the others, such as ``a, b, c and 4 more``."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def show_class_sizes(counts: Collection[int]) -> str:
+    """Return the number of classes, and of the images of each, such as ``4 classes of 1 to 3 images``."""
+    least, most = min(counts), max(counts)
+    sizes = f"{most}" if least == most else f"{least} to {most}"
+    return f"{len(counts)} class{'es' * (len(counts) > 1)} of {sizes} image{'s' * (most != 1)}"

@@ -15,6 +15,7 @@ import numpy as np
 from ffcv_ops.beton import layout as beton
 from ffcv_ops.beton.reading import Beton, read_beton
 from ffcv_ops.errors import UserError
+from ffcv_ops.units import show_bytes, show_class_sizes
 from ffcv_ops.workers.processes import choose_num_workers, use_executor
 from ffcv_ops.workers.tasks import run_in_order
 
@@ -58,6 +59,27 @@ class Report:
     def sound(self) -> bool:
         """Return whether nothing is wrong, and every image can be decoded."""
         return not self.bad and not self.unsupported and not self.problems
+
+    def lines(self, time_s: float) -> list[str]:
+        """Return what the file holds. `time_s` is the time that the check took."""
+        file, compared = self.beton, "" if self.beton.manifest else "; there is no manifest to compare it with"
+        rate = f"{file.num_samples / time_s:.0f} images/s"
+        return [
+            f"{file.path}: {file.num_samples} images, {show_bytes(file.size_bytes)}, {rate}",
+            *([show_class_sizes(self.class_counts.values())] if self.class_counts else []),
+            f"digest {self.digest}{compared}",
+        ]
+
+    def damage_lines(self) -> list[str]:
+        """Return what is wrong: each fault, then their number."""
+        faults = {"bad": self.bad, "unsupported": self.unsupported}
+        samples = ", ".join(f"{len(found)} {kind} samples" for kind, found in faults.items() if found or kind == "bad")
+        return [
+            *(f"damaged: {problem}" for problem in self.problems),
+            *(f"damaged: sample {sample}: {reason}" for sample, reason in sorted(self.bad.items())),
+            *(f"unsupported: sample {sample}: {reason}" for sample, reason in sorted(self.unsupported.items())),
+            f"{self.beton.path}: {samples}, {len(self.problems)} other problems",
+        ]
 
 
 def verify(

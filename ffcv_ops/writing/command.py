@@ -4,12 +4,12 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ffcv_ops import machine
 from ffcv_ops.beton.layout import manifest_path
@@ -19,6 +19,7 @@ from ffcv_ops.settings.fields import Choice, Integer, Number, Switch, Text
 from ffcv_ops.sources.hold_out import check_share
 from ffcv_ops.sources.kinds import AUTO, KINDS, OPTIONS, SourceSpec, find_kind
 from ffcv_ops.sources.remote import is_remote
+from ffcv_ops.units import show_bytes, show_class_sizes
 from ffcv_ops.writing.encode import encoder_versions
 from ffcv_ops.writing.plan import MODES, WriteSettings
 
@@ -226,11 +227,15 @@ def settings_line(settings: WriteSettings) -> str:
     return ", ".join(f"{name} {value}" for name, value in vars(settings).items() if not unused.get(name))
 
 
-def class_sizes_line(counts: Collection[int]) -> str:
-    """Return the number of classes and of their images as text, such as ``4 classes of 1 to 3 images``."""
-    least, most = min(counts), max(counts)
-    sizes = f"{most}" if least == most else f"{least} to {most}"
-    return f"{len(counts)} class{'es' * (len(counts) > 1)} of {sizes} image{'s' * (most != 1)}"
+def summary_lines(manifest: dict[str, Any], target: Path, time_s: float) -> list[str]:
+    """Return what a file that has just been written holds, and the images that were left out."""
+    skipped = manifest["skipped"]
+    return [
+        *(f"skipped {image['image']}: {image['reason']}" for image in skipped),
+        f"{target}: {manifest['num_samples']} images, {show_bytes(manifest['size_bytes'])}, {time_s:.1f} s",
+        f"{show_class_sizes(manifest['class_counts'])}; {len(skipped)} images skipped",
+        f"{manifest_path(target)}: digest {manifest['digest']}",
+    ]
 
 
 def next_commands(chosen: Write, target: Path, num_classes: int) -> list[str]:
