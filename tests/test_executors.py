@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import platform
 import random
 import signal
 import threading
@@ -23,7 +24,7 @@ from ffcv_ops.workers.tasks import NoWorkers, WorkerKilled, count_workers, run_i
 from ffcv_ops.workers.versions import OtherMachine
 from ffcv_ops.writing import writer
 from ffcv_ops.writing.encode import EncodeJob, EncodeTask
-from ffcv_ops.writing.plan import WriteSettings
+from ffcv_ops.writing.plan import WriteSettings, library_versions
 from ffcv_ops.writing.writer import WriteError, write
 from tests.simple_tasks import KillsItsProcess, add_arrays, return_a_lock
 
@@ -312,16 +313,27 @@ def test_an_executor_that_stops_ends_the_run_and_another_one_goes_on(folder, exp
     assert sha256(tmp_path / "file.beton") == expected
 
 
-def test_a_machine_with_other_versions_is_named(folder, tmp_path):
+@pytest.mark.parametrize("name", ["pillow", "machine"])
+def test_a_machine_with_other_versions_is_named(folder, tmp_path, name):
     class Elsewhere(ThreadPoolExecutor):
         def submit(self, task):
             if isinstance(task, EncodeTask):
-                task.job.versions["pillow"] = "1.0"
+                task.job.versions[name] = "other"
             return super().submit(task)
 
-    with Elsewhere(2) as executor, pytest.raises(OtherMachine, match=r"would make other bytes.*pillow is \d.* 1\.0"):
+    pattern = rf"would make other bytes.*{name} is \w+.* there and other here"
+    with Elsewhere(2) as executor, pytest.raises(OtherMachine, match=pattern):
         quiet(folder, tmp_path / "file.beton", executor=executor)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_was_begun_on_another_processor_is_begun_again(monkeypatch):
+    found = {}
+    for machine in ("x86_64", "aarch64"):
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        found[machine] = library_versions()
+    assert found["aarch64"] == {**found["x86_64"], "machine": "aarch64"}
+    assert set(found["x86_64"]) == {"numpy", "opencv", "pillow"}  # as in the journals that earlier versions wrote
 
 
 def test_the_number_of_tasks_at_a_time():

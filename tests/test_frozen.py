@@ -18,6 +18,7 @@ import torch
 from frozen import cases
 
 import ffcv_ops
+from ffcv_ops.writing.plan import library_versions
 
 ROOT = Path(__file__).parent.parent
 FROZEN = Path(__file__).parent / "frozen"
@@ -84,12 +85,9 @@ def test_a_half_written_file_is_finished(tmp_path):
 
 def with_libraries_of_this_machine(journal):
     """Replace the versions of NumPy, OpenCV and Pillow: where these are others, the writer rightly starts over."""
-    import cv2
-    import PIL
-
     line, _, rest = journal.partition(b"\n")
     identity = json.loads(line.partition(b" ")[2])
-    identity["libraries"] = {"numpy": np.__version__, "opencv": cv2.__version__, "pillow": PIL.__version__}
+    identity["libraries"] = library_versions()
     content = json.dumps(identity, separators=(",", ":")).encode()
     return b"%08x %s\n%s" % (zlib.crc32(content), content, rest)
 

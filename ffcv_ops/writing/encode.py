@@ -2,6 +2,7 @@
 
 import errno
 import pickle
+import platform
 import socket
 import threading
 from collections import deque
@@ -270,7 +271,7 @@ def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
 
 
 def encoder_versions(encodes: bool = True) -> dict[str, str]:
-    """Return what all machines that encode for one file must share: library versions, and the result for one image.
+    """Return what all machines that encode for one file must share: versions, processor, and the result for one image.
 
     Without `encodes`, the image is only decoded and shrunk. That does not load the kernels of the encoder.
     """
@@ -286,7 +287,12 @@ def encoder_versions(encodes: bool = True) -> dict[str, str]:
         content = cv2.imencode(".jpg", shrink(image, settings.max_side))[1]
     result = sha256(content.data)
     result.update(jpeg.decode(content).tobytes())
-    return {**library_versions(), "encoder": str(jpeg.ENCODER), "what becomes of an image": result.hexdigest()[:16]}
+    return {
+        **library_versions(),
+        "machine": platform.machine(),
+        "encoder": str(jpeg.ENCODER),
+        "what becomes of an image": result.hexdigest()[:16],
+    }
 
 
 _own_versions = cache(encoder_versions)

@@ -1,5 +1,6 @@
 """Decide what a file is to hold: its settings, its images, their order, and the images that stay raw."""
 
+import platform
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from json import dumps
@@ -172,11 +173,16 @@ class WritePlan:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that the bytes of a file depend on."""
+    """Return the versions of the libraries that the bytes of a file depend on.
+
+    On other machines than x86-64, the machine is among them. There, OpenCV shrinks some images to other pixels: on
+    aarch64, 5.0.0 rounds up to 1 in 10,000 values of ``INTER_AREA`` to the neighbouring integer.
+    """
     import cv2
     import PIL
 
-    return {"numpy": np.__version__, "opencv": cv2.__version__, "pillow": PIL.__version__}
+    machine = {} if platform.machine() == "x86_64" else {"machine": platform.machine()}
+    return {"numpy": np.__version__, "opencv": cv2.__version__, "pillow": PIL.__version__, **machine}
 
 
 def build_plan(source: Source, settings: WriteSettings) -> WritePlan:
