@@ -332,8 +332,7 @@ class Probes:
         return f"{threading.active_count() - before} threads more"
 
     def kept(self):
-        copy = {"copy": True} if self.ours else {}
-        loader = self.make(batch_size=7, pipelines=self.labels(), **copy)
+        loader = self.make(batch_size=7, pipelines=self.labels())
         kept = [batch[0] for _, batch in zip(range(12), loader, strict=False)]
         return f"{len({tuple(batch.tolist()) for batch in kept})} different"
 
