@@ -97,6 +97,8 @@ class Loader(StockLoader):
     ----------
     beton : Beton
         The file.
+    next_epoch : int
+        The epoch with which the next ``for`` over the loader begins.
     skipped : dict of int to str
         The bad samples so far under ``on_error="skip"``: for each id the reason.
     num_skipped : int
