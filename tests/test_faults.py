@@ -332,8 +332,7 @@ class Probes:
         return f"{threading.active_count() - before} threads more"
 
     def kept(self):
-        copy = {"copy": True} if self.ours else {}
-        loader = self.make(batch_size=7, pipelines=self.labels(), **copy)
+        loader = self.make(batch_size=7, pipelines=self.labels())
         kept = [batch[0] for _, batch in zip(range(12), loader, strict=False)]
         return f"{len({tuple(batch.tolist()) for batch in kept})} different"
 
@@ -366,12 +365,13 @@ class Probes:
         loader = self.make(pipelines=self.images())
         if self.ours:
             list(loader)
-            memory = loader._spare.memory
+            memory, num_slots = loader._spare.memory, loader._spare.num_slots
         else:
-            memory = loader.graph.allocate_memory(8, 5)["operation"]
+            num_slots = 5
+            memory = loader.graph.allocate_memory(8, num_slots)["operation"]
         parts = [part for parts in memory.values() for part in (parts if isinstance(parts, tuple) else (parts,))]
         total = sum(part.nbytes for part in parts if part is not None)
-        return f"{total // (8 * 5) - 24 * 24 * 3} bytes a sample"
+        return f"{total // (8 * num_slots) - 24 * 24 * 3} bytes a sample"
 
     def write_ours(self, name, num_workers):
         from ffcv_ops.writing.writer import write

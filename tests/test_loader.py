@@ -675,26 +675,95 @@ def test_buffers_are_kept_between_epochs_unless_shapes_change(path):
     crop = RandomResizedCrop(24)
     with Loader(path, 8, 1, pipelines={"image": [crop, ToTensor()], "label": [Label()]}) as loader:
         addresses = [{images.data_ptr() for images, _ in loader} for _ in range(3)]
-        assert len(addresses[0]) == 5 and addresses[0] == addresses[1] == addresses[2]
+        assert len(addresses[0]) == 6 and addresses[0] == addresses[1] == addresses[2]
         crop.size = 32
         assert {tuple(images.shape) for images, _ in loader} == {(8, 32, 32, 3)}
 
 
-def test_batches_alias_unless_copied(path):
-    def kept(copy):
-        with Loader(path, 4, 1, pipelines=crops(), seed=0, copy=copy) as loader:
-            return [images for images, _ in loader]
+class Prefetcher:
+    """Requests batches ahead of their use, over the ends of epochs, as the loops of other libraries do."""
 
-    assert len({images.numpy().tobytes() for images in kept(True)}) == 15
-    assert len({images.numpy().tobytes() for images in kept(False)}) == 5
+    def __init__(self, loader, num_epochs, ahead):
+        self.batches = (batch for epoch in range(num_epochs) for batch in loader.epoch(epoch))
+        self.ahead = ahead
+
+    def __iter__(self):
+        waiting = []
+        for batch in self.batches:
+            waiting.append(batch)
+            if len(waiting) > self.ahead:
+                time.sleep(0.01)  # a step, while the loader prepares more
+                yield waiting.pop(0)
+        yield from waiting
 
 
-def test_a_batch_is_whole_until_the_next_is_asked_for(path):
-    with Loader(path, 4, 2, pipelines=crops(), seed=0) as loader:
-        for batch in loader.epoch(0):
-            expected = digests([batch])
-            time.sleep(0.02)
-            assert digests([batch]) == expected
+@pytest.mark.parametrize("batches_ahead", [1, 3])
+@pytest.mark.parametrize("ahead, copies", [(0, False), (1, False), (2, True), (4, True)])
+def test_batches_are_not_overwritten_while_the_consumer_holds_them(path, ahead, copies, batches_ahead):
+    with Loader(path, 4, 2, pipelines=crops(), seed=0, batches_ahead=batches_ahead) as loader:
+        expected = [digests([batch]) for epoch in range(3) for batch in loader.epoch(epoch)]
+        assert [digests([batch]) for batch in Prefetcher(loader, 3, ahead)] == expected
+        assert loader.copy == copies
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda images, labels: (images, labels),
+        lambda images, labels: (images[1:], labels[:]),
+        lambda images, labels: (images.permute(0, 3, 1, 2), labels.unsqueeze(1)),
+        lambda images, labels: (images.numpy(), labels.numpy()),
+        lambda images, labels: (images[0, :, :, 1].numpy()[::2], labels.tolist()),
+        lambda images, labels: torch.utils.data.default_convert({"images": images, "labels": labels}),
+    ],
+)
+def test_parts_of_batches_stay_as_they_are(path, keep):
+    def content(kept):
+        return [part.tolist() if hasattr(part, "tolist") else part for part in kept]
+
+    with Loader(path, 4, 1, pipelines=crops(), seed=0) as loader:
+        kept, expected = [], []
+        for epoch in (0, 1):
+            for batch in loader.epoch(epoch):
+                kept.append(keep(*batch))
+                expected.append(content(keep(*batch)))
+        assert list(map(content, kept)) == expected
+
+
+def normalised(dtype):
+    image = [RandomResizedCrop(24), ToTensor(), Normalize((127,) * 3, (64,) * 3, dtype)]
+    return {"image": image, "label": [Label()]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_normalised_batches_stay_as_they_are(path, dtype):
+    with Loader(path, 4, 1, pipelines=normalised(dtype), seed=0) as loader:
+        kept = [(images[:2], images[:2].clone()) for images, _ in loader]
+        assert all(part.dtype == dtype and torch.equal(part, copy) for part, copy in kept)
+        assert kept[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_graph_keeps_the_batch_that_its_gradient_needs(path):
+    weight = torch.ones(3, 24, 24, requires_grad=True)
+    with Loader(path, 4, 1, pipelines=normalised(torch.float32), seed=0) as loader:
+        losses, expected = [], []
+        for images, _ in loader:
+            losses.append((images * weight).sum())
+            expected.append(images.sum(0))
+        for loss, gradient in zip(losses, expected, strict=True):
+            weight.grad = None
+            loss.backward()
+            assert torch.equal(weight.grad, gradient)
+
+
+def test_one_batch_that_is_kept_does_not_cost_copies(path):
+    with Loader(path, 4, 1, pipelines=crops(), seed=0) as loader:
+        first = next(iter(loader))
+        expected = digests([first])
+        for epoch in (1, 2):
+            for _ in loader.epoch(epoch):
+                pass
+        assert digests([first]) == expected and not loader.copy
 
 
 def test_waiting_is_accounted_for(path):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numba.core import config
 
+from ffcv_ops.loading.graph import ReturnedBatch, returned_batch
 from ffcv_ops.loading.order import replace_bad
 from ffcv_ops.operations.base import Batch, SampleError
 from ffcv_ops.operations.threads import WorkerPool
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 # The most times that a batch is prepared, because a replacement may be bad too.
 _MAX_ATTEMPTS = 50
+# The most batches that a consumer may hold when it requests the next. With one more, the loader returns copies.
+_MAX_HELD = 2
 
 
 @dataclass
@@ -36,6 +39,7 @@ class _Prepared:
     slot: int
     result: tuple
     num_replaced: int
+    returned: ReturnedBatch | None  # None: the result is a copy
 
 
 class EpochProducer:
@@ -69,8 +73,10 @@ class EpochProducer:
             raise
         # The device may still work on the last epoch's batches. The thread waits for it before it writes over them.
         released = self.buffers.now()
+        held = {batch.slot for batch in self.buffers.returned}
         for slot in range(self.buffers.num_slots):
-            self.free.put((slot, released))
+            if slot not in held:
+                self.free.put((slot, released))
         self.thread = threading.Thread(target=self._produce, name=f"ffcv_ops epoch {epoch}", daemon=True)
 
     def __len__(self) -> int:
@@ -135,8 +141,10 @@ class EpochProducer:
             copies = np.zeros_like(wanted) if self.copies is None else self.copies[part].astype(np.int64)
             ids, result = self._run_with_replacements(wanted, copies, slot)
             if self.loader.copy:
-                result = tuple(_copied(part) for part in result)
-        return _Prepared(slot, result, int(np.count_nonzero(ids != wanted)))
+                result, returned = tuple(_copied(part) for part in result), None
+            else:
+                result, returned = returned_batch(slot, result)
+        return _Prepared(slot, result, int(np.count_nonzero(ids != wanted)), returned)
 
     def _run_with_replacements(self, wanted: np.ndarray, copies: np.ndarray, slot: int) -> tuple[np.ndarray, tuple]:
         """Run the pipelines on a batch. Under ``on_error="skip"`` replace bad samples and run them again.
@@ -225,7 +233,6 @@ class EpochIterator(Iterator):
 
     def __init__(self, producer: EpochProducer):
         self._producer = producer
-        self._slot: int | None = None
         self._finished = False
         self._num_replaced = 0
         self._finalizer = weakref.finalize(self, producer.leave)
@@ -243,22 +250,40 @@ class EpochIterator(Iterator):
         if self._finished:
             raise StopIteration
         producer, loader = self._producer, self._producer.loader
-        if self._slot is not None:
-            # The consumer has queued all its work on the last batch, or it would not ask for the next one.
-            producer.free.put((self._slot, producer.buffers.now()))
-            self._slot = None
+        self._free_slots()
         started = time.perf_counter()
         prepared = self._wait()
         loader.wait_s += time.perf_counter() - started
         if not isinstance(prepared, _Prepared):
             self._end(prepared)
-        self._slot = prepared.slot
         self._num_replaced += prepared.num_replaced
         loader.num_skipped += prepared.num_replaced
         producer.buffers.join(prepared.slot)
-        if loader.copy:
-            _keep_for_this_stream(prepared.result)
-        return prepared.result
+        result = prepared.result
+        if prepared.returned is None:
+            _keep_for_this_stream(result)
+        elif loader.copy:  # since this batch was prepared
+            with torch.inference_mode(False):
+                result = tuple(_copied(part) for part in result)
+        else:
+            producer.buffers.returned.append(prepared.returned)
+            return result
+        producer.free.put((prepared.slot, producer.buffers.now()))
+        return result
+
+    def _free_slots(self) -> None:
+        """Free the slots of the returned batches that the consumer does not hold any more.
+
+        A plain loop holds the last batch until it has the next one. A loop that prefetches holds one more. A consumer
+        that holds more than these collects batches. Then the loader returns copies, because the slots would run out.
+        """
+        producer, loader = self._producer, self._producer.loader
+        # The consumer has queued all its work on these batches, or it would not have dropped them.
+        released = producer.buffers.now()
+        for batch in producer.buffers.take_dropped():
+            producer.free.put((batch.slot, released))
+        if len(producer.buffers.returned) > _MAX_HELD:
+            loader.copy = True
 
     def _end(self, error: BaseException | None) -> NoReturn:
         """Raise the error that ended the epoch, or StopIteration."""

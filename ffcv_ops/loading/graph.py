@@ -240,6 +240,37 @@ def _select(memory: Any, slot: int, count: int) -> Any:
     return None if memory is None else memory[slot][:count]
 
 
+@dataclass
+class ReturnedBatch:
+    """A batch in a slot that the consumer may still hold."""
+
+    slot: int
+    parts: list[weakref.ref[Any]]
+
+    @property
+    def is_held(self) -> bool:
+        """True if a part of the batch is still referenced."""
+        return any(part() is not None for part in self.parts)
+
+
+def returned_batch(slot: int, result: tuple[Any, ...]) -> tuple[tuple[Any, ...], ReturnedBatch]:
+    """Return a batch for the consumer, and the object that knows if the consumer still holds the batch.
+
+    A tensor on the CPU gets a storage of its own over the memory of the slot. An array is the owner of this storage,
+    so it lives as long as any view of the tensor. Of other parts, only the object itself counts, and no view of it.
+    """
+    parts, owners = [], []
+    for part in result:
+        owner = part
+        if isinstance(part, torch.Tensor) and part.device.type == "cpu":
+            # NumPy has no bfloat16.
+            owner = (part.view(torch.int16) if part.dtype == torch.bfloat16 else part).numpy()
+            part = torch.from_numpy(owner).view(part.dtype)
+        parts.append(part)
+        owners.append(weakref.ref(owner))
+    return tuple(parts), ReturnedBatch(slot, owners)
+
+
 class Buffers:
     """The memory of an epoch: slots for batches, each with its CUDA stream, and pages of the file.
 
@@ -256,6 +287,8 @@ class Buffers:
         self.memory = {step.node_id: _allocate(step.query, batch_size, num_slots) for step in steps.steps}
         self.shared = {step.node_id: _allocate(step.shared_query, batch_size, num_slots) for step in steps.steps}
         self.pages = np.empty((0, 0), dtype=np.uint8)
+        #: Batches that the consumer may still hold. Their slots are not written to, also not by the next epoch.
+        self.returned: list[ReturnedBatch] = []
         self.streams: list[torch.cuda.Stream] = []
         if torch.cuda.is_available():
             self.streams = [torch.cuda.Stream(steps.device) for _ in range(num_slots)]
@@ -265,6 +298,14 @@ class Buffers:
         """Return the key of the buffers' shapes. Buffers fit a later epoch if its key is equal."""
         queries = ((_comparable(step.query), _comparable(step.shared_query)) for step in steps.steps)
         return batch_size, num_slots, *queries
+
+    def take_dropped(self) -> list[ReturnedBatch]:
+        """Remove the batches that the consumer has dropped, and return them."""
+        batches, self.returned = self.returned, []
+        dropped: list[ReturnedBatch] = []
+        for batch in batches:
+            (self.returned if batch.is_held else dropped).append(batch)
+        return dropped
 
     def now(self) -> torch.cuda.Event | None:
         """Record an event behind all work that this thread has queued on the device. Other threads wait for it."""

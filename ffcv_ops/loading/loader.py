@@ -46,8 +46,8 @@ class Loader(StockLoader):
     """Load batches from a .beton file; a drop-in for ``ffcv.loader.Loader``.
 
     A batch is a function of the arguments, the epoch's number and the file. It depends neither on the number of
-    workers nor on the place where an epoch was resumed. Batches are in buffers that are used again: a batch is valid
-    until the consumer asks for the next one.
+    workers nor on the place where an epoch was resumed. Batches are in buffers that are used again when the consumer
+    has dropped them. If it holds more than two batches, the loader returns copies from then on.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ class Loader(StockLoader):
         Repeated augmentation: the number of copies of a sample, with different draws, on neighbouring ranks. See
         `ffcv_ops.loading.order.repeated_order`.
     copy : bool
-        Return batches that stay valid.
+        Return copies from the first batch on. The attribute becomes True when the consumer collects batches.
     on_error : {"raise", "skip"}
         For a sample that cannot be decoded: raise `SampleError`, or replace the sample in all fields by another one,
         drawn by (seed, epoch, sample id, copy), and count it.
@@ -97,6 +97,8 @@ class Loader(StockLoader):
     ----------
     beton : Beton
         The file.
+    next_epoch : int
+        The epoch with which the next ``for`` over the loader begins.
     skipped : dict of int to str
         The bad samples so far under ``on_error="skip"``: for each id the reason.
     num_skipped : int
@@ -333,7 +335,7 @@ class Loader(StockLoader):
     def _take_buffers(self) -> Buffers:
         """Return the last epoch's buffers if they fit and no other epoch has them, else new ones."""
         spare, self._spare = self._spare, None
-        wanted = (self._steps, self.batch_size, self.batches_ahead + 2)
+        wanted = (self._steps, self.batch_size, self.batches_ahead + 3)
         if spare is not None and spare.key == Buffers.key_of(*wanted):
             return spare
         del spare  # free its memory first
