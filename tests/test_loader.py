@@ -27,6 +27,7 @@ from ffcv.traversal_order.base import TraversalOrder
 from PIL import Image
 
 from ffcv_ops import UserError, rng
+from ffcv_ops.loading.graph import returned_batch
 from ffcv_ops.loading.loader import Loader, OrderOption
 from ffcv_ops.operations.base import BatchOperation, SampleError
 from ffcv_ops.operations.crops import CenterCrop, RandomResizedCrop
@@ -733,6 +734,21 @@ def test_parts_of_batches_stay_as_they_are(path, keep):
 def normalised(dtype):
     image = [RandomResizedCrop(24), ToTensor(), Normalize((127,) * 3, (64,) * 3, dtype)]
     return {"image": image, "label": [Label()]}
+
+
+def test_parts_of_any_kind_are_returned():
+    weight = torch.nn.Parameter(torch.ones(3))
+    parts = (torch.arange(3), torch.zeros(2, dtype=torch.float8_e5m2), torch.ones(2, dtype=torch.complex128),
+             torch.tensor([True, False]), torch.eye(2).to_sparse(), weight * 2, np.arange(4))  # fmt: skip
+    result, batch = returned_batch(0, parts)
+    for part, expected in zip(result, parts, strict=True):
+        assert type(part) is type(expected) and part.dtype == expected.dtype and part.shape == expected.shape
+    assert result[5].requires_grad and batch.is_held
+    view = result[0][1:]
+    del result, parts, part, expected
+    assert batch.is_held
+    del view
+    assert not batch.is_held
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -240,6 +240,10 @@ def _select(memory: Any, slot: int, count: int) -> Any:
     return None if memory is None else memory[slot][:count]
 
 
+# By the number of bytes.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 @dataclass
 class ReturnedBatch:
     """A batch in a slot that the consumer may still hold."""
@@ -256,16 +260,18 @@ class ReturnedBatch:
 def returned_batch(slot: int, result: tuple[Any, ...]) -> tuple[tuple[Any, ...], ReturnedBatch]:
     """Return a batch for the consumer, and the object that knows if the consumer still holds the batch.
 
-    A tensor on the CPU gets a storage of its own over the memory of the slot. An array is the owner of this storage,
-    so it lives as long as any view of the tensor. Of other parts, only the object itself counts, and no view of it.
+    A dense tensor on the CPU, without a gradient, gets a storage of its own over the memory of the slot. An array is
+    the owner of this storage, so it lives as long as any view of the tensor. Of other parts, only the object itself
+    counts, and no view of it.
     """
     parts, owners = [], []
     for part in result:
         owner = part
-        if isinstance(part, torch.Tensor) and part.device.type == "cpu":
-            # NumPy has no bfloat16.
-            owner = (part.view(torch.int16) if part.dtype == torch.bfloat16 else part).numpy()
-            part = torch.from_numpy(owner).view(part.dtype)
+        if isinstance(part, torch.Tensor) and part.device.type == "cpu" and not part.requires_grad:
+            # NumPy does not have all dtypes of PyTorch.
+            if part.layout == torch.strided and (integers := _INTEGERS.get(part.element_size())):
+                owner = part.view(integers).numpy()
+                part = torch.from_numpy(owner).view(part.dtype)
         parts.append(part)
         owners.append(weakref.ref(owner))
     return tuple(parts), ReturnedBatch(slot, owners)
