@@ -160,8 +160,9 @@ class ModelCard:
         Returns
         -------
         torch.Tensor
-            Float32 (3, resolution, resolution). Pillow resizes the image. Where the crop is large, the evaluation
-            lets the JPEG decoder halve the image first, so pixels may differ a little.
+            Float32 (3, resolution, resolution). Pillow resizes the image. The pixels differ a little from those of
+            the evaluation: the images of a ``.beton`` file are encoded again, and large ones shrunk. Where the crop
+            is large, the JPEG decoder also halves the image first.
 
         Raises
         ------

@@ -198,7 +198,8 @@ class World:
 
     def write_model(self) -> None:
         """Write a picture, and weights of this project and of another, where documents name them."""
-        card = ModelCard({"arch": "test_resnet", "num_classes": 4}, classes=["cat", "dog", "fish", "bird"])
+        classes = sorted(path.name for path in (self.data / "val").iterdir())
+        card = ModelCard({"arch": "test_resnet", "library": "timm", "num_classes": 4}, classes=classes)
         cv2.imwrite(str(self.data / "dog.jpg"), photographs(1)[0])
         (self.data / "checkpoints").mkdir(exist_ok=True)
         weights = self.data / "checkpoints" / "resnet50-weights.safetensors"

@@ -497,6 +497,17 @@ def test_another_architecture_with_the_same_tensors_is_told(tmp_path):
         build_model("tf_efficientnet_lite0", num_classes=4, weights=tmp_path / "x.safetensors", whole=True)
 
 
+def test_a_loaded_model_is_exported_with_its_blurpool_and_for_batches_of_any_size(tmp_path):
+    card = card_of(use_blurpool=True)
+    export_weights(tmp_path / "x.safetensors", trained(use_blurpool=True).state_dict(), card)
+    model = load_model(tmp_path / "x.safetensors").model
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (IMAGES,), dynamic_shapes=({0: batch},))
+    images = torch.randn(5, 3, 32, 32)
+    assert torch.equal(program.module()(images), model(images))
+    assert not torch.equal(trained()(images), model(images))
+
+
 def test_files_without_facts_are_refused_with_the_remedy(tmp_path):
     torch.save(trained().state_dict(), tmp_path / "old.pt")
     with pytest.raises(
