@@ -3,9 +3,9 @@
 # update_starting_at_epoch does not delay the average.
 #
 # The average begins as a copy of the model from before the training. Until the first update it is this copy, but the
-# callback uses it in three places. Validation runs with it (known: issue 21724 of pytorch-lightning, open). The
-# `state_dict` of every checkpoint is it, so `load_from_checkpoint` of the best or last one returns weights that were
-# never trained. And when fit ends before that step, the trained weights are replaced by it, and lost. Another run with
+# callback uses it in three places. Validation runs with it, which is known and open:
+# https://github.com/Lightning-AI/pytorch-lightning/issues/21724. The `state_dict` of every checkpoint is it, so
+# `load_from_checkpoint` of the best or last one returns weights that were never trained. And when fit ends before that step, the trained weights are replaced by it, and lost. Another run with
 # fewer images or larger batches has fewer steps, and then returns its own start.
 #
 # update_starting_at_epoch has no such effect, because it has hardly any: the updates after each step begin at once. From
