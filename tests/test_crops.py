@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import tracemalloc
+from pathlib import Path
 
 import cv2
 import numba as nb
@@ -382,8 +383,8 @@ def test_a_second_process_loads_the_kernel_from_disk_wherever_the_library_lies(c
         print(hashlib.sha256(images).hexdigest(), sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
     """)
     library = tmp_path / "libturbojpeg-elsewhere.so"
-    loaded = next(line.split()[-1] for line in open("/proc/self/maps") if "turbojpeg" in line)
-    library.write_bytes(open(loaded, "rb").read())
+    loaded = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "turbojpeg" in line)
+    library.write_bytes(Path(loaded).read_bytes())
     samples = Samples([photograph(100, 140)])
     expected = hashlib.sha256(samples.decode(crop(RandomResizedCrop, 48))).hexdigest()
     environment = {**os.environ, "TURBOJPEG": str(library)}
