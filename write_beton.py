@@ -136,7 +136,7 @@ def run(chosen: Write, progress: Progress) -> int:
 def run_write(chosen: Write, executor: Executor | None, progress: Progress) -> int:
     """Write one split and print a summary of the file."""
     source, target = choose_source(chosen)
-    check_other_split(chosen, target)
+    check_other_split(chosen, target, print_line)
     settings = chosen.settings
     for name, value in (("source", source.name), ("target", target), ("settings", settings_line(settings))):
         print_line(f"{name:<10}{value}")

@@ -75,6 +75,13 @@ def test_new_images_move_few_others(folder):
     assert len(before - held(folder)) <= 1
 
 
+def test_equal_names_in_several_folders_of_a_class_are_chosen_apart(tmp_path):
+    names = [f"ant/series{series}/{number}.jpg" for series in range(10) for number in range(10)]
+    names.append("bee/0.jpg")
+    place = make_folder(tmp_path / "series", {name: jpeg(place) for place, name in enumerate(names)})
+    assert len({Path(key).name for key in held(place)}) > 2
+
+
 def test_a_larger_share_holds_out_the_same_images_and_more(folder):
     assert held(folder, 0.1) < held(folder, 0.3) < held(folder, 0.9)
     assert len(held(folder, 0.999)) == len(CONTENTS) - len(COUNTS)  # one image of each class is for training
@@ -172,4 +179,19 @@ def test_two_commands_write_both_files(folder):
     second = run("--split=val", "--source", folder, "--hold_out=0.2", "--num_workers=1")
     assert f"--data.train_dataset={folder.parent / 'train.beton'} --data.val_dataset={target}" in second
     files = [read_beton(folder.parent / f"{split}.beton") for split in ("train", "val")]
+    assert "not numbered as" not in first + second and not shared_image_notices(*files)
     assert [file.num_samples for file in files] == [38, 10] and files[0].classes == files[1].classes
+
+
+def test_both_files_can_be_written_again_with_another_share(folder):
+    for split in ("val", "train"):
+        output = run(f"--split={split}", "--source", folder, "--hold_out=0.2", "--num_workers=1")
+        assert "not numbered as" not in output
+    for split in ("train", "val"):
+        arguments = (f"--split={split}", "--source", folder, "--hold_out=0.1", "--num_workers=1")
+        if split == "train":
+            assert "write both files with --overwrite" in run(*arguments, status=2)
+        output = run(*arguments, "--overwrite")
+        assert ("was written with --hold_out=0.2, so images could be in both files" in output) == (split == "train")
+    files = [read_beton(folder.parent / f"{split}.beton") for split in ("train", "val")]
+    assert not shared_image_notices(*files) and sum(file.num_samples for file in files) == len(CONTENTS)

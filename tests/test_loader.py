@@ -751,6 +751,22 @@ def test_parts_of_any_kind_are_returned():
     assert not batch.is_held
 
 
+class Pixels(torch.Tensor):
+    """A class of tensors, as torchvision's `tv_tensors` are."""
+
+
+def test_parts_of_other_classes_are_returned_as_they_are():
+    conjugate = torch.ones(3, dtype=torch.complex64).conj()
+    parts = (torch.ones(3).as_subclass(Pixels), torch.nn.Parameter(torch.ones(3), requires_grad=False), conjugate,
+             [1, 2], 3)  # fmt: skip
+    result, batch = returned_batch(0, parts)
+    for part, expected in zip(result, parts, strict=True):
+        assert part is expected
+    assert batch.is_held
+    del result, parts, part, expected, conjugate
+    assert not batch.is_held
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_normalised_batches_stay_as_they_are(path, dtype):
     with Loader(path, 4, 1, pipelines=normalised(dtype), seed=0) as loader:

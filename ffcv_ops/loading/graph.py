@@ -7,7 +7,7 @@ buffers that are allocated once. FFCV's operations keep FFCV's calling conventio
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -262,18 +262,20 @@ def returned_batch(slot: int, result: tuple[Any, ...]) -> tuple[tuple[Any, ...],
 
     A dense tensor on the CPU, without a gradient, gets a storage of its own over the memory of the slot. An array is
     the owner of this storage, so it lives as long as any view of the tensor. Of other parts, only the object itself
-    counts, and no view of it.
+    counts, and no view of it. A list or a tuple does not count.
     """
     parts, owners = [], []
     for part in result:
         owner = part
-        if isinstance(part, torch.Tensor) and part.device.type == "cpu" and not part.requires_grad:
-            # NumPy does not have all dtypes of PyTorch.
+        # A subclass would lose its class. NumPy does not have all dtypes of PyTorch.
+        if type(part) is torch.Tensor and part.device.type == "cpu" and not part.requires_grad:
             if part.layout == torch.strided and (integers := _INTEGERS.get(part.element_size())):
-                owner = part.view(integers).numpy()
-                part = torch.from_numpy(owner).view(part.dtype)
+                with suppress(RuntimeError):  # nested, or a lazy conjugate
+                    array = part.view(integers).numpy()
+                    part, owner = torch.from_numpy(array).view(part.dtype), array
         parts.append(part)
-        owners.append(weakref.ref(owner))
+        with suppress(TypeError):  # no weak references to lists and numbers
+            owners.append(weakref.ref(owner))
     return tuple(parts), ReturnedBatch(slot, owners)
 
 

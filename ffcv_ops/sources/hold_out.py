@@ -28,7 +28,7 @@ def check_share(share: float, split: str | None) -> None:
 def hold_out(source: Source, share: float, split: str | None, stage: Stage = lambda what, count: None) -> Source:
     """Return the images of one split of a source that does not have two.
 
-    The choice is a function of the class and the file name of each image. So both splits can be written by themselves,
+    The choice is a function of the class and the name of each image. So both splits can be written by themselves,
     from any kind of source. It depends on no seed.
 
     Parameters
@@ -36,7 +36,7 @@ def hold_out(source: Source, share: float, split: str | None, stage: Stage = lam
     source : Source
     share : float
         The share of the images of each class that is for validation, between 0 and 1. Of a class with two images or
-        more, at least one is for validation and one for training.
+        more, at least one is for training, and at least one for validation unless it is a copy.
     split : {"train", "val"}
     stage : callable
         See `Stage`.
@@ -71,11 +71,14 @@ def hold_out(source: Source, share: float, split: str | None, stage: Stage = lam
 
 
 def _choose(source: Source, share: float) -> np.ndarray:
-    """Return bool (len(keys),): of each class, the images whose names have the smallest hashes."""
+    """Return bool (len(keys),): of each class, the images whose names have the smallest hashes.
+
+    A name includes the folders within the class, or frame 1 of all series would be held out together.
+    """
     hashes = np.empty(len(source.keys), np.uint64)
     for index, label in enumerate(source.labels.tolist()):
-        name = source.keys.encoded(index).rpartition(b"/")[2]
-        hashed = blake2b(b"%s/%s" % (os.fsencode(source.classes[label]), name), digest_size=8)
+        prefix = os.fsencode(source.classes[label]) + b"/"
+        hashed = blake2b(prefix + source.keys.encoded(index).removeprefix(prefix), digest_size=8)
         hashes[index] = int.from_bytes(hashed.digest(), "little")
     is_held = np.zeros(len(hashes), bool)
     bounds = np.searchsorted(source.labels, np.arange(len(source.classes) + 1))  # a source is sorted by class

@@ -52,7 +52,8 @@ class Write:
     """If the source has only images for training, hold this share of each class out. --split val writes the images held
     out, --split train the others. Give both the same share."""
     target: str | None = setting(Text())
-    """File to write. None: the path of the source folder with .beton after it, or SPLIT.beton beside archives."""
+    """File to write. None: the path of the source folder with .beton after it, or SPLIT.beton beside archives, and
+    beside the folder with --hold_out."""
     train_manifest: str | None = setting(Text())
     """With --split val: manifest whose class numbers the file gets. None: train.beton.json beside the target."""
     mode: str = setting(Choice(*MODES), default="jpg")
@@ -172,7 +173,8 @@ def choose_executor(chosen: Write, notice: Callable[[str], None]) -> Iterator[Ex
 def read_train_classes(chosen: Write, target: Path, notice: Callable[[str], None]) -> list[str] | None:
     """Return the classes of the training split, whose numbers a val file gets.
 
-    For the training split, and without a manifest of it, there are none: the result is None.
+    For the training split, and without a manifest of it, there are none: the result is None. If images are held out,
+    both splits have the classes of the source anyway.
 
     Raises
     ------
@@ -183,7 +185,8 @@ def read_train_classes(chosen: Write, target: Path, notice: Callable[[str], None
         return None
     path = _train_manifest(chosen, target)
     if not path.exists() and not chosen.train_manifest:
-        notice(f"{path}: not there, so the classes are not numbered as in the training split")
+        if chosen.hold_out is None:
+            notice(f"{path}: not there, so the classes are not numbered as in the training split")
         return None
     try:
         return [str(name) for name in json.loads(path.read_bytes())["classes"]]
@@ -195,13 +198,14 @@ def _train_manifest(chosen: Write, target: Path) -> Path:
     return Path(chosen.train_manifest) if chosen.train_manifest else manifest_path(target.with_name("train.beton"))
 
 
-def check_other_split(chosen: Write, target: Path) -> None:
+def check_other_split(chosen: Write, target: Path, notice: Callable[[str], None]) -> None:
     """Compare the images that are held out with those of the other split's file, if it has been written.
 
     Raises
     ------
     UserError
-        If another share was held out there, so that an image would be in both files.
+        If another share was held out there, so that an image would be in both files. With `overwrite`, which may
+        replace one file after the other, this is a notice.
     """
     if chosen.hold_out is None:
         return
@@ -213,10 +217,12 @@ def check_other_split(chosen: Write, target: Path) -> None:
         return  # no file of this command
     if share != chosen.hold_out:
         was = f"with --hold_out={share:g}" if share else "without --hold_out"
-        raise UserError(
-            f"{path}: was written {was}, so images could be in both files; use the same, write that file again, or "
-            "choose a --target in another folder"
-        )
+        fault = f"{path}: was written {was}, so images could be in both files"
+        if not chosen.overwrite:
+            raise UserError(
+                f"{fault}; use the same, write both files with --overwrite, or choose a --target in another folder"
+            )
+        notice(f"{fault}; write that file again too")
 
 
 def settings_line(settings: WriteSettings) -> str:
