@@ -150,7 +150,7 @@ def shared_image_notices(train: Beton, val: Beton) -> list[str]:
     An archive or a folder of shards may have several splits, so the manifests of both files may name it. A folder of
     images has one, unless a share of it was held out.
     """
-    sources = [(file.manifest or {}).get("source", {}) for file in (train, val)]
+    sources = [(file.manifest or {}).get("source") or {} for file in (train, val)]
     places = [source.get("folder") or source.get("path") for source in sources]
     shares = [source.get("hold_out", 0.0) for source in sources]
     is_one_place = places[0] == places[1] and places[1] is not None and ("folder" in sources[1] or shares[1] > 0)
