@@ -11,7 +11,9 @@ from archives import contents_of, jpeg, make_folder, tar, tar_of_tars
 
 from ffcv_ops.beton.reading import read_beton
 from ffcv_ops.errors import UserError
+from ffcv_ops.settings import read_settings
 from ffcv_ops.sources.kinds import SourceSpec, open_source
+from ffcv_ops.writing.command import FLAGS, WriteBeton, check_other_split, choose_source, read_train_classes
 from ffcv_ops.writing.plan import WriteSettings
 from ffcv_ops.writing.writer import write
 from imagenet_training.data import shared_image_notices
@@ -183,15 +185,28 @@ def test_two_commands_write_both_files(folder):
     assert [file.num_samples for file in files] == [38, 10] and files[0].classes == files[1].classes
 
 
-def test_both_files_can_be_written_again_with_another_share(folder):
-    for split in ("val", "train"):
-        output = run(f"--split={split}", "--source", folder, "--hold_out=0.2", "--num_workers=1")
-        assert "not numbered as" not in output
-    for split in ("train", "val"):
-        arguments = (f"--split={split}", "--source", folder, "--hold_out=0.1", "--num_workers=1")
-        if split == "train":
-            assert "write both files with --overwrite" in run(*arguments, status=2)
-        output = run(*arguments, "--overwrite")
-        assert ("was written with --hold_out=0.2, so images could be in both files" in output) == (split == "train")
-    files = [read_beton(folder.parent / f"{split}.beton") for split in ("train", "val")]
-    assert not shared_image_notices(*files) and sum(file.num_samples for file in files) == len(CONTENTS)
+def test_both_files_can_be_written_again_with_another_share(folder, tmp_path):
+    """One after the other, so the file of the other split still has the earlier share."""
+
+    def chosen(split, share, overwrite=False):
+        settings = [f"--split={split}", f"--source={folder}", f"--hold_out={share}", f"--overwrite={int(overwrite)}"]
+        return read_settings(
+            WriteBeton, settings, flags={**FLAGS, "overwrite": "write.overwrite"}, description=""
+        ).write
+
+    def told(*arguments):
+        lines = []
+        check_other_split(chosen(*arguments), choose_source(chosen(*arguments))[1], lines.append)
+        return lines
+
+    assert not told("val", 0.2)
+    lines = []
+    assert read_train_classes(chosen("val", 0.2), tmp_path / "val.beton", lines.append) is None and not lines
+    assert not write_files(
+        *(SourceSpec(str(folder), split=split, hold_out=0.2) for split in ("train", "val")), tmp_path
+    )
+    assert not told("train", 0.2)
+    with pytest.raises(UserError, match="write both files with --overwrite"):
+        told("train", 0.1)
+    (line,) = told("train", 0.1, True)
+    assert "was written with --hold_out=0.2, so images could be in both files; write that file again too" in line
