@@ -78,6 +78,7 @@ def run(folder, seed, count, timeout):
     return found
 
 
+@pytest.mark.slow
 def test_damaged_files_end_with_right_pixels_or_a_clear_error(folder):
     found = run(folder, seed=0, count=150, timeout=300)
     assert found["loaded"]["ValueError"] > 30 and found["loaded"]["right pixels"] > 10

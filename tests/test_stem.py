@@ -113,6 +113,7 @@ assert "imagenet_training.max_pool_" in graphs[0] and graphs[0].count(".pad(") =
 """
 
 
+@pytest.mark.slow
 def test_kernels_and_compiled_models_give_what_pytorch_gives():
     """The kernels run in Triton's interpreter."""
     root = Path(__file__).parent.parent
