@@ -327,7 +327,7 @@ def test_a_machine_with_other_versions_is_named(folder, tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_was_begun_on_another_processor_is_begun_again(monkeypatch):
+def test_the_processor_is_among_the_versions_unless_it_is_the_usual_one(monkeypatch):
     found = {}
     for machine in ("x86_64", "aarch64"):
         monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)

@@ -240,7 +240,7 @@ def _select(memory: Any, slot: int, count: int) -> Any:
     return None if memory is None else memory[slot][:count]
 
 
-# By the number of bytes.
+# Integer types by their size in bytes.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
