@@ -199,10 +199,7 @@ class ProcessExecutor(Executor):
         try:
             content, buffers = _receive_parts(held.connection)
         except (EOFError, OSError):
-            with self._lock:
-                gone = held not in self._processes
-            if not gone:
-                self._replace(held)
+            self._replace(held)
             return
         if not held.ready:  # the first message only reports that the process has started
             held.ready = True
@@ -228,8 +225,10 @@ class ProcessExecutor(Executor):
         """Start another process for one that has ended. Only the job that it worked on is lost."""
         held.process.join(1)
         exit_code = held.process.exitcode
-        held.connection.close()
         with self._lock:
+            if held not in self._processes:  # `shutdown` ended it
+                return
+            held.connection.close()
             self._processes.remove(held)
             lost = [held.jobs.popleft()] if held.jobs and held.ready else []
             self._waiting.extendleft(reversed(held.jobs))
