@@ -29,19 +29,19 @@ from typing import TYPE_CHECKING
 
 from ffcv_ops.console import protect_output
 from ffcv_ops.errors import UserError, exit_with_user_error
-from imagenet_training.recipe import Recipe, read_recipe
+from imagenet_training.planning.recipe import Recipe, read_recipe
 
 # The functions import what they use: a mistake, --help and --dry_run need not wait for imports that take seconds.
 if TYPE_CHECKING:
     from torch.nn import Module
 
     from ffcv_ops.lock import OwnerLock
-    from imagenet_training.data import Loaders, TrainingData
+    from imagenet_training.data.loaders import Loaders, TrainingData
     from imagenet_training.distributed import World
-    from imagenet_training.plan import RunPlan
-    from imagenet_training.resume import ResumePoint
+    from imagenet_training.planning.plan import RunPlan
+    from imagenet_training.run.resume import ResumePoint
     from imagenet_training.state import TrainState
-    from imagenet_training.trainer import Trainer
+    from imagenet_training.training.trainer import Trainer
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Run:
 def join_run(recipe: Recipe) -> "tuple[World, Module]":
     """Become one rank of the run. Return its place and, for its size, the model on the meta device."""
     from imagenet_training.distributed import join
-    from imagenet_training.model import recipe_meta_model
+    from imagenet_training.models.architectures import recipe_meta_model
 
     model = recipe_meta_model(recipe)  # an architecture that does not exist is an error before ranks meet
     return join(recipe), model
@@ -69,13 +69,13 @@ def join_run(recipe: Recipe) -> "tuple[World, Module]":
 
 def build(recipe: Recipe, world: "World", meta_model: "Module") -> Run:
     """Open the data, choose the checkpoint, plan the run, and build the trainer at the position of the checkpoint."""
-    from imagenet_training.changes import check_classes, check_rest_of_epoch, keeps_best
-    from imagenet_training.data import open_training_data
-    from imagenet_training.normalization import settle_normalization
-    from imagenet_training.plan import plan_run
-    from imagenet_training.resume import choose_checkpoint, restore
-    from imagenet_training.trainer import build_trainer, unwrapped
-    from imagenet_training.trial import try_model
+    from imagenet_training.data.loaders import open_training_data
+    from imagenet_training.data.normalization import settle_normalization
+    from imagenet_training.planning.plan import plan_run
+    from imagenet_training.run.changes import check_classes, check_rest_of_epoch, keeps_best
+    from imagenet_training.run.resume import choose_checkpoint, restore
+    from imagenet_training.training.trainer import build_trainer, unwrapped
+    from imagenet_training.training.trial import try_model
 
     data = open_training_data(recipe)
     point = choose_checkpoint(recipe, world)
@@ -104,8 +104,8 @@ def build(recipe: Recipe, world: "World", meta_model: "Module") -> Run:
 
 def train(recipe: Recipe) -> None:
     """Train a model from a recipe."""
-    from imagenet_training.data import build_loaders
-    from imagenet_training.run_folder import check_folder, locked_folder
+    from imagenet_training.data.loaders import build_loaders
+    from imagenet_training.run.run_folder import check_folder, locked_folder
 
     world, meta_model = join_run(recipe)
     with locked_folder(recipe, world) as lock:  # before the checkpoint is chosen, which another run may still write
@@ -117,11 +117,11 @@ def train(recipe: Recipe) -> None:
 
 def train_epochs(recipe: Recipe, run: Run, loaders: "Loaders", lock: "OwnerLock") -> None:
     """Train, evaluate, log and save, epoch after epoch."""
-    from imagenet_training.epoch import NOT_EVALUATED, evaluate, train_epoch
-    from imagenet_training.failures import ending_with_status
-    from imagenet_training.preemption import StopRequest
-    from imagenet_training.run_folder import RunFolder
-    from imagenet_training.step_mode import prepare_step
+    from imagenet_training.run.run_folder import RunFolder
+    from imagenet_training.training.epoch import NOT_EVALUATED, evaluate, train_epoch
+    from imagenet_training.training.failures import ending_with_status
+    from imagenet_training.training.preemption import StopRequest
+    from imagenet_training.training.step_mode import prepare_step
 
     plan, trainer, state = run.plan, run.trainer, run.state
     folder = RunFolder(recipe, plan, run.data, trainer, state, run.point, run.meta_model, lock)
@@ -172,7 +172,7 @@ def run(recipe: Recipe) -> None:
         from imagenet_training.evaluation import evaluate_only as command
     try:
         if recipe.model.num_classes == "auto" and not recipe.training.eval_only:
-            from imagenet_training.data import settle_num_classes
+            from imagenet_training.data.loaders import settle_num_classes
 
             recipe = settle_num_classes(recipe)
         command(recipe)

@@ -195,7 +195,7 @@ def run_inspect(path: Path, sheet: Path | None) -> int:
     for title, (counts, bounds) in found.histograms().items():
         print_line("\n".join(["", *histogram_lines(title, counts, bounds, width)]))
     if sheet is not None:
-        from imagenet_training.file_sheet import draw_file_sheet  # imports torch, which no other use needs
+        from imagenet_training.data.file_sheet import draw_file_sheet  # imports torch, which no other use needs
 
         print_line(f"\n{draw_file_sheet(found, sheet)} images: {sheet}")
     return 0

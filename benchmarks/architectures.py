@@ -36,16 +36,16 @@ import torchvision  # noqa: E402
 
 from ffcv_ops.errors import UserError  # noqa: E402
 from ffcv_ops.files import replace_text  # noqa: E402
-from imagenet_training.card import ModelCard  # noqa: E402
+from imagenet_training.data.normalization import settle_normalization  # noqa: E402
 from imagenet_training.distributed import World  # noqa: E402
-from imagenet_training.export import export_weights, load_model  # noqa: E402
-from imagenet_training.loss import recipe_loss  # noqa: E402
-from imagenet_training.model import build_model, model_arguments, recipe_meta_model  # noqa: E402
-from imagenet_training.normalization import settle_normalization  # noqa: E402
-from imagenet_training.plan import plan_run  # noqa: E402
-from imagenet_training.recipe import Recipe, read_recipe  # noqa: E402
-from imagenet_training.trainer import build_trainer  # noqa: E402
-from imagenet_training.trial import Trial, candidates, check_drop_path, try_model  # noqa: E402
+from imagenet_training.models.architectures import build_model, model_arguments, recipe_meta_model  # noqa: E402
+from imagenet_training.models.card import ModelCard  # noqa: E402
+from imagenet_training.models.export import export_weights, load_model  # noqa: E402
+from imagenet_training.planning.plan import plan_run  # noqa: E402
+from imagenet_training.planning.recipe import Recipe, read_recipe  # noqa: E402
+from imagenet_training.training.loss import recipe_loss  # noqa: E402
+from imagenet_training.training.trainer import build_trainer  # noqa: E402
+from imagenet_training.training.trial import Trial, candidates, check_drop_path, try_model  # noqa: E402
 
 NUM_CLASSES, OTHER_NUM_CLASSES, BATCH_SIZE = 10, 7, 2
 WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))

@@ -175,7 +175,7 @@ def compile_model(check: Check, layers: str, precision: str, px: int) -> None:
     import torch
     from train_step import build_run
 
-    from imagenet_training.model import compiled
+    from imagenet_training.models.architectures import compiled
 
     run, loader, _ = build_run(run_options(check, precision, "eager", px), prepare=False)
     trainer = run.trainer
@@ -190,7 +190,7 @@ def plain_layers(model: Any) -> Any:
     """Return a copy of a model that has the layers of its library."""
     import copy
 
-    from imagenet_training.stem import StemConv2d, StemMaxPool2d
+    from imagenet_training.models.stem import StemConv2d, StemMaxPool2d
 
     model = copy.deepcopy(model)
     for module in model.modules():
@@ -267,7 +267,7 @@ def modes_of(check: Check, precision: str) -> None:
     import torch
     from train_step import Timed, build_run, train_once
 
-    from imagenet_training import step_mode
+    from imagenet_training.training import step_mode
 
     px, num_batches = check.sizes.px[0], check.sizes.num_batches
     run, loader, log = build_run(run_options(check, precision, "eager", px), prepare=False)
@@ -297,7 +297,7 @@ def peers_of(check: Check, precision: str, names: list[str]) -> None:
     import torch
     from train_step import build_run
 
-    from imagenet_training.step_mode import step_s
+    from imagenet_training.training.step_mode import step_s
 
     run, loader, _ = build_run(run_options(check, precision, "eager", check.sizes.px[0]), prepare=False)
     loader.close()

@@ -29,10 +29,10 @@ sys.path.insert(0, str(ROOT))
 
 import train_imagenet  # noqa: E402
 from ffcv_ops import OrderOption, read_beton  # noqa: E402
-from imagenet_training.card import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
-from imagenet_training.data import Loaders, build_loaders  # noqa: E402
-from imagenet_training.recipe import Recipe, read_recipe  # noqa: E402
-from imagenet_training.run_folder import locked_folder  # noqa: E402
+from imagenet_training.data.loaders import Loaders, build_loaders  # noqa: E402
+from imagenet_training.models.card import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
+from imagenet_training.planning.recipe import Recipe, read_recipe  # noqa: E402
+from imagenet_training.run.run_folder import locked_folder  # noqa: E402
 
 # isort: split
 # behind ffcv_ops, which makes ffcv importable

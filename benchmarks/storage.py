@@ -130,7 +130,7 @@ def boundary(tree: str, path: Path, kind: str, num_workers: int) -> dict[str, fl
     """Measure the time between the steps of two epochs, with a checkout's trainer."""
     import train_imagenet
     from ffcv_ops import read_beton
-    from imagenet_training.trainer import Trainer
+    from imagenet_training.training.trainer import Trainer
 
     begun_s, ended_s = [], []
     backward, optimizer_step = Trainer.backward, Trainer.optimizer_step

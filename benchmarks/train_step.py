@@ -96,11 +96,11 @@ def build_run(options: argparse.Namespace, *, prepare: bool = True) -> tuple[Any
     """Build a run as ``train_imagenet.py`` does: the run, its training loader and a log of progress lines."""
     import train_imagenet
     from ffcv_ops import read_beton
-    from imagenet_training.data import build_loaders
-    from imagenet_training.logs import RunLog
-    from imagenet_training.meters import EtaEstimator
-    from imagenet_training.recipe import read_recipe
-    from imagenet_training.step_mode import prepare_step
+    from imagenet_training.data.loaders import build_loaders
+    from imagenet_training.planning.recipe import read_recipe
+    from imagenet_training.reports.logs import RunLog
+    from imagenet_training.training.meters import EtaEstimator
+    from imagenet_training.training.step_mode import prepare_step
 
     settings = {
         "model.arch": options.arch,
@@ -130,7 +130,7 @@ def build_run(options: argparse.Namespace, *, prepare: bool = True) -> tuple[Any
 
 
 def build_model(options: argparse.Namespace) -> Callable[[], float]:
-    from imagenet_training.trainer import autocast
+    from imagenet_training.models.precision import autocast
 
     run, loader, _ = build_run(options)
     trainer = run.trainer
@@ -164,9 +164,9 @@ def build_model(options: argparse.Namespace) -> Callable[[], float]:
 
 def train_once(run: Any, loader: Any, log: Any, num_batches: int) -> dict[str, float]:
     """Train one epoch of so many batches, with progress lines. Return what `train_epoch` measured."""
-    from imagenet_training.epoch import train_epoch
-    from imagenet_training.preemption import StopRequest
     from imagenet_training.state import TrainState
+    from imagenet_training.training.epoch import train_epoch
+    from imagenet_training.training.preemption import StopRequest
 
     plan = dataclasses.replace(run.plan, steps_per_epoch=num_batches)
     stop = StopRequest(run.world)
@@ -299,7 +299,7 @@ def build_peer(options: argparse.Namespace) -> Callable[[], float]:
 
 def profile(run: Any, loader: Any, log: Any, options: argparse.Namespace) -> None:
     """Profile the timed batches of one pass of the trainer, and write the time of an average step."""
-    from imagenet_training import meters
+    from imagenet_training.training import meters
 
     def ranged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)

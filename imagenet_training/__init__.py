@@ -12,8 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from imagenet_training.card import ModelCard
-    from imagenet_training.export import load_model
+    from imagenet_training.models.card import ModelCard
+    from imagenet_training.models.export import load_model
 
 __all__ = ["ModelCard", "load_model"]
 _HOMES = {"ModelCard": "card", "load_model": "export"}
@@ -22,7 +22,7 @@ _HOMES = {"ModelCard": "card", "load_model": "export"}
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.models.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

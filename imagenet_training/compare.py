@@ -20,10 +20,10 @@ from ffcv_ops.console import protect_output
 from ffcv_ops.errors import UserError
 from ffcv_ops.files import SaveError
 from ffcv_ops.units import show_duration
-from imagenet_training.charts import draw_charts
-from imagenet_training.outputs import check_own_output
-from imagenet_training.page import percent, show_setting, write_page
-from imagenet_training.report import environment, key_figures
+from imagenet_training.planning.outputs import check_own_output
+from imagenet_training.reports.charts import draw_charts
+from imagenet_training.reports.page import percent, show_setting, write_page
+from imagenet_training.reports.report import environment, key_figures
 
 HEADERS = ("run", "epochs", "best top-1", "top-5 there", "epoch", "last top-1", "images/s", "data wait", "epoch time")
 PARTS_OF_PROVENANCE = dict.fromkeys(("recipe", "versions", "data"), dict) | dict.fromkeys(("world_size", "seed"), int)

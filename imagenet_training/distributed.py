@@ -16,7 +16,7 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from ffcv_ops import machine
 from ffcv_ops.errors import UserError
-from imagenet_training.recipe import Recipe
+from imagenet_training.planning.recipe import Recipe
 
 Value = TypeVar("Value")
 _MEETING_TIMEOUT = timedelta(minutes=10)

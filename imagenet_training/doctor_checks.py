@@ -253,7 +253,7 @@ def gpu(torch: Any, number: int) -> Finding:
 
 def check_wandb(options: Options) -> Iterator[Finding]:
     """Look for the key of Weights & Biases."""
-    from imagenet_training.wandb import has_wandb_key
+    from imagenet_training.reports.wandb import has_wandb_key
 
     mode = os.environ.get("WANDB_MODE") or "online"
     if mode != "online" or has_wandb_key():

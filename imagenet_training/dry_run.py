@@ -1,15 +1,20 @@
 """Print the plan of a run without starting it."""
 
-from imagenet_training.augmentation import build_augmentations
-from imagenet_training.data import planned_data
-from imagenet_training.distributed import planned_world_size
-from imagenet_training.loss import recipe_loss
-from imagenet_training.model import drop_path_notices, model_size, recipe_meta_model
-from imagenet_training.normalization import planned_normalization
-from imagenet_training.plan import plan_run
-from imagenet_training.recipe import Recipe
-from imagenet_training.summary import resolved_recipe, summary
-from imagenet_training.trial import try_model
+from dataclasses import replace
+
+import torch
+
+from imagenet_training.data.augmentation import build_augmentations
+from imagenet_training.data.loaders import planned_data
+from imagenet_training.data.normalization import settle_normalization
+from imagenet_training.distributed import World, planned_world_size
+from imagenet_training.models.architectures import drop_path_notices, model_size, recipe_meta_model
+from imagenet_training.planning.plan import plan_run
+from imagenet_training.planning.recipe import Recipe
+from imagenet_training.run.resume import choose_checkpoint
+from imagenet_training.run.summary import resolved_recipe, summary
+from imagenet_training.training.loss import recipe_loss
+from imagenet_training.training.trial import try_model
 
 
 def show_plan(recipe: Recipe) -> None:
@@ -30,3 +35,10 @@ def show_plan(recipe: Recipe) -> None:
     print(f"\n{resolved_recipe(recipe)}")
     for line in [*recipe.notices, *plan.notices, *data.notices, *drop_path_notices(recipe, model)]:
         print(f"note: {line}")
+
+
+def planned_normalization(recipe: Recipe) -> Recipe:
+    """Return a recipe with the numbers that a run would take. Nothing is created."""
+    point = choose_checkpoint(recipe, World(0, 0, 1, 1, torch.device("cpu")))
+    settled = settle_normalization(recipe, point.content)
+    return replace(settled, notices=(*settled.notices, *point.notices))

@@ -13,25 +13,26 @@ from ffcv_ops import UserError
 from ffcv_ops.settings.collect import DEFAULT
 from ffcv_ops.settings.command_line import COMMAND_LINE
 from ffcv_ops.settings.fields import show
-from imagenet_training.card import ModelCard
-from imagenet_training.classes import names_of_weights
-from imagenet_training.data import TrainingData, build_val_loader, open_evaluation_data, settle_num_classes
+from imagenet_training.data.classes import names_of_weights
+from imagenet_training.data.loaders import TrainingData, build_val_loader, open_evaluation_data, settle_num_classes
+from imagenet_training.data.normalization import settle_normalization
 from imagenet_training.distributed import World, join
-from imagenet_training.epoch import evaluate
-from imagenet_training.failures import ending_with_status
-from imagenet_training.logs import RunLog
-from imagenet_training.model import find_library, model_size, recipe_meta_model
-from imagenet_training.normalization import settle_normalization
-from imagenet_training.plan import RunPlan, plan_run
-from imagenet_training.provenance import describe_run, differences
-from imagenet_training.recipe import Recipe
-from imagenet_training.resume import ResumePoint, choose_checkpoint, load_whole
-from imagenet_training.run_folder import report_evaluation, run_notices
+from imagenet_training.models.architectures import find_library, model_size, recipe_meta_model
+from imagenet_training.models.card import ModelCard
+from imagenet_training.models.precision import DTYPES
+from imagenet_training.models.weight_file import read_weight_file
+from imagenet_training.planning.plan import RunPlan, plan_run
+from imagenet_training.planning.recipe import Recipe
+from imagenet_training.reports.logs import RunLog
+from imagenet_training.run.provenance import describe_run, differences
+from imagenet_training.run.resume import ResumePoint, choose_checkpoint, load_whole
+from imagenet_training.run.run_folder import report_evaluation, run_notices
+from imagenet_training.run.summary import evaluation_summary, resolved_recipe
 from imagenet_training.state import TrainState
-from imagenet_training.summary import evaluation_summary, resolved_recipe
-from imagenet_training.trainer import DTYPES, Trainer, build_trainer, unwrapped
-from imagenet_training.trial import try_model
-from imagenet_training.weight_file import read_weight_file
+from imagenet_training.training.epoch import evaluate
+from imagenet_training.training.failures import ending_with_status
+from imagenet_training.training.trainer import Trainer, build_trainer, unwrapped
+from imagenet_training.training.trial import try_model
 
 # The settings outside section `validation` that change the result of an evaluation, if a recipe has them.
 _OUTSIDE_VALIDATION = (

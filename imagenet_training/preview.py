@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from imagenet_training import distributed
-from imagenet_training.augmentation import describe_augmentations
-from imagenet_training.contact_sheet import caption, class_names, denormalized, draw_contact_sheet, take_images
-from imagenet_training.data import build_random_crop, build_train_loader, open_train_file
-from imagenet_training.normalization import pixel_statistics
-from imagenet_training.recipe import Recipe
-from imagenet_training.schedule import resolution_of
-from imagenet_training.trainer import DTYPES
+from imagenet_training.data.augmentation import describe_augmentations
+from imagenet_training.data.contact_sheet import caption, class_names, denormalized, draw_contact_sheet, take_images
+from imagenet_training.data.loaders import build_random_crop, build_train_loader, open_train_file
+from imagenet_training.data.normalization import pixel_statistics
+from imagenet_training.models.precision import DTYPES
+from imagenet_training.planning.recipe import Recipe
+from imagenet_training.planning.schedule import resolution_of
 
 
 def draw_preview(recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ class TrainState:
     """The position of a run, as stored with every checkpoint.
 
     A position is counted in epochs and samples, which mean the same for every batch size and number of processes. The
-    plan of a run tells the steps that belong to a position; see `imagenet_training.plan.RunPlan.step_at`.
+    plan of a run tells the steps that belong to a position; see `imagenet_training.planning.plan.RunPlan.step_at`.
 
     Attributes
     ----------

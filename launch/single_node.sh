@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=.venv/bin/python
 [ -x $python ] || { echo "single_node.sh: there is no .venv: run make setup first." >&2; exit 1; }
-$python -m imagenet_training.recipe "$@" # checks the settings: torchrun would start a run with a mistake four times
+$python -m imagenet_training.planning.recipe "$@" # checks the settings: torchrun would start a run with a mistake four times
 
 processes=${NPROC:-$($python -c 'import torch; print(torch.cuda.device_count())')}
 if [ "$processes" -eq 0 ]; then

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from imagenet_training.plan import RunPlan
+from imagenet_training.planning.plan import RunPlan
 
 
 def make_plan(steps_per_epoch: int = 1, **numbers: Any) -> RunPlan:

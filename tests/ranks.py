@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 
-import imagenet_training.run_folder  # noqa: F401  so that no fork has to import it
+import imagenet_training.run.run_folder  # noqa: F401  so that no fork has to import it
 import train_imagenet
 
 

@@ -31,7 +31,7 @@ class Tape(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """`imagenet_training.recorded.Recorder` of tapes. Unlike a CUDA graph, work that is recorded also runs once."""
+    """A `Recorder` of tapes. Unlike a CUDA graph, work that is recorded also runs once."""
 
     def __init__(self):
         self.tapes = []

@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 from PIL import Image
 
-from imagenet_training.card import IMAGENET_MEAN, IMAGENET_STD
+from imagenet_training.models.card import IMAGENET_MEAN, IMAGENET_STD
 
 # ImageNet's statistics in units of 0 to 255.
 PIXEL_MEAN, PIXEL_STD = (tuple(255 * value for value in values) for values in (IMAGENET_MEAN, IMAGENET_STD))

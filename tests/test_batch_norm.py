@@ -23,8 +23,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from imagenet_training import batch_norm
-from imagenet_training.batch_norm import Tiles, fuse_batch_norms
+from imagenet_training.models import batch_norm
+from imagenet_training.models.batch_norm import Tiles, fuse_batch_norms
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:

@@ -16,26 +16,26 @@ from plans import make_plan
 from safetensors.torch import load_file, save_file
 
 from ffcv_ops import UserError
-from imagenet_training import checkpoint
-from imagenet_training.background import BackgroundTask
-from imagenet_training.card import ModelCard
-from imagenet_training.checkpoint import (
+from imagenet_training.distributed import World
+from imagenet_training.models.architectures import build_model
+from imagenet_training.models.card import ModelCard
+from imagenet_training.models.export import export_weights
+from imagenet_training.planning.recipe import read_recipe
+from imagenet_training.reports.background import BackgroundTask
+from imagenet_training.run import checkpoint
+from imagenet_training.run.checkpoint import (
     CheckpointFolder,
     checkpoint_content,
     copy_to_cpu,
     read_checkpoint,
     save_atomically,
 )
-from imagenet_training.distributed import World
-from imagenet_training.export import export_weights
-from imagenet_training.loss import soft_target_cross_entropy
-from imagenet_training.model import build_model
-from imagenet_training.optim import build_ema, build_optimizer
-from imagenet_training.recipe import read_recipe
-from imagenet_training.resume import ResumePoint, restore
-from imagenet_training.run_folder import check_folder
+from imagenet_training.run.resume import ResumePoint, restore
+from imagenet_training.run.run_folder import check_folder
 from imagenet_training.state import TrainState
-from imagenet_training.trainer import Trainer
+from imagenet_training.training.loss import soft_target_cross_entropy
+from imagenet_training.training.optim import build_ema, build_optimizer
+from imagenet_training.training.trainer import Trainer
 
 WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 
@@ -342,7 +342,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 def test_killed_while_saving_leaves_a_whole_file(tmp_path):
     program = textwrap.dedent("""
         import sys, pathlib, torch
-        from imagenet_training.checkpoint import save_atomically
+        from imagenet_training.run.checkpoint import save_atomically
         for number in range(10**6):
             content = {"format": 1, "state": {}, "tensor": torch.full((500_000,), float(number))}
             save_atomically(content, pathlib.Path(sys.argv[1]))

@@ -13,9 +13,9 @@ from torch import nn
 from ffcv_ops import UserError, read_beton
 from ffcv_ops.writing.plan import WriteSettings
 from ffcv_ops.writing.writer import write
-from imagenet_training.classes import imagenet_names, match_classes, order_notices
+from imagenet_training.data.classes import imagenet_names, match_classes, order_notices
 from imagenet_training.distributed import World
-from imagenet_training.epoch import measure
+from imagenet_training.training.epoch import measure
 
 WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 ANIMALS = ["ant", "bee", "cow", "dog", "eel"]

@@ -7,7 +7,7 @@ import torch
 from betons import photographs
 from reference import PIXEL_MEAN, PIXEL_STD
 
-from imagenet_training.contact_sheet import (
+from imagenet_training.data.contact_sheet import (
     NUM_IMAGES,
     caption,
     class_names,

@@ -9,7 +9,7 @@ from ffcv_ops.beton import describe as d
 from ffcv_ops.sources.folder import scan
 from ffcv_ops.writing.plan import WriteSettings
 from ffcv_ops.writing.writer import write
-from imagenet_training.file_sheet import choose_samples, decode_samples, fit_into_squares
+from imagenet_training.data.file_sheet import choose_samples, decode_samples, fit_into_squares
 
 
 @pytest.fixture

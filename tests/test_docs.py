@@ -32,9 +32,9 @@ import write_beton
 from ffcv_ops.settings.collect import read_settings
 from ffcv_ops.settings.declare import parameters_of
 from imagenet_training import ModelCard
-from imagenet_training.export import export_weights
-from imagenet_training.model import build_model
-from imagenet_training.recipe import FLAGS, Recipe, read_recipe
+from imagenet_training.models.architectures import build_model
+from imagenet_training.models.export import export_weights
+from imagenet_training.planning.recipe import FLAGS, Recipe, read_recipe
 
 pytestmark = pytest.mark.slow
 

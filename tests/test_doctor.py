@@ -20,8 +20,8 @@ from ffcv_ops import _kernels, read_beton
 from ffcv_ops.writing import command as write_command
 from imagenet_training import doctor
 from imagenet_training import doctor_checks as checks
-from imagenet_training import wandb as wandb_runs
-from imagenet_training.sections import Data
+from imagenet_training.planning.sections import Data
+from imagenet_training.reports import wandb as wandb_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 STDLIB_ONLY = [

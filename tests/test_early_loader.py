@@ -7,7 +7,7 @@ import pytest
 from betons import photographs, write_images
 
 from ffcv_ops import CenterCrop, Label, Loader, OrderOption, UserError
-from imagenet_training.data import EarlyLoader
+from imagenet_training.data.loaders import EarlyLoader
 
 OPTIONS = {"num_workers": 1, "order": OrderOption.RANDOM, "seed": 3}
 

@@ -12,13 +12,17 @@ from plans import make_plan
 from torch import nn
 
 from ffcv_ops.errors import UserError
-from imagenet_training.classes import ClassMatch
+from imagenet_training.data.classes import ClassMatch
 from imagenet_training.distributed import World
-from imagenet_training.epoch import calling_at_last, evaluate, measure, train_epoch
-from imagenet_training.failures import RunError
-from imagenet_training.logs import RunLog
-from imagenet_training.loss import soft_target_cross_entropy
-from imagenet_training.meters import (
+from imagenet_training.models.precision import allow_tf32
+from imagenet_training.planning.plan import plan_run
+from imagenet_training.planning.recipe import read_recipe
+from imagenet_training.reports.logs import RunLog
+from imagenet_training.state import TrainState
+from imagenet_training.training.epoch import calling_at_last, evaluate, measure, train_epoch
+from imagenet_training.training.failures import RunError
+from imagenet_training.training.loss import soft_target_cross_entropy
+from imagenet_training.training.meters import (
     AccuracyMeter,
     EtaEstimator,
     NonFiniteGuard,
@@ -26,13 +30,10 @@ from imagenet_training.meters import (
     StepClock,
     accuracy_metrics,
 )
-from imagenet_training.optim import build_optimizer
-from imagenet_training.plan import plan_run
-from imagenet_training.preemption import StopRequest
-from imagenet_training.recipe import read_recipe
-from imagenet_training.state import TrainState
-from imagenet_training.step_mode import COMPILED, EAGER
-from imagenet_training.trainer import Trainer, allow_tf32, build_trainer, infinite_buffers, make_deterministic
+from imagenet_training.training.optim import build_optimizer
+from imagenet_training.training.preemption import StopRequest
+from imagenet_training.training.step_mode import COMPILED, EAGER
+from imagenet_training.training.trainer import Trainer, build_trainer, infinite_buffers, make_deterministic
 
 WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 

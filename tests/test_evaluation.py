@@ -18,13 +18,13 @@ import train_imagenet
 from ffcv_ops import UserError, read_beton
 from ffcv_ops.writing.plan import WriteSettings
 from ffcv_ops.writing.writer import write
-from imagenet_training.checkpoint import save_atomically
-from imagenet_training.data import build_val_loader
+from imagenet_training.data.loaders import build_val_loader
 from imagenet_training.distributed import World
-from imagenet_training.epoch import measure
 from imagenet_training.evaluation import differences_from_published
-from imagenet_training.predictions import Predictions
-from imagenet_training.recipe import read_recipe
+from imagenet_training.planning.recipe import read_recipe
+from imagenet_training.reports.predictions import Predictions
+from imagenet_training.run.checkpoint import save_atomically
+from imagenet_training.training.epoch import measure
 
 pytestmark = pytest.mark.slow
 

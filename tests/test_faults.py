@@ -450,7 +450,7 @@ class Probes:
     def decayed(self):
         from torchvision.models import resnet50
 
-        from imagenet_training.optim import parameter_groups
+        from imagenet_training.training.optim import parameter_groups
 
         model = resnet50()
         norms = {name for name, part in model.named_modules() if isinstance(part, self.torch.nn.BatchNorm2d)}

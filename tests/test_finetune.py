@@ -8,9 +8,9 @@ from betons import write_digits
 
 import train_imagenet
 from imagenet_training import load_model
-from imagenet_training.data import planned_data, settle_num_classes
-from imagenet_training.model import build_model
-from imagenet_training.recipe import read_recipe
+from imagenet_training.data.loaders import planned_data, settle_num_classes
+from imagenet_training.models.architectures import build_model
+from imagenet_training.planning.recipe import read_recipe
 
 pytestmark = pytest.mark.slow
 

@@ -21,17 +21,17 @@ from reference import PIXEL_MEAN, PIXEL_STD
 
 import train_imagenet
 from ffcv_ops import Label, Loader, Mix, Normalize, OrderOption, RandomResizedCrop
-from imagenet_training.data import build_loaders
+from imagenet_training.data.loaders import build_loaders
 from imagenet_training.distributed import World
-from imagenet_training.epoch import train_epoch
-from imagenet_training.logs import RunLog
-from imagenet_training.meters import EtaEstimator, PredictionRecorder
-from imagenet_training.preemption import PREEMPTED, StopRequest
-from imagenet_training.recipe import read_recipe
+from imagenet_training.models.precision import allow_tf32
+from imagenet_training.models.stem import replace_stem
+from imagenet_training.planning.recipe import read_recipe
+from imagenet_training.reports.logs import RunLog
 from imagenet_training.state import TrainState
-from imagenet_training.stem import replace_stem
-from imagenet_training.step_mode import prepare_step
-from imagenet_training.trainer import allow_tf32
+from imagenet_training.training.epoch import train_epoch
+from imagenet_training.training.meters import EtaEstimator, PredictionRecorder
+from imagenet_training.training.preemption import PREEMPTED, StopRequest
+from imagenet_training.training.step_mode import prepare_step
 
 ROOT = Path(__file__).parent.parent
 NUM_CLASSES = 4
@@ -113,7 +113,7 @@ def test_deterministic_runs_end_with_the_same_bits_recorded_or_not(beton, tmp_pa
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_max_pooling_is_that_of_pytorch(dtype):
-    from imagenet_training.max_pool import max_pool
+    from imagenet_training.models.max_pool import max_pool
 
     torch.manual_seed(0)
     images = (torch.randn(6, 24, 20, 36, device="cuda", dtype=dtype) * 4).round() / 4  # many are equal

@@ -16,7 +16,7 @@ from ffcv_ops.sources.kinds import SourceSpec, open_source
 from ffcv_ops.writing.command import FLAGS, WriteBeton, check_other_split, choose_source, read_train_classes
 from ffcv_ops.writing.plan import WriteSettings
 from ffcv_ops.writing.writer import write
-from imagenet_training.data import shared_image_notices
+from imagenet_training.data.loaders import shared_image_notices
 
 SCRIPT = Path(__file__).parents[1] / "write_beton.py"
 COUNTS = {"ant": 30, "bee": 12, "cat": 3, "dog": 2, "eel": 1}

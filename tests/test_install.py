@@ -15,8 +15,8 @@ from documents import DOCUMENTS
 from setuptools import build_meta
 
 import ffcv_ops
-from imagenet_training import provenance
-from imagenet_training import recipe as recipe_module
+from imagenet_training.planning import recipe as recipe_module
+from imagenet_training.run import provenance
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +83,7 @@ def test_a_wheel_holds_what_runs(wheel):
     }
     recipes = {str(path.relative_to(ROOT)) for path in ROOT.glob("*_configs/*.yaml")}
     typed = {"ffcv_ops/py.typed", "imagenet_training/py.typed"}
-    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "imagenet_training/templates").iterdir()}
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "imagenet_training/reports/templates").iterdir()}
     expected = code | recipes | typed | templates | {"train_imagenet.py", "write_beton.py"}
     assert {name for name in names if ".dist-info/" not in name} == expected
 

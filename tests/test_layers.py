@@ -10,13 +10,13 @@ from timm.optim import param_groups_layer_decay
 
 from ffcv_ops.errors import UserError
 from imagenet_training.distributed import World
-from imagenet_training.layers import freeze_body, lr_scales, set_training_mode
-from imagenet_training.model import build_model, head_of
-from imagenet_training.optim import build_ema, build_optimizer
-from imagenet_training.plan import plan_run
-from imagenet_training.recipe import read_recipe
-from imagenet_training.resume import _restore_optimizer
-from imagenet_training.trainer import build_trainer
+from imagenet_training.models.architectures import build_model, head_of
+from imagenet_training.models.layers import freeze_body, lr_scales, set_training_mode
+from imagenet_training.planning.plan import plan_run
+from imagenet_training.planning.recipe import read_recipe
+from imagenet_training.run.resume import _restore_optimizer
+from imagenet_training.training.optim import build_ema, build_optimizer
+from imagenet_training.training.trainer import build_trainer
 
 
 def model_and_head(arch, library, num_classes=4):

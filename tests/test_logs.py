@@ -13,9 +13,9 @@ import cv2
 import pytest
 from terminals import run_on_terminal, screen
 
-from imagenet_training.logs import RunLog, data_wait, data_wait_advice, draw_curve, pace
-from imagenet_training.meters import EtaEstimator
+from imagenet_training.reports.logs import RunLog, data_wait, data_wait_advice, draw_curve, pace
 from imagenet_training.state import TrainState
+from imagenet_training.training.meters import EtaEstimator
 
 EXPECTED = {"train/acc1": {10: 35.0, 25: 55.0}, "val/acc1": {10: 30.0, 25: 60.0, 50: 65.0}}
 
@@ -108,7 +108,7 @@ def test_the_records_of_a_run_go_with_it_into_another_folder(tmp_path, capsys):
 
 SPEAKER = textwrap.dedent("""
     import pathlib, sys
-    from imagenet_training.logs import RunLog
+    from imagenet_training.reports.logs import RunLog
     from imagenet_training.state import TrainState
 
     log = RunLog(pathlib.Path(sys.argv[1]), is_main=True)
@@ -155,7 +155,7 @@ def test_a_terminal_shows_a_bar_for_passing_lines_and_the_log_file_keeps_them(sp
 TALKER = textwrap.dedent("""
     import pathlib, sys
     from ffcv_ops.console import call_if_reader_is_gone, protect_output
-    from imagenet_training.logs import RunLog
+    from imagenet_training.reports.logs import RunLog
     from imagenet_training.state import TrainState
 
     protect_output()

@@ -5,8 +5,8 @@ import timm.loss
 import torch
 import torch.nn.functional as F
 
-from imagenet_training.class_weights import effective_number_weights
-from imagenet_training.loss import build_loss, main_logits
+from imagenet_training.planning.class_weights import effective_number_weights
+from imagenet_training.training.loss import build_loss, main_logits
 
 LOGITS = torch.linspace(-3, 4, 24).reshape(4, 6).roll(2, 1)
 LABELS = torch.tensor([0, 5, 5, 2])

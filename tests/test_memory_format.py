@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from imagenet_training.card import ModelCard
 from imagenet_training.distributed import World
-from imagenet_training.export import export_weights, load_model
-from imagenet_training.memory_format import layer_without_channels_last, set_memory_format, to_channels_last
-from imagenet_training.model import build_meta_model, build_model, model_arguments
-from imagenet_training.plan import plan_run
-from imagenet_training.recipe import read_recipe
-from imagenet_training.trainer import build_trainer
+from imagenet_training.models.architectures import build_meta_model, build_model, model_arguments
+from imagenet_training.models.card import ModelCard
+from imagenet_training.models.export import export_weights, load_model
+from imagenet_training.models.memory_format import layer_without_channels_last, set_memory_format, to_channels_last
+from imagenet_training.planning.plan import plan_run
+from imagenet_training.planning.recipe import read_recipe
+from imagenet_training.training.trainer import build_trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=CPU)

@@ -9,8 +9,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from imagenet_training.checkpoint import unwrapped
-from imagenet_training.model import (
+from imagenet_training.models.architectures import (
     BlurPoolConv2d,
     build_model,
     can_compile,
@@ -21,7 +20,8 @@ from imagenet_training.model import (
     pretrained_state,
     recipe_meta_model,
 )
-from imagenet_training.recipe import read_recipe
+from imagenet_training.planning.recipe import read_recipe
+from imagenet_training.run.checkpoint import unwrapped
 
 IMAGES = torch.linspace(-2, 2, 2 * 3 * 64 * 64).reshape(2, 3, 64, 64)
 

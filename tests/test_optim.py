@@ -2,8 +2,8 @@
 
 import torch
 
-from imagenet_training.model import build_model
-from imagenet_training.optim import build_ema, build_optimizer, parameter_groups
+from imagenet_training.models.architectures import build_model
+from imagenet_training.training.optim import build_ema, build_optimizer, parameter_groups
 
 
 def test_one_dimensional_parameters_get_their_own_decay():

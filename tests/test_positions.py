@@ -13,22 +13,22 @@ from torch import nn
 
 from ffcv_ops import Label, Loader, OrderOption, UserError
 from ffcv_ops.lock import OwnerLock
-from imagenet_training.changes import best_notices, check_classes, check_rest_of_epoch, keeps_best, position_notices
-from imagenet_training.data import open_training_data
+from imagenet_training.data.loaders import open_training_data
 from imagenet_training.distributed import World
-from imagenet_training.epoch import train_epoch
-from imagenet_training.logs import RunLog
-from imagenet_training.loss import soft_target_cross_entropy
-from imagenet_training.meters import EtaEstimator
-from imagenet_training.model import recipe_meta_model
-from imagenet_training.optim import build_ema, build_optimizer
-from imagenet_training.plan import plan_run
-from imagenet_training.preemption import Stopped, StopRequest
-from imagenet_training.recipe import read_recipe
-from imagenet_training.resume import ResumePoint
-from imagenet_training.run_folder import RunFolder
+from imagenet_training.models.architectures import recipe_meta_model
+from imagenet_training.planning.plan import plan_run
+from imagenet_training.planning.recipe import read_recipe
+from imagenet_training.reports.logs import RunLog
+from imagenet_training.run.changes import best_notices, check_classes, check_rest_of_epoch, keeps_best, position_notices
+from imagenet_training.run.resume import ResumePoint
+from imagenet_training.run.run_folder import RunFolder
 from imagenet_training.state import TrainState
-from imagenet_training.trainer import Trainer, batch_place
+from imagenet_training.training.epoch import train_epoch
+from imagenet_training.training.loss import soft_target_cross_entropy
+from imagenet_training.training.meters import EtaEstimator
+from imagenet_training.training.optim import build_ema, build_optimizer
+from imagenet_training.training.preemption import Stopped, StopRequest
+from imagenet_training.training.trainer import Trainer, batch_place
 
 FROZEN = Path(__file__).parent / "frozen"
 CPU = torch.device("cpu")

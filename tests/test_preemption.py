@@ -18,8 +18,8 @@ from hosts import on_host, two_hosts
 
 from ffcv_ops import UserError, read_beton
 from ffcv_ops.loading.order import random_order
-from imagenet_training.plan import plan_run
-from imagenet_training.recipe import read_recipe
+from imagenet_training.planning.plan import plan_run
+from imagenet_training.planning.recipe import read_recipe
 from imagenet_training.state import TrainState
 
 pytestmark = pytest.mark.slow

@@ -24,9 +24,9 @@ from ffcv_ops.settings import Settings, read_settings, setting
 from ffcv_ops.settings.declare import parameters_of
 from ffcv_ops.settings.fields import Choice, Integer, Number, Switch, show
 from ffcv_ops.settings.suggestions import did_you_mean
-from imagenet_training.plan import plan_run, rescaled_ema_decay
-from imagenet_training.recipe import FLAGS, Recipe, expected_accuracy, read_recipe
-from imagenet_training.summary import resolved_recipe, summary
+from imagenet_training.planning.plan import plan_run, rescaled_ema_decay
+from imagenet_training.planning.recipe import FLAGS, Recipe, expected_accuracy, read_recipe
+from imagenet_training.run.summary import resolved_recipe, summary
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(ROOT.glob("rn*_configs/*.yaml"))
@@ -294,7 +294,7 @@ def test_mypy_knows_the_recipe(tmp_path):
     imports = (
         "from ffcv_ops.settings import setting",
         "from ffcv_ops.settings.fields import Text",
-        "from imagenet_training.recipe import read_recipe",
+        "from imagenet_training.planning.recipe import read_recipe",
         "recipe = read_recipe([])",
     )
     (tmp_path / "mine.py").write_text("\n".join([*imports, *lines]) + "\n")
@@ -315,7 +315,7 @@ def test_mypy_knows_the_recipe(tmp_path):
 
 
 def test_import_is_light():
-    code = "import sys, imagenet_training.recipe\n"
+    code = "import sys, imagenet_training.planning.recipe\n"
     code += "print([name for name in ('torch', 'numba', 'numpy') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -597,7 +597,7 @@ def test_did_you_mean():
 
 
 def test_a_script_ends_with_status_2_and_one_message():
-    code = "import sys; from imagenet_training.recipe import read_recipe; read_recipe(sys.argv[1:])"
+    code = "import sys; from imagenet_training.planning.recipe import read_recipe; read_recipe(sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", code, "--epoch=1"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: command line: unknown setting --epoch; did you mean --epochs or --training.epochs?\n"

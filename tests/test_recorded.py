@@ -11,12 +11,12 @@ from timm.layers import DropPath
 from torch import nn
 
 from imagenet_training.distributed import World
-from imagenet_training.logs import RunLog
-from imagenet_training.loss import soft_target_cross_entropy
-from imagenet_training.meters import EtaEstimator
-from imagenet_training.optim import build_ema, build_optimizer, parameter_groups
-from imagenet_training.recorded import RecordedStep, Snapshot
-from imagenet_training.step_mode import (
+from imagenet_training.reports.logs import RunLog
+from imagenet_training.training.loss import soft_target_cross_entropy
+from imagenet_training.training.meters import EtaEstimator
+from imagenet_training.training.optim import build_ema, build_optimizer, parameter_groups
+from imagenet_training.training.recorded import RecordedStep, Snapshot
+from imagenet_training.training.step_mode import (
     COMPILED,
     COMPILED_GRAPH,
     EAGER,
@@ -27,7 +27,7 @@ from imagenet_training.step_mode import (
     kept_mode,
     prepare_step,
 )
-from imagenet_training.trainer import Trainer
+from imagenet_training.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=CPU)
@@ -319,7 +319,7 @@ def test_a_resumed_run_keeps_the_mode_that_was_found():
 def test_which_modes_a_run_may_use(monkeypatch):
     gpu = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cuda", 0))
     ranks = World(rank=0, local_rank=0, world_size=2, local_world_size=2, device=torch.device("cuda", 0))
-    monkeypatch.setattr("imagenet_training.step_mode.can_compile", lambda device: device.type == "cuda")
+    monkeypatch.setattr("imagenet_training.training.step_mode.can_compile", lambda device: device.type == "cuda")
     assert candidate_modes("auto", WORLD, 10**6) == ((EAGER,), [])
     assert candidate_modes("auto", gpu, 10) == ((EAGER,), [])
     assert candidate_modes("auto", gpu, 1000) == ((EAGER, GRAPH), [])

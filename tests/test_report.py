@@ -13,10 +13,10 @@ import pytest
 from betons import photographs
 from browsers import PageReader, needs_chromium, screenshot
 
-from imagenet_training.charts import MAX_DOTS, SVG, Chart, Line, draw_charts, draw_svg
 from imagenet_training.compare import main, read_runs
-from imagenet_training.predictions import ClassResult, Predictions
-from imagenet_training.report import write_report
+from imagenet_training.reports.charts import MAX_DOTS, SVG, Chart, Line, draw_charts, draw_svg
+from imagenet_training.reports.predictions import ClassResult, Predictions
+from imagenet_training.reports.report import write_report
 
 HOSTILE = '</title><script>document.title="x"</script><img src=x onerror=alert(1)>"\'&'
 PROVENANCE = {
@@ -165,7 +165,7 @@ def test_a_report_is_written_without_an_epoch_and_without_numbers(tmp_path, coun
 
 
 def test_nothing_is_imported_before_a_page_is_written():
-    code = "import sys, imagenet_training.report, imagenet_training.compare; "
+    code = "import sys, imagenet_training.reports.report, imagenet_training.compare; "
     code += "print(sorted({'matplotlib', 'jinja2', 'torch', 'PIL'} & sys.modules.keys()))"
     root = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True).stdout == b"[]\n"

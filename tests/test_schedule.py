@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from imagenet_training.plan import plan_run
-from imagenet_training.recipe import read_recipe
+from imagenet_training.planning.plan import plan_run
+from imagenet_training.planning.recipe import read_recipe
 
 NUM_TRAIN = 1280  # ten steps of 128
 

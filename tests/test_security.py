@@ -17,9 +17,9 @@ from PIL import EpsImagePlugin, Image
 from ffcv_ops.codec import jpeg, region
 from ffcv_ops.sources.folder import scan
 from ffcv_ops.sources.image import load_image
-from imagenet_training.checkpoint import FORMAT, read_checkpoint
-from imagenet_training.model import find_library
-from imagenet_training.recipe import read_recipe
+from imagenet_training.models.architectures import find_library
+from imagenet_training.planning.recipe import read_recipe
+from imagenet_training.run.checkpoint import FORMAT, read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,7 +13,7 @@ import torch
 import torchvision
 from torch import nn
 
-from imagenet_training.stem import StemConv2d, StemMaxPool2d, replace_stem
+from imagenet_training.models.stem import StemConv2d, StemMaxPool2d, replace_stem
 
 pytest.importorskip("triton")
 
@@ -64,8 +64,8 @@ INTERPRETED = """
 import copy, torch
 import torch.nn.functional as F
 from torch import nn
-from imagenet_training.max_pool import OPERATION, max_pool
-from imagenet_training.stem import replace_stem
+from imagenet_training.models.max_pool import OPERATION, max_pool
+from imagenet_training.models.stem import replace_stem
 
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     torch.manual_seed(0)
@@ -136,7 +136,7 @@ def test_kernels_compile_for_a_gpu_and_read_16_bytes_at_once(kind):
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_kernel
 
-    from imagenet_training import max_pool
+    from imagenet_training.models import max_pool
 
     kinds = {"images": f"*{kind}", "gradient": f"*{kind}", "pooled": f"*{kind}", "result": f"*{kind}", "places": "*i8"}
     for kernel in (max_pool._pool, max_pool._spread):

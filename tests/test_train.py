@@ -31,13 +31,13 @@ from wandb.proto import wandb_internal_pb2
 import train_imagenet
 from ffcv_ops import lock, read_beton
 from ffcv_ops.writing.writer import write
-from imagenet_training import model
-from imagenet_training.data import build_random_crop, build_train_loader, open_train_file
+from imagenet_training.data.loaders import build_random_crop, build_train_loader, open_train_file
 from imagenet_training.distributed import start
-from imagenet_training.predictions import Predictions
-from imagenet_training.provenance import differences
-from imagenet_training.recipe import read_recipe
-from imagenet_training.report import NUM_MISTAKES_SHOWN
+from imagenet_training.models import architectures as model
+from imagenet_training.planning.recipe import read_recipe
+from imagenet_training.reports.predictions import Predictions
+from imagenet_training.reports.report import NUM_MISTAKES_SHOWN
+from imagenet_training.run.provenance import differences
 from imagenet_training.state import TrainState
 
 pytestmark = pytest.mark.slow
@@ -323,8 +323,8 @@ def test_two_processes_agree_and_count_each_validation_sample_once(recipe, tmp_p
         import torch
         import torch.distributed as dist
         import train_imagenet
-        from imagenet_training.run_folder import RunFolder
-        from imagenet_training.trainer import unwrapped
+        from imagenet_training.run.run_folder import RunFolder
+        from imagenet_training.training.trainer import unwrapped
 
         def compare_ranks(folder):
             for name, value in unwrapped(folder.trainer.model).state_dict().items():
@@ -506,7 +506,7 @@ def test_a_bug_keeps_its_traceback(recipe, tmp_path):
         import sys
         import numpy as np
         import train_imagenet
-        from imagenet_training import trainer
+        from imagenet_training.training import trainer
 
         trainer.build_model = lambda *arguments, **options: np.zeros(3) + np.zeros(4)
         train_imagenet.main()

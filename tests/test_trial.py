@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from imagenet_training.loss import recipe_loss
-from imagenet_training.model import build_meta_model, build_model, model_arguments, recipe_meta_model
-from imagenet_training.plan import plan_run
-from imagenet_training.recipe import read_recipe
-from imagenet_training.trial import Trial, candidates, try_model
+from imagenet_training.models.architectures import build_meta_model, build_model, model_arguments, recipe_meta_model
+from imagenet_training.planning.plan import plan_run
+from imagenet_training.planning.recipe import read_recipe
+from imagenet_training.training.loss import recipe_loss
+from imagenet_training.training.trial import Trial, candidates, try_model
 
 
 def recipe_of(arch, sizes=(32, 32, 32), *arguments):

@@ -16,7 +16,7 @@ from ffcv_ops.codec import jpeg, region
 from ffcv_ops.errors import UserError
 from ffcv_ops.progress import Progress
 from ffcv_ops.sources.image import Change, read_image
-from imagenet_training.file_sheet import decode_samples
+from imagenet_training.data.file_sheet import decode_samples
 from write_beton import run_verify
 
 PHOTOGRAPH = load_sample_images().images[0][:70, :90]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from imagenet_training.reports.wandb import copy_parts, cut_torn_end, read_parts, start_wandb, sync_command
 from imagenet_training.state import TrainState
-from imagenet_training.wandb import copy_parts, cut_torn_end, read_parts, start_wandb, sync_command
 
 ROOT = Path(__file__).parent.parent
 PROVENANCE = {"recipe": {"wandb": {"enable": True, "project": "p", "name": None}}, "file": "caf\udce9"}
@@ -24,7 +24,7 @@ def start(folder, state, lines, records=()):
 
 def rows(folder, wandb_id):
     """The rows of all parts in their order: step, epoch or None."""
-    from imagenet_training.wandb import _read_log
+    from imagenet_training.reports.wandb import _read_log
 
     found = []
     for part in read_parts(folder, wandb_id):
@@ -124,7 +124,7 @@ def test_a_folder_that_wandb_cannot_name_ends_no_run(tmp_path):
     script = """
         import os, pathlib, sys
         from imagenet_training.state import TrainState
-        from imagenet_training.wandb import start_wandb
+        from imagenet_training.reports.wandb import start_wandb
 
         folder = pathlib.Path(sys.argv[1]) / os.fsdecode(b"caf\\xe9")
         folder.mkdir()
@@ -141,7 +141,7 @@ SURVIVOR = textwrap.dedent("""
     import pathlib, sys
     import psutil
     from imagenet_training.state import TrainState
-    from imagenet_training.wandb import start_wandb
+    from imagenet_training.reports.wandb import start_wandb
 
     provenance = {"recipe": {"wandb": {"enable": True, "project": "p", "name": None}}}
     run = start_wandb(TrainState(run_name="train_x"), provenance, pathlib.Path(sys.argv[1]), print)

@@ -21,17 +21,18 @@ from torch.optim.swa_utils import AveragedModel
 from ffcv_ops import UserError
 from ffcv_ops.settings.fields import Channels
 from imagenet_training import ModelCard, load_model
-from imagenet_training.card import CARD_KEY, IMAGENET_MEAN, IMAGENET_STD
-from imagenet_training.classes import head_notices
+from imagenet_training.data.classes import head_notices
+from imagenet_training.data.normalization import settle_normalization
 from imagenet_training.distributed import World
-from imagenet_training.epoch import measure
+from imagenet_training.dry_run import planned_normalization
 from imagenet_training.evaluation import settings_of
-from imagenet_training.export import export_weights, use_of_weights
-from imagenet_training.model import build_model, head_of, model_arguments
-from imagenet_training.normalization import planned_normalization, settle_normalization
-from imagenet_training.recipe import read_recipe
-from imagenet_training.sections import Validation
-from imagenet_training.weights import _present_names
+from imagenet_training.models.architectures import build_model, head_of, model_arguments
+from imagenet_training.models.card import CARD_KEY, IMAGENET_MEAN, IMAGENET_STD
+from imagenet_training.models.export import export_weights, use_of_weights
+from imagenet_training.models.weights import _present_names
+from imagenet_training.planning.recipe import read_recipe
+from imagenet_training.planning.sections import Validation
+from imagenet_training.training.epoch import measure
 
 ROOT = Path(__file__).parent.parent
 ARCH = {"arch": "test_resnet", "library": "timm", "num_classes": 4}
@@ -408,7 +409,7 @@ def test_exported_weights_bring_the_settings_of_their_evaluation():
     # A batch changes no accuracy, and the classes are those of one file of images.
     names = {field.name for field in dataclasses.fields(Validation)} - {"batch_size", "classes"}
     assert settings_of(card_of())["validation"].keys() == names, (
-        "add the setting to ModelCard and its _SETTINGS (imagenet_training/card.py), and to settings_of "
+        "add the setting to ModelCard and its _SETTINGS (imagenet_training/models/card.py), and to settings_of "
         "(imagenet_training/evaluation.py): else exported weights are evaluated with its default"
     )
 

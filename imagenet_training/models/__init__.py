@@ -1,0 +1,1 @@
+"""Models: architectures, their weights, and layers in forms that compute faster."""

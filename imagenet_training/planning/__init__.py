@@ -1,0 +1,1 @@
+"""From settings to the arithmetic of a run, without a model or data."""

@@ -1,0 +1,1 @@
+"""Steps and epochs: the trainer, its losses and meters, and the early end."""
