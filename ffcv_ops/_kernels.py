@@ -1,7 +1,9 @@
 """Compile kernels with Numba, and keep them on disk until a source of theirs changes, also in another module."""
 
 import hashlib
+import logging
 import sys
+import time
 from collections.abc import Callable
 from functools import cache, partial
 from types import ModuleType
@@ -9,10 +11,13 @@ from typing import Any
 
 import numba as nb
 from numba.core import config
+from numba.core import event as events
 from numba.core.caching import FunctionCache
 from numba.core.registry import cpu_target
 
 _PACKAGE = __name__.partition(".")[0]
+# A compilation that has taken so long is logged.
+_LONG_S = 3
 
 
 def _can_cache() -> bool:
@@ -86,3 +91,29 @@ def _used_by(name: str, found: set[str]) -> set[str]:
             if isinstance(used, str):
                 _used_by(used, found)
     return found
+
+
+class _CompilationNotice(events.Listener):
+    """Log once, to the logger ``ffcv_ops``, that kernels are compiled. Without this, a first start seems to hang."""
+
+    def __init__(self) -> None:
+        self._starts: list[float] = []  # of a kernel, and of those that are compiled for it
+        self.logged = False
+
+    def on_start(self, event: events.Event) -> None:
+        self._starts.append(time.perf_counter())
+
+    def on_end(self, event: events.Event) -> None:
+        taken_s = time.perf_counter() - self._starts[0]
+        self._starts.pop()
+        module = event.data["dispatcher"].py_func.__module__
+        if taken_s > _LONG_S and not self.logged and module.partition(".")[0] == _PACKAGE:
+            self.logged = True
+            kept = "once" if CAN_CACHE else "at each start, because their folder cannot be written (make doctor)"
+            logging.getLogger(_PACKAGE).warning(
+                "compiling the data path for this processor: this takes about a minute, %s", kept
+            )
+
+
+_compilation_notice = _CompilationNotice()
+events.register("numba:compile", _compilation_notice)

@@ -121,3 +121,19 @@ def test_no_code_for_avx2_without_a_compiler_for_it(setting):
     command = [sys.executable, "-c", "from ffcv_ops import _kernels; print(_kernels.HAS_AVX2)"]
     done = subprocess.run(command, env={**os.environ, name: value}, capture_output=True, text=True, timeout=600)
     assert done.stdout == "False\n", done.stderr
+
+
+def test_a_long_compilation_is_logged_once(monkeypatch, caplog):
+    import numba
+
+    monkeypatch.setattr(kernels, "_LONG_S", 0)
+    monkeypatch.setattr(kernels._compilation_notice, "logged", False)
+    for module in ("another", "ffcv_ops.of_this_test", "ffcv_ops.of_this_test"):
+
+        def increment(number):
+            return number + 1
+
+        increment.__module__ = module
+        assert numba.njit(increment)(1) == 2
+        assert len(caplog.records) == (module != "another")
+    assert caplog.records[0].name == "ffcv_ops" and "takes about a minute" in caplog.text

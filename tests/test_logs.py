@@ -107,7 +107,7 @@ def test_the_records_of_a_run_go_with_it_into_another_folder(tmp_path, capsys):
 
 
 SPEAKER = textwrap.dedent("""
-    import pathlib, sys
+    import logging, pathlib, sys
     from imagenet_training.reports.logs import RunLog
     from imagenet_training.state import TrainState
 
@@ -119,10 +119,12 @@ SPEAKER = textwrap.dedent("""
             log._progress(f"step {number + 1}", "loss 0.5, figures that a narrow terminal has no room for")
             if number == 9:
                 log.print("expected")
+            if number == 19:
+                logging.getLogger("ffcv_ops").warning("compiling")
     log.print("after")
     log.close()
 """)
-LINES = ["before", "step 10", "expected", "step 20", "step 30", "step 40", "after"]
+LINES = ["before", "step 10", "expected", "step 20", "note: compiling", "step 30", "step 40", "after"]
 
 
 @pytest.fixture
@@ -145,7 +147,7 @@ def test_a_terminal_shows_a_bar_for_passing_lines_and_the_log_file_keeps_them(sp
     command, environment, log = speaker
     status, written = run_on_terminal(command, columns=columns, env={**environment, "NO_COLOR": "1"})
     assert status == 0 and log.read_text().splitlines() == LINES
-    assert [line for line in screen(written) if line] == ["before", "expected", "after"]
+    assert [line for line in screen(written) if line] == ["before", "expected", "note: compiling", "after"]
     bars = [part for part in written.replace("\n", "\r").split("\r") if part.startswith("epoch 0")]
     assert " 1/41" in bars[0] and len(bars) > 4
     assert max(map(len, bars)) <= columns and "\x1b[3" not in written, "no colours"

@@ -1,6 +1,7 @@
 """Run tasks in processes of this machine. They end with the process that started them, even if it is killed."""
 
 import contextlib
+import logging
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.context
@@ -61,6 +62,7 @@ def end_if_imported() -> None:
 def set_up_process() -> None:
     """Prepare a process that works on tasks and on nothing else."""
     warnings.simplefilter("ignore")  # Pillow warns about metadata that nobody reads
+    logging.getLogger("ffcv_ops").setLevel(logging.ERROR)  # otherwise all processes would log that they compile
     import cv2
 
     cv2.setNumThreads(1)

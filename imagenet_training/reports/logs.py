@@ -1,6 +1,7 @@
 """Log a run: console, log file, a JSONL record of every epoch, a curve."""
 
 import json
+import logging
 import shutil
 import sys
 import time
@@ -77,6 +78,7 @@ class RunLog:
         self._bar: tqdm | None = None
         self._printed_pace = self._printed_failure = False
         self.last: dict[str, float] = {}
+        self._library_notes = _LibraryNotes(self)
 
     @property
     def eta(self) -> "EtaEstimator":
@@ -183,6 +185,7 @@ class RunLog:
         """
         state.run_name = state.run_name or time.strftime("train_%Y-%m-%d_%H-%M-%S")
         self._run_name = state.run_name
+        logging.getLogger("ffcv_ops").addHandler(self._library_notes)
         if not self.is_main:
             return
         path = self.folder / f"{state.run_name}.log"
@@ -292,6 +295,7 @@ class RunLog:
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the W&B run and the log file."""
+        logging.getLogger("ffcv_ops").removeHandler(self._library_notes)
         if self._bar is not None:
             self._bar.close()
         if self._wandb is not None:
@@ -301,6 +305,17 @@ class RunLog:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+class _LibraryNotes(logging.Handler):
+    """Print what the data path logs, such as the compilation of its kernels."""
+
+    def __init__(self, log: RunLog):
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log.print(f"note: {record.getMessage()}")
 
 
 def unwritten(path: Path, error: OSError) -> str:
