@@ -64,7 +64,7 @@ def hold_out(source: Source, share: float, split: str | None, stage: Stage = lam
         keys=source.keys.take(chosen),
         labels=source.labels[chosen],
         places=source.places[chosen],
-        sizes_bytes=None if source.sizes_bytes is None else source.sizes_bytes[chosen],
+        sizes_bytes=source.sizes_bytes[chosen],
         facts={**source.facts, "hold_out": share, "split": split},
         remarks=[*source.remarks, *remarks],
     )
@@ -90,7 +90,7 @@ def _choose(source: Source, share: float) -> np.ndarray:
 
 def _same_bytes(source: Source, is_held: np.ndarray, stage: Stage) -> np.ndarray:
     """Return the numbers of the images that are held out and have the bytes of one that is not."""
-    sizes = np.zeros(len(is_held)) if source.sizes_bytes is None else source.sizes_bytes
+    sizes = source.sizes_bytes
     doubtful = np.flatnonzero(np.isin(sizes, np.intersect1d(sizes[is_held], sizes[~is_held])))
 
     def hash_images(images: np.ndarray, count: Count) -> list[int]:

@@ -13,7 +13,7 @@ from ffcv_ops.files import replacing
 from ffcv_ops.sources.remarks import Remark
 from ffcv_ops.sources.source import PackedKeys, Reader, Source
 
-_VERSION = 1
+_VERSION = 2
 
 
 def with_index(source: Source, rests_on: Any) -> Source:

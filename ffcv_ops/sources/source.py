@@ -126,8 +126,8 @@ class Source:
         The class number of each image.
     places : ndarray of int64, shape (len(keys), P)
         What the reader needs to find each image, and to know that it is still the one that was listed.
-    sizes_bytes : ndarray of int64, shape (len(keys),), or None
-        The size of each image, if the listing knows it.
+    sizes_bytes : ndarray of int64, shape (len(keys),)
+        The size of each image.
     reader : Reader
     identity : list
         What `places` rest on, in JSON's types, such as name, size and time of change of archives. The journal of a file
@@ -146,7 +146,7 @@ class Source:
     keys: PackedKeys
     labels: np.ndarray
     places: np.ndarray
-    sizes_bytes: np.ndarray | None
+    sizes_bytes: np.ndarray
     reader: Reader
     identity: list[Any] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)

@@ -242,10 +242,7 @@ def _notice_after(time_s: float, notice: Notice, text: str) -> Iterator[None]:
 
 def _check_sizes(plan: WritePlan) -> None:
     """Raise BadImage for an empty file before the work, because the listing has the sizes."""
-    sizes_bytes = plan.source.sizes_bytes
-    if sizes_bytes is None:
-        return
-    empty = np.sort(plan.order[sizes_bytes[plan.order] == 0])
+    empty = np.sort(plan.order[plan.source.sizes_bytes[plan.order] == 0])
     if len(empty):
         more = f", as are {len(empty) - 1} more" if len(empty) > 1 else ""
         raise plan.bad_image(int(np.flatnonzero(plan.order == empty[0])[0]), f"the file is empty (0 bytes){more}")
