@@ -12,7 +12,7 @@ from ffcv_ops.sources.ranges import RangeFile, RangeReader
 from ffcv_ops.sources.remarks import HIDDEN_FILES, HIDDEN_FOLDERS, Tally
 from ffcv_ops.sources.remote import public_name
 from ffcv_ops.sources.source import PackedKeys, Stage
-from ffcv_ops.sources.tar_headers import TarWalk
+from ffcv_ops.sources.tar_headers import TarWalk, check_not_compressed
 
 IMAGE_ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 _THREADS = 16
@@ -46,6 +46,13 @@ class Part:
             lambda offset, size: reader.read(self.file, offset, size), self.where, self.start, self.end,
             reader.window_sizes,
         )  # fmt: skip
+
+
+def whole_archives(files: Sequence[RangeFile], reader: RangeReader) -> list[Part]:
+    """Return the archives of a reader. Raise TarError if one is compressed."""
+    for number, file in enumerate(files):
+        check_not_compressed(reader.read(number, 0, 8), file.name)
+    return [Part(number, 0, file.size_bytes, file.name) for number, file in enumerate(files)]
 
 
 @dataclass

@@ -52,6 +52,10 @@ class Tally:
             before, first = self.found.get(kind, (0, example))
             self.found[kind] = before + count, first
 
+    def text(self) -> str:
+        """Return the counts in words, of files by their extensions."""
+        return ", ".join(f"{count} {kind or 'without extension'}" for kind, (count, _) in self.found.items())
+
     def merge(self, other: "Tally") -> None:
         """Add the counts of another tally."""
         for kind, (count, example) in other.found.items():

@@ -9,14 +9,14 @@ import numpy as np
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.addresses import expand, full_name
-from ffcv_ops.sources.archives import IMAGE_ENDINGS, ArchiveReader, Listing, Part, list_parts
+from ffcv_ops.sources.archives import IMAGE_ENDINGS, ArchiveReader, Listing, Part, list_parts, whole_archives
 from ffcv_ops.sources.in_threads import Count
 from ffcv_ops.sources.index import load_index, with_index
 from ffcv_ops.sources.labels import FLAT, assign, find_labels, number_remarks, read_labels
 from ffcv_ops.sources.ranges import RangeFile, RangeReader, list_file, list_files
 from ffcv_ops.sources.remarks import BESIDE, DEEPER, Remark, Tally, is_hidden, listing_remarks, similar_names
 from ffcv_ops.sources.source import PackedKeys, Source, Stage, find_twice, sort_keys
-from ffcv_ops.sources.tar_headers import FOLDER, HARD_LINK, SYMBOLIC_LINK, TarError, check_not_compressed
+from ffcv_ops.sources.tar_headers import FOLDER, HARD_LINK, SYMBOLIC_LINK, TarError
 
 if TYPE_CHECKING:
     from ffcv_ops.sources.kinds import SourceSpec
@@ -44,7 +44,8 @@ def open_tar(spec: "SourceSpec", stage: Stage) -> Source:
     table = read_labels(spec.labels) if spec.labels else None  # a mistake in it is found before the archive is listed
     listing = _list(files, RangeReader(files), stage)
     if not len(listing.names):
-        raise UserError(f"{spec.name}: has no images{_others(listing.extensions)}")
+        others = f" but other files ({listing.extensions.text()})" if listing.extensions.found else ""
+        raise UserError(f"{spec.name}: has no images{others}")
     if spec.split == "train" and _is_ilsvrc_val(listing):
         raise UserError(f"{spec.name}: holds ILSVRC's validation images; use --split val")
     if labels_path and (table or _is_ilsvrc_val(listing)):
@@ -107,10 +108,7 @@ def arrange(
 
 def _list(files: list[RangeFile], reader: RangeReader, stage: Stage) -> Listing:
     """Walk the archives, then the class archives within them."""
-    for number, file in enumerate(files):
-        check_not_compressed(reader.read(number, 0, 8), file.name)
-    parts = [Part(number, 0, file.size_bytes, file.name) for number, file in enumerate(files)]
-    inner: list[Part] = []
+    parts, inner = whole_archives(files, reader), list[Part]()
     listing = list_parts(parts, lambda part, count: _list_part(part, reader, count, inner, len(files) > 1), stage)
     if not inner:
         return listing
@@ -277,8 +275,3 @@ def _class_root(folders: set[bytes], spec: "SourceSpec") -> bytes:
             raise UserError(f"{spec.name}: holds the splits {', '.join(sorted(names))}; choose one with --split")
         return b"/".join([*parts[0][:depth], os.fsencode(spec.split or ""), b""])
     return b"/".join([*parts[0][:depth], b""]) if depth else b""
-
-
-def _others(extensions: Tally) -> str:
-    found = ", ".join(f"{count} {kind or 'without extension'}" for kind, (count, _) in extensions.found.items())
-    return f" but other files ({found})" if found else ""

@@ -8,23 +8,23 @@ value in ``.json``. Unlike in ``webdataset``, the files of a sample may lie anyw
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ffcv_ops.errors import UserError
-from ffcv_ops.sources.addresses import beside, exists, expand, full_name, is_pattern, read
-from ffcv_ops.sources.archives import ArchiveReader, Listing, Part, list_parts
+from ffcv_ops.sources.addresses import beside, exists, expand, full_name, read
+from ffcv_ops.sources.archives import ArchiveReader, Listing, Part, list_parts, whole_archives
 from ffcv_ops.sources.in_threads import Count
 from ffcv_ops.sources.index import load_index, with_index
 from ffcv_ops.sources.ranges import RangeReader, list_file, list_files
 from ffcv_ops.sources.remarks import listing_remarks
-from ffcv_ops.sources.remote import is_remote, public_name
+from ffcv_ops.sources.remote import public_name
 from ffcv_ops.sources.source import Source, SourceError, Stage
 from ffcv_ops.sources.splits import choose_split, shard_remarks
 from ffcv_ops.sources.tar import arrange, clean_name, is_image
-from ffcv_ops.sources.tar_headers import FILE, Member, check_not_compressed
+from ffcv_ops.sources.tar_headers import FILE, Member
 
 if TYPE_CHECKING:
     from ffcv_ops.sources.kinds import SourceSpec
@@ -34,10 +34,10 @@ _KEY = re.compile(rb"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _LABEL = re.compile(r"[^,;\t]*[.](jpe?g|png|webp)\s*[,;\t]", re.IGNORECASE)
 _META = re.compile(rb"__[^/]*__(/|$)")
 _NAMES_FILES = ("classes.txt", "classnames.txt", "class_names.txt")
-_JSON_KEYS = ("label", "cls", "class")
+JSON_KEYS = ("label", "cls", "class")
 _MOST_LABEL_BYTES = 1 << 20
 _FIRST_MEMBERS = 64
-_MOST_CLASSES = 1_000_000
+MOST_CLASSES = 1_000_000
 
 
 def has_labels(path: str) -> bool:
@@ -45,8 +45,8 @@ def has_labels(path: str) -> bool:
     try:
         file = list_file(path)
         reader = RangeReader([file])
-        check_not_compressed(reader.read(0, 0, 8), file.name)
-        for number, member in enumerate(Part(0, 0, file.size_bytes, file.name).walk(reader)):
+        (part,) = whole_archives([file], reader)
+        for number, member in enumerate(part.walk(reader)):
             if number == _FIRST_MEMBERS:
                 return False
             if member.kind == FILE and member.name.lower().endswith((b".cls", b".json")):
@@ -70,19 +70,17 @@ def open_webdataset(spec: "SourceSpec", stage: Stage) -> Source:
     paths = choose_split(expand(spec.address, (".tar",)), spec)
     files = list_files(paths)
     reader = RangeReader(files)
-    for number, file in enumerate(files):
-        check_not_compressed(reader.read(number, 0, 8), file.name)
+    parts = whole_archives(files, reader)
     names_file, names = _find_names(spec, files[0].path)
     rests_on = [spec.kind, spec.image_column, spec.label_column, names, *(file.identity for file in files)]
     archives = ArchiveReader(spec.address, files)
     earlier = load_index(spec.index, rests_on, spec.kind, spec.name, archives)
     if earlier is not None:
         return earlier
-    parts = [Part(number, 0, file.size_bytes, file.name) for number, file in enumerate(files)]
     listing = list_parts(parts, lambda part, count: _ShardLister(part, reader, count, spec).run(), stage)
     if not len(listing.names):
         raise UserError(f"{spec.name}: has no images")
-    classes, table = _name_classes(listing.found, spec.name, names, names_file)
+    classes, table = name_classes(listing.found, names, names_file, spec.name)
     labels = table[np.frombuffer(listing.texts, np.int32)]
     facts: dict[str, Any] = {"path": full_name(spec.address), "num_archives": len(files)}
     if names_file:
@@ -189,7 +187,7 @@ class _ShardLister:
             raise self._error(f"{os.fsdecode(member.name)} cannot be read as JSON ({error})") from error
         if not isinstance(found, dict):
             return None
-        for key in [self._label_column] if self._label_column else _JSON_KEYS:
+        for key in [self._label_column] if self._label_column else JSON_KEYS:
             value = found.get(key)
             if isinstance(value, (int, str)) and not isinstance(value, bool) and str(value).strip():
                 return str(value).strip()
@@ -216,27 +214,27 @@ class _ShardLister:
         return UserError(f"{self._part.where}: {message}")
 
 
-def _name_classes(
-    found: dict[str, int], address: str, names: list[str] | None, names_file: str | None
+def name_classes(
+    texts: Collection[str], names: list[str] | None, whose: str | None, where: str
 ) -> tuple[list[str], np.ndarray]:
-    """Return the classes, and the class number of each text that tells a class."""
-    if all(text.isascii() and text.isdigit() and len(text) < 10 for text in found):
-        numbers = np.array([int(text) for text in found], np.int64)
+    """Return the classes, and the class number of each text. Raise UserError if the names of `whose` lack a class."""
+    # Texts of digits are class numbers.
+    if all(text.isascii() and text.isdigit() and len(text) < 10 for text in texts):
+        numbers = np.array([int(text) for text in texts], np.int32)
         count = int(numbers.max()) + 1
+        if count > MOST_CLASSES:
+            raise UserError(f"{where}: has the class {count - 1}, which is no class number")
         if names is None:
-            if count > _MOST_CLASSES:
-                raise UserError(f"{address}: has the class {count - 1}, which is no class number")
             names = [str(number) for number in range(count)]
         elif count > len(names):
-            raise UserError(f"{address}: has the class {count - 1}, but {names_file} names {len(names)} classes")
-        return names, numbers.astype(np.int32)
+            raise UserError(f"{where}: has the class {count - 1}, but {whose} names {len(names)} classes")
+        return names, numbers
     if names is None:
-        names = sorted(found)
-    elif not set(found) <= set(names):
-        name = min(set(found) - set(names))
-        raise UserError(f"{address}: has the class {name}, which {names_file} does not name")
+        names = sorted(texts)
+    elif not set(texts) <= set(names):
+        raise UserError(f"{where}: has the class {min(set(texts) - set(names))}, which {whose} does not name")
     places = {name: place for place, name in enumerate(names)}
-    return names, np.array([places[text] for text in found], np.int32)
+    return names, np.array([places[text] for text in texts], np.int32)
 
 
 def _find_names(spec: "SourceSpec", first: str) -> tuple[str | None, list[str] | None]:
@@ -282,11 +280,10 @@ def read_class_names(address: str) -> list[str]:
 
 def fits_shards(spec: "SourceSpec") -> bool:
     """Return whether an address names archives, of which the first one has labels."""
-    address = spec.address
-    if spec.labels or not (is_remote(address) or os.path.exists(address) or is_pattern(address)):
+    if spec.labels:
         return False
     try:
-        paths: Sequence[str] = expand(address, (".tar",))
+        paths = expand(spec.address, (".tar",))
     except UserError:
         return False
     return has_labels(paths[0])
