@@ -1,7 +1,6 @@
 """List an image folder as ``torchvision.datasets.ImageFolder`` does: its classes and its images."""
 
 import os
-import socket
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from ffcv_ops.sources.remarks import (
     listing_remarks,
     similar_names,
 )
-from ffcv_ops.sources.source import PackedKeys, Source, SourceChanged, Stage, sort_keys
+from ffcv_ops.sources.source import PackedKeys, Source, Stage, sort_keys, source_changed
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # A network file system answers one question at a time slowly, and many questions at once quickly.
@@ -50,12 +49,12 @@ class FolderReader:
             file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # it may have become a pipe
         except OSError as error:
             if not os.path.lexists(path) or stat_image(path) != stat:
-                raise _changed(path) from error
+                raise source_changed(path) from error
             raise  # as listed: a link without target, or a file without permission
         with open(file, "rb", buffering=0) as opened:
             found = os.fstat(file)
             if (found.st_size, found.st_mtime_ns) != stat:
-                raise _changed(path)
+                raise source_changed(path)
             content = opened.read(found.st_size)
             while len(content) < found.st_size and (more := opened.read(found.st_size - len(content))):
                 content += more
@@ -63,13 +62,6 @@ class FolderReader:
 
     def check(self) -> None:
         """Each read has noticed a change of its file. See `Reader`."""
-
-
-def _changed(path: str) -> SourceChanged:
-    return SourceChanged(
-        f"{path}: on {socket.gethostname()} not the file that was listed (size or time of change differ, or it is "
-        "gone); leave the images alone while they are written, and let all machines see the same ones"
-    )
 
 
 def scan(root: str | os.PathLike[str], stage: Stage = lambda what, count: None) -> Source:
@@ -104,13 +96,8 @@ def scan(root: str | os.PathLike[str], stage: Stage = lambda what, count: None) 
         stats.extend(listing.stats)
         counts.append(len(listing.stats) // 2)
         if not counts[-1]:
-            others = ", ".join(
-                f"{count} {kind or 'without extension'}" for kind, (count, _) in listing.others.found.items()
-            )
-            empty.append(
-                f"{root / name}: class folder without an image"
-                + (f" but with other files ({others})" if others else "")
-            )
+            others = f" but with other files ({listing.others.text()})" if listing.others.found else ""
+            empty.append(f"{root / name}: class folder without an image{others}")
         tally.merge(listing.tally)
         extensions.merge(listing.others)
         for identity, folder, count in listing.folders:

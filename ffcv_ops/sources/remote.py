@@ -202,11 +202,8 @@ def describe(address: str) -> tuple[int, str]:
 
 
 def check(file: "RangeFile") -> None:
-    """Raise RemoteChanged if a file is not the one that was listed, or RemoteError if the server does not answer."""
-    try:
-        info = _ask(file.path, lambda fs, path: fs.info(path, **_limit(fs)), _READING_WAITS_S)
-    except RemoteMissing as error:
-        raise RemoteChanged from error
+    """Raise RemoteChanged or RemoteMissing if a file is not the one that was listed. See `read` for other errors."""
+    info = _ask(file.path, lambda fs, path: fs.info(path, **_limit(fs)), _READING_WAITS_S)
     if (info.get("size"), _version(info)) != (file.size_bytes, file.version):
         raise RemoteChanged
 
@@ -217,7 +214,9 @@ def read(file: "RangeFile", offset: int, size_bytes: int) -> bytes:
     Raises
     ------
     RemoteChanged
-        If the server tells that the file is not the one that was listed.
+        If the server tells that the file is not the one that was listed, or gives too little.
+    RemoteMissing
+        If there is no such file any more.
     RemoteError
         If the file cannot be read, also after a minute, or after four from a silent server.
     """
@@ -227,10 +226,7 @@ def read(file: "RangeFile", offset: int, size_bytes: int) -> bytes:
     def ask(fs: "AbstractFileSystem", path: str) -> bytes:
         return fs.cat_file(path, start=offset, end=offset + size_bytes, **_options(fs, file))
 
-    try:
-        content = _ask(file.path, ask, _READING_WAITS_S)
-    except RemoteMissing as error:
-        raise RemoteChanged from error
+    content = _ask(file.path, ask, _READING_WAITS_S)
     if len(content) > size_bytes:
         raise RemoteError("the server gave more than the range it was asked for")
     if len(content) < size_bytes:

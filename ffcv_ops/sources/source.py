@@ -13,6 +13,7 @@ file.
 """
 
 import os
+import socket
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,14 @@ class SourceError(UserError):
 
 class SourceChanged(SourceError):
     """An image is not the one that was listed. Another machine may have another image there."""
+
+
+def source_changed(path: str) -> SourceChanged:
+    """Return the error for a file that has changed."""
+    return SourceChanged(
+        f"{path}: on {socket.gethostname()} not the file that was listed (size or time of change differ, or it is "
+        "gone); leave the source alone while it is read, and let all machines see the same files"
+    )
 
 
 class PackedKeys(Sequence[str]):
