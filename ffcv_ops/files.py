@@ -156,13 +156,7 @@ def size_of(path: str) -> int:
 
 
 def read_exactly(file: int, path: str, view: memoryview, offset: int) -> None:
-    """Fill a view with the bytes of an open file from an offset on.
-
-    Raises
-    ------
-    ReadError
-        If the file cannot be read, or ends too early. The message has the path and the place.
-    """
+    """Fill a view with the bytes of a file from an offset on. Raise ReadError, with path and place, if it fails."""
     place = f"in the {len(view)} bytes from {offset} on"
     while len(view):
         try:

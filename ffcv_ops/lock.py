@@ -291,13 +291,7 @@ class OwnerLock:
         return seen.owner == self.owner
 
     def check(self) -> None:
-        """Check that no other process has taken the lock over, as after a long sleep of this machine.
-
-        Raises
-        ------
-        UserError
-            If the lock is lost.
-        """
+        """Raise UserError if another process has taken the lock over, as after a long sleep of this machine."""
         with contextlib.suppress(OSError):
             if self.owner is not None and not self._is_ours():
                 seen = self._look()

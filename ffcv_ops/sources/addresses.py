@@ -46,15 +46,7 @@ def exists(address: str) -> bool:
 
 
 def read(address: str) -> bytes:
-    """Return the content of a small file.
-
-    Raises
-    ------
-    UserError
-        If it cannot be read from a server.
-    OSError
-        If it cannot be read from this machine.
-    """
+    """Return the content of a small file. Raise UserError or OSError if it cannot be read."""
     return remote.read_whole(address) if is_remote(address) else Path(address).read_bytes()
 
 

@@ -85,13 +85,7 @@ def open_arrow(spec: "SourceSpec", stage: Stage) -> Source:
 
 
 def _find(spec: "SourceSpec") -> list[str]:
-    """Return the files of the table that the user wants.
-
-    Raises
-    ------
-    UserError
-        If there are several tables, or none, or if rows are to be taken by an index.
-    """
+    """Return the files of the wanted table. Raise UserError if there are several or none, or rows in another order."""
     folder = spec.address
     if not os.path.isdir(folder):
         return choose_split(find_files(folder, SUFFIX), spec)
@@ -141,13 +135,7 @@ def _read_json(path: str) -> dict[str, Any]:
 
 @contextmanager
 def _mapped(file: RangeFile) -> Iterator["pa.Buffer"]:
-    """Map a file. If another process cuts it, raise UserError at the end.
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read.
-    """
+    """Map a file. Raise UserError if it cannot be read, or at the end, if another process has cut it."""
     import pyarrow as pa
 
     try:
@@ -188,13 +176,7 @@ def _find_images(
     first_row: int,
     places: array,
 ) -> int:
-    """Add the places of the images in a batch, and return how many rows have no bytes.
-
-    Raises
-    ------
-    UserError
-        If the images have no place in the file, or if only some of them have bytes.
-    """
+    """Add the places of the images in a batch. Return how many rows have no bytes; raise UserError if only some do."""
     if columns.content is None:
         return len(batch)
     values = select(batch, columns.content)

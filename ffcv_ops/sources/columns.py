@@ -77,13 +77,7 @@ def select(batch: Any, name: str) -> Any:
 
 
 def import_pyarrow(address: str) -> Any:
-    """Return the package pyarrow.
-
-    Raises
-    ------
-    UserError
-        If it is not installed.
-    """
+    """Return the package pyarrow. Raise UserError if it is not installed."""
     try:
         import pyarrow
     except ImportError as error:
@@ -288,13 +282,7 @@ class Labels:
         self.numbers.append(table[indices])
 
     def finish(self, spec: "SourceSpec") -> tuple[list[str], np.ndarray, list[Remark]]:
-        """Return the classes, the class number of each row, and remarks.
-
-        Raises
-        ------
-        UserError
-            If a class has no name, or a name is there twice.
-        """
+        """Return classes, class numbers of rows, and remarks. Raise UserError if a name is missing, or twice there."""
         labels = np.concatenate(self.numbers)
         self.numbers = []
         names, whose = self.columns.names, f"the metadata of the column {self.columns.label}"

@@ -275,13 +275,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def stat_image(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Return the size of an image file in bytes and the time of its last change in ns.
-
-    Raises
-    ------
-    UserError
-        If the path is no file, such as a pipe, which a reader would wait for.
-    """
+    """Return size in bytes and time of the last change in ns. Raise UserError for a pipe, or what else is no file."""
     try:
         stat = os.stat(path)
     except OSError:

@@ -54,13 +54,7 @@ def list_files(paths: Sequence[str]) -> list[RangeFile]:
 
 
 def list_file(path: str | os.PathLike[str]) -> RangeFile:
-    """Return a file as it is now.
-
-    Raises
-    ------
-    UserError
-        If there is no such file.
-    """
+    """Return a file as it is now. Raise UserError if there is no such file."""
     if isinstance(path, str) and remote.is_remote(path):
         return RangeFile(path, *remote.describe(path))
     path = os.path.abspath(path)

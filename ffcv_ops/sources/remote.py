@@ -97,13 +97,7 @@ def _split(address: str) -> SplitResult:
 
 
 def is_folder(address: str) -> bool:
-    """Return whether an address names a folder. On the web, only a slash at its end tells.
-
-    Raises
-    ------
-    UserError
-        If the server does not answer, or refuses.
-    """
+    """Return whether an address names a folder. On the web, a slash at its end tells. Raise UserError on failure."""
     if _split(address).scheme in _WEB:
         return address.endswith("/")
     return _list(address, lambda fs, path: bool(fs.isdir(path, **_limit(fs))))
@@ -135,13 +129,7 @@ def list_names(folder: str) -> list[tuple[str, bool]]:
 
 
 def find(pattern: str) -> list[str]:
-    """Return the addresses of the files that a pattern with wildcards names, sorted.
-
-    Raises
-    ------
-    UserError
-        If the folder cannot be listed.
-    """
+    """Return the addresses that a pattern names, sorted. Raise UserError if the folder cannot be listed."""
 
     def ask(fs: "AbstractFileSystem", path: str) -> list[str]:
         return sorted(fs.unstrip_protocol(name) for name in fs.glob(path, **_limit(fs)))
@@ -150,13 +138,7 @@ def find(pattern: str) -> list[str]:
 
 
 def exists(address: str) -> bool:
-    """Return whether there is a file that the server gives.
-
-    Raises
-    ------
-    UserError
-        If the server does not answer.
-    """
+    """Return whether there is a file that the server gives. Raise UserError if the server does not answer."""
     try:
         _ask(address, lambda fs, path: fs.info(path, **_limit(fs)), _LISTING_WAITS_S)
     except (RemoteMissing, RemoteRefused):
@@ -167,13 +149,7 @@ def exists(address: str) -> bool:
 
 
 def read_whole(address: str) -> bytes:
-    """Return the content of a small file.
-
-    Raises
-    ------
-    UserError
-        If it cannot be read.
-    """
+    """Return the content of a small file. Raise UserError if it cannot be read."""
     return _list(address, lambda fs, path: fs.cat_file(path, **_limit(fs)))
 
 

@@ -40,13 +40,7 @@ _LUMA_75 = bytes.fromhex("080606070605080707070909080a0c140d0c0b0b0c191213")
 
 
 def find_files(address: str, suffix: str) -> list[str]:
-    """Return the files with a suffix that an address names. Of a folder, `data` and folders of splits count too.
-
-    Raises
-    ------
-    UserError
-        If there is none.
-    """
+    """Return the files with a suffix at an address, also in `data` and splits. Raise UserError if there is none."""
     return (walk(address, suffix) if is_folder(address) else None) or expand(address, (suffix,))
 
 
@@ -158,13 +152,7 @@ class Rows:
 
 
 def pack_names(values: "pa.Array | None", count: int, where: str) -> tuple[bytes, int]:
-    """Return names as `PackedKeys.extend` takes them, and how many are missing.
-
-    Raises
-    ------
-    UserError
-        If a name holds a zero byte.
-    """
+    """Return names for `PackedKeys.extend`, and how many are missing. Raise UserError if a name holds a zero byte."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -194,13 +182,7 @@ def _find_twice(keys: PackedKeys, labels: np.ndarray) -> str | None:
 
 
 def outer_files(rows: Rows) -> tuple[Reader, np.ndarray]:
-    """Return the reader and the places of images whose rows hold a path but no bytes.
-
-    Raises
-    ------
-    UserError
-        If a path is not that of a file here.
-    """
+    """Return reader and places of the images that rows name by path. Raise UserError if one is not a file here."""
     where = rows.paths[0]
     if is_remote(where):
         raise UserError(f"{public_name(where)}: holds paths of images and not their bytes; {EMBED}")

@@ -238,13 +238,7 @@ def name_classes(
 
 
 def _find_names(spec: "SourceSpec", first: str) -> tuple[str | None, list[str] | None]:
-    """Return the file with the names of the classes, and these names, if there are any.
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read, or names a class twice.
-    """
+    """Return the file with the names of the classes, and these names, if there are any. See `read_class_names`."""
     if spec.class_names:
         return public_name(spec.class_names), read_class_names(spec.class_names)
     for name in _NAMES_FILES:
@@ -255,13 +249,7 @@ def _find_names(spec: "SourceSpec", first: str) -> tuple[str | None, list[str] |
 
 
 def read_class_names(address: str) -> list[str]:
-    """Return the names of classes from a file with one name on each line.
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read, names a class twice, or names images.
-    """
+    """Return the names of classes from the lines of a file. Raise UserError if a line has a label, or a name again."""
     where = public_name(address)
     try:
         names = [line.strip() for line in read(address).decode("utf-8-sig").splitlines() if line.strip()]

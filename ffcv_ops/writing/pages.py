@@ -97,13 +97,7 @@ class PageLayout:
         partial.resumed.clear()
 
     def add(self, encoded: Encoded) -> None:
-        """Write the next images behind the others.
-
-        Raises
-        ------
-        BadImage
-            If an image is larger than a page.
-        """
+        """Write the next images behind the others. Raise BadImage if an image is larger than a page."""
         contents = iter(encoded.contents)
         for entry in encoded.entries:
             if isinstance(entry, str):
