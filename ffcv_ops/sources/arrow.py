@@ -46,14 +46,7 @@ def fits_arrow(spec: "SourceSpec") -> bool:
 
 
 def open_arrow(spec: "SourceSpec", stage: Stage) -> Source:
-    """List the images of Arrow files.
-
-    Raises
-    ------
-    UserError
-        If pyarrow is missing, if a file is damaged, if columns cannot be chosen or read, or if an image or a class is
-        missing.
-    """
+    """List the images of Arrow files. See `ffcv_ops.sources.kinds.Kind`."""
     if is_remote(spec.address):
         raise UserError(
             f"{spec.name}: Arrow files are mapped into memory, so they must lie on this machine; copy the folder "

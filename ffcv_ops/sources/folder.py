@@ -11,6 +11,7 @@ from stat import S_ISLNK, S_ISREG
 import numpy as np
 
 from ffcv_ops.errors import UserError
+from ffcv_ops.files import read_range
 from ffcv_ops.sources.in_threads import Count, list_in_threads
 from ffcv_ops.sources.labels import FLAT, assign, find_labels, number_remarks, read_labels
 from ffcv_ops.sources.remarks import (
@@ -51,13 +52,13 @@ class FolderReader:
             if not os.path.lexists(path) or stat_image(path) != stat:
                 raise source_changed(path) from error
             raise  # as listed: a link without target, or a file without permission
-        with open(file, "rb", buffering=0) as opened:
+        try:
             found = os.fstat(file)
-            if (found.st_size, found.st_mtime_ns) != stat:
-                raise source_changed(path)
-            content = opened.read(found.st_size)
-            while len(content) < found.st_size and (more := opened.read(found.st_size - len(content))):
-                content += more
+            content = read_range(file, found.st_size, 0) if (found.st_size, found.st_mtime_ns) == stat else None
+        finally:
+            os.close(file)
+        if content is None or len(content) < found.st_size:
+            raise source_changed(path)
         return content
 
     def check(self) -> None:

@@ -109,14 +109,7 @@ def fits_parquet(spec: "SourceSpec") -> bool:
 
 
 def open_parquet(spec: "SourceSpec", stage: Stage) -> Source:
-    """List the images of Parquet files.
-
-    Raises
-    ------
-    UserError
-        If pyarrow is missing, if a file is damaged, if columns cannot be chosen or read, or if an image or a class is
-        missing.
-    """
+    """List the images of Parquet files. See `ffcv_ops.sources.kinds.Kind`."""
     pyarrow = import_pyarrow(spec.name)
     files = list_files(choose_split(find_files(spec.address, SUFFIX), spec))
     paths = [file.name for file in files]

@@ -10,6 +10,7 @@ from stat import S_ISREG
 from typing import Any
 
 from ffcv_ops.errors import UserError
+from ffcv_ops.files import read_range
 from ffcv_ops.sources import remote
 from ffcv_ops.sources.source import SourceError, source_changed
 from ffcv_ops.sources.window import LOCAL, REMOTE, WindowSizes
@@ -124,12 +125,9 @@ class RangeReader:
         stat = os.fstat(opened.descriptor)
         if (stat.st_size, stat.st_mtime_ns) != (file.size_bytes, file.version):
             raise source_changed(file.name)
-        content = os.pread(opened.descriptor, size_bytes, offset)
-        while len(content) < size_bytes:
-            more = os.pread(opened.descriptor, size_bytes - len(content), offset + len(content))
-            if not more:
-                raise source_changed(file.name)
-            content += more
+        content = read_range(opened.descriptor, size_bytes, offset)
+        if len(content) < size_bytes:
+            raise source_changed(file.name)
         return content
 
     def _opened(self, number: int) -> "_OpenFile":

@@ -27,13 +27,7 @@ _ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip"
 
 
 def open_tar(spec: "SourceSpec", stage: Stage) -> Source:
-    """List the images of one archive, or of several.
-
-    Raises
-    ------
-    UserError
-        If an archive is compressed, damaged or cut, if classes cannot be told, or if labels and images do not fit.
-    """
+    """List the images of one archive, or of several. See `ffcv_ops.sources.kinds.Kind`."""
     files = list_files(expand(spec.address, _ENDINGS))
     labels_path = Path(spec.labels) if spec.labels else find_labels(spec.address)
     rests_on = [spec.kind, spec.split, *(file.identity for file in files), _identify(labels_path)]

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,14 +60,7 @@ def has_labels(path: str) -> bool:
 
 
 def open_webdataset(spec: "SourceSpec", stage: Stage) -> Source:
-    """List the samples of shards.
-
-    Raises
-    ------
-    UserError
-        If a shard is compressed, damaged or cut, if a sample lacks its image or class, or if names of classes do not
-        fit. Also if the shards are of several splits, and it is not clear which are wanted.
-    """
+    """List the samples of shards. See `ffcv_ops.sources.kinds.Kind`."""
     paths = choose_split(expand(spec.address, (".tar",)), spec)
     files = list_files(paths)
     reader = RangeReader(files)
@@ -89,15 +83,13 @@ def open_webdataset(spec: "SourceSpec", stage: Stage) -> Source:
     return with_index(arrange(spec, listing, classes, labels, archives, 0, facts, remarks), rests_on)
 
 
+@dataclass(slots=True)
 class _Sample:
     """Parts of a sample that have been found so far."""
 
-    __slots__ = ("image", "is_json", "text")
-
-    def __init__(self) -> None:
-        self.image: Member | None = None
-        self.text: str | None = None
-        self.is_json = False
+    image: Member | None = None
+    text: str | None = None
+    is_json: bool = False
 
 
 class _ShardLister:
