@@ -31,13 +31,7 @@ def is_folder(address: str) -> bool:
 
 
 def list_names(folder: str) -> list[tuple[str, bool]]:
-    """Return the names in a folder, sorted, each with whether it is a folder. On the web, names without a dot are.
-
-    Raises
-    ------
-    UserError
-        If a server does not list the folder.
-    """
+    """Return the names in a folder, sorted, each with whether it is a folder. On the web, names without a dot are."""
     if not is_remote(folder):
         with os.scandir(folder) as entries:
             return sorted((entry.name, entry.is_dir()) for entry in entries)

@@ -6,7 +6,6 @@ where the bytes of each image are in the file. A reader needs neither pyarrow no
 
 import json
 import os
-import time
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from ffcv_ops import _sigbus
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.archives import ArchiveReader
 from ffcv_ops.sources.columns import Columns, Labels, choose_columns, import_pyarrow, select
+from ffcv_ops.sources.in_threads import Report
 from ffcv_ops.sources.ranges import RangeFile, list_files
 from ffcv_ops.sources.remote import is_remote
 from ffcv_ops.sources.source import Source, Stage
@@ -35,7 +35,6 @@ _DICT, _STATE = "dataset_dict.json", "state.json"
 _CACHE_FILES = ("cache-", "tmp")
 _FILE_MAGIC = b"ARROW1"
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
-_PROGRESS_EVERY_S = 0.5
 
 
 def fits_arrow(spec: "SourceSpec") -> bool:
@@ -57,7 +56,7 @@ def open_arrow(spec: "SourceSpec", stage: Stage) -> Source:
     paths = [file.path for file in files]
     with _mapped(files[0]) as content:
         columns = choose_columns(_open(content, paths[0])[0], spec, paths[0])
-    rows, places, num_listed, reported_s = Rows(paths, Labels(columns)), array("q"), 0, time.monotonic()
+    rows, places, num_listed, report = Rows(paths, Labels(columns)), array("q"), 0, Report(stage)
     for number, file in enumerate(files):
         found = FileRows()
         with _mapped(file) as content:
@@ -67,9 +66,7 @@ def open_arrow(spec: "SourceSpec", stage: Stage) -> Source:
                 found.num_outer += _find_images(batch, content, columns, number, file, found.num_rows, places)
                 found.add(batch, columns, file.path)
                 num_listed += len(batch)
-                if time.monotonic() - reported_s > _PROGRESS_EVERY_S:
-                    stage("images listed", num_listed)
-                    reported_s = time.monotonic()
+                report(num_listed)
             rows.add(found)
     if rows.are_outer(spec.name):
         return build_source(spec, rows, None, files)

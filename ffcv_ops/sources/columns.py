@@ -89,20 +89,7 @@ def import_pyarrow(address: str) -> Any:
 
 
 def choose_columns(schema: "pa.Schema", spec: "SourceSpec", path: str) -> Columns:
-    """Return the columns with images and classes.
-
-    Parameters
-    ----------
-    schema : pyarrow.Schema
-    spec : SourceSpec
-    path : str
-        The file, for messages.
-
-    Raises
-    ------
-    UserError
-        If there is no such column, if there are several, or if it cannot be read.
-    """
+    """Return the columns with images and classes. Raise UserError if one is missing, not clear, or of another type."""
     fields = dict(_flatten(schema))
     features = _read_features(schema)
     images = [
@@ -118,8 +105,9 @@ def choose_columns(schema: "pa.Schema", spec: "SourceSpec", path: str) -> Column
     image = _choose("image", spec.image_column, images, ("image", "jpg"), fields, path)
     label = _choose("label", spec.label_column, labels, ("label",), fields, path)
     content, names = _find_content(image, fields[image], path)
-    mode = _feature(features, image).get("mode")
-    return Columns(image, label, content, names, mode, _read_names(features, label))
+    mode, classes = _feature(features, image).get("mode"), _feature(features, label).get("names")
+    known = [str(name) for name in classes] if isinstance(classes, list) and classes else None
+    return Columns(image, label, content, names, mode, known)
 
 
 def _flatten(fields: Any, prefix: str = "") -> Iterator[tuple[str, "pa.DataType"]]:
@@ -217,11 +205,6 @@ def _find_content(name: str, kind: "pa.DataType", path: str) -> tuple[str | None
     )
 
 
-def _read_names(features: dict[str, Any], label: str) -> list[str] | None:
-    names = _feature(features, label).get("names")
-    return [str(name) for name in names] if isinstance(names, list) and names else None
-
-
 @dataclass
 class Labels:
     """The classes of rows: for each row, the position in `found` of its text, which may be a number."""
@@ -232,21 +215,7 @@ class Labels:
     is_text: bool | None = None
 
     def add(self, values: "pa.Array", path: str, first_row: int) -> None:
-        """Add the classes of further rows.
-
-        Parameters
-        ----------
-        values : pyarrow.Array
-        path : str
-            The file, for messages.
-        first_row : int
-            The number of the first row in the file.
-
-        Raises
-        ------
-        UserError
-            If a class is missing, or no class.
-        """
+        """Add the classes of the next rows of a file. Raise UserError if a row has none, or what is no class."""
         import pyarrow as pa
 
         where = f"{path}: the column {self.columns.label}"

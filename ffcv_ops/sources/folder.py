@@ -70,12 +70,6 @@ def scan(root: str | os.PathLike[str], stage: Stage = lambda what, count: None) 
 
     Hidden folders and files are left out (see `is_hidden`). Otherwise the listing is that of ``ImageFolder``.
 
-    Parameters
-    ----------
-    root : path
-    stage : callable
-        See `Stage`. It is called about twice a second.
-
     Raises
     ------
     UserError
@@ -119,16 +113,9 @@ def scan(root: str | os.PathLike[str], stage: Stage = lambda what, count: None) 
 
 
 def list_flat(root: str | os.PathLike[str], labels_path: str | None, stage: Stage = lambda what, count: None) -> Source:
-    """List the images of a folder whose classes are in a file of labels (see `ffcv_ops.sources.labels`).
+    """List the images of a folder, or of folders within it, whose classes are in a file of labels.
 
-    Parameters
-    ----------
-    root : path
-        The images may lie in folders within it.
-    labels_path : str or None
-        If None, the labels of ILSVRC's validation images are looked for beside the folder.
-    stage : callable
-        See `Stage`.
+    If there is no `labels_path`, the labels of ILSVRC's validation images are looked for beside the folder.
 
     Raises
     ------
@@ -203,7 +190,7 @@ def _list_class(root: Path, top: tuple[int, int], name: str, count: Count) -> _C
                 _count_file(file, os.path.join(inside, file), listing.tally, listing.others)
         for file in images:
             listing.stats.extend(stat_image(os.path.join(folder, file)))
-            count()
+            count(1)
         listing.block += os.fsencode("".join(f"{os.path.join(inside, file)}\0" for file in images))
         listing.folders.append((identity, inside, len(images)))
         if name and inside != name and images:

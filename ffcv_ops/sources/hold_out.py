@@ -101,7 +101,7 @@ def _same_bytes(source: Source, is_held: np.ndarray, stage: Stage) -> np.ndarray
             except OSError:  # a bad image, which the writer will name
                 content = b"%d" % index
             hashes.append(int.from_bytes(sha256(content).digest()[:8], "little"))
-            count()
+            count(1)
         return hashes
 
     tasks = np.split(doubtful, range(_IMAGES_A_TASK, len(doubtful), _IMAGES_A_TASK))

@@ -17,14 +17,7 @@ _VERSION = 2
 
 
 def with_index(source: Source, rests_on: Any) -> Source:
-    """Return a source that can be saved.
-
-    Parameters
-    ----------
-    source : Source
-    rests_on : object
-        Everything that the listing depends on, in JSON's types: archives, labels and options.
-    """
+    """Return a source that can be saved. `rests_on` is all that the listing depends on, in JSON's types."""
     return replace(source, save_index=partial(_save, source, rests_on))
 
 

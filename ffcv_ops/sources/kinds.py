@@ -144,13 +144,7 @@ OPTIONS = ("labels", "class_names", "image_column", "label_column")
 
 
 def find_kind(spec: SourceSpec) -> str:
-    """Return the name of the kind of a source.
-
-    Raises
-    ------
-    UserError
-        If there is nothing at the address, or nothing that is known. Also if an option is of no use for the kind.
-    """
+    """Return the name of the kind of a source. Raise UserError if none fits, or if an option is of no use for it."""
     if spec.kind != AUTO and spec.kind not in KINDS:
         raise UserError(f"source_kind must be {AUTO} or one of {', '.join(KINDS)}, not {spec.kind!r}")
     if spec.labels and is_remote(spec.labels):

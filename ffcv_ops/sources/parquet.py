@@ -144,7 +144,7 @@ def _find_images(ranges: RangeReader, group: _RowGroup, count: Count) -> np.ndar
     try:
         for place in find_values(window.get, group.offset, group.size_bytes, group.codec, group.max_level):
             places.append((group.file, *place))
-            count()
+            count(1)
         if len(places) != group.num_rows:
             raise PageError(f"there are {len(places)} values for {group.num_rows} rows")
     except PageError as error:

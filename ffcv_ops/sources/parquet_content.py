@@ -89,21 +89,7 @@ def read_varint(content: Sequence[int], position: int) -> tuple[int, int]:
 
 
 class PageContent:
-    """The decompressed content of a page.
-
-    Parameters
-    ----------
-    read : callable
-        See `Read`.
-    page : Page
-    codec : str
-        The name of the compression in `CODECS`.
-
-    Raises
-    ------
-    PageError
-        If the page is damaged.
-    """
+    """The decompressed content of a page, whose `codec` is in `CODECS`. A damaged page is a PageError."""
 
     def __init__(self, read: Read, page: Page, codec: str):
         self._read, self._page = read, page

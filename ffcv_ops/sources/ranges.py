@@ -73,10 +73,6 @@ class RangeReader:
 
     A change of a local file is noticed by the next read. A web server is told which version is wanted. Other servers
     cannot be told, so a process asks them on first use, and `check` asks once more at the end.
-
-    Parameters
-    ----------
-    files : sequence of RangeFile
     """
 
     def __init__(self, files: Sequence[RangeFile]):

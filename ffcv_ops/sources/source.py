@@ -16,7 +16,7 @@ import os
 import socket
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, overload
 
@@ -165,12 +165,6 @@ class Source:
     def locate(self, index: int) -> str:
         """Return the full name of an image for messages."""
         return self.reader.locate(self.keys[index])
-
-    def numbered_as(self, classes: Sequence[str]) -> "Source":
-        """Return the source with the positions in `classes` as class numbers. All of its classes must be there."""
-        numbers = {name: number for number, name in enumerate(classes)}
-        labels = np.array([numbers[name] for name in self.classes], np.int32)[self.labels]
-        return replace(self, classes=list(classes), labels=labels)
 
 
 def sort_keys(keys: PackedKeys, labels: np.ndarray) -> np.ndarray:

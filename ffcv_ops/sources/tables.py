@@ -211,7 +211,7 @@ def outer_files(rows: Rows) -> tuple[Reader, np.ndarray]:
 def build_source(
     spec: "SourceSpec", rows: Rows, embedded: tuple[Reader, np.ndarray] | None, files: Sequence[RangeFile]
 ) -> Source:
-    """Return the source of rows, in the order of a folder.
+    """Return the source of rows, in the order of a folder. Classes or images that are missing are a UserError.
 
     Parameters
     ----------
@@ -221,11 +221,6 @@ def build_source(
         The reader and the places of the images, whose last column is the size. If None, the rows hold paths of images.
     files : sequence of RangeFile
         The files of the rows.
-
-    Raises
-    ------
-    UserError
-        If classes or images are missing.
     """
     classes, numbers, remarks = rows.labels.finish(spec)
     columns = rows.labels.columns

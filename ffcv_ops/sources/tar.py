@@ -30,7 +30,8 @@ def open_tar(spec: "SourceSpec", stage: Stage) -> Source:
     """List the images of one archive, or of several. See `ffcv_ops.sources.kinds.Kind`."""
     files = list_files(expand(spec.address, _ENDINGS))
     labels_path = Path(spec.labels) if spec.labels else find_labels(spec.address)
-    rests_on = [spec.kind, spec.split, *(file.identity for file in files), _identify(labels_path)]
+    labels_identity = list_file(labels_path).identity if labels_path and labels_path.is_file() else None
+    rests_on = [spec.kind, spec.split, *(file.identity for file in files), labels_identity]
     reader = ArchiveReader(spec.address, files)
     earlier = load_index(spec.index, rests_on, spec.kind, spec.name, reader)
     if earlier is not None:
@@ -53,12 +54,6 @@ def open_tar(spec: "SourceSpec", stage: Stage) -> Source:
         facts["labels"] = str(labels_path.absolute())
     remarks = [*listing_remarks(listing.tally, listing.extensions), *remarks]
     return with_index(arrange(spec, listing, classes, labels, reader, start, facts, remarks), rests_on)
-
-
-def _identify(path: Path | None) -> list[Any] | None:
-    if path is None or not path.is_file():
-        return None
-    return list_file(path).identity
 
 
 def arrange(
@@ -158,7 +153,7 @@ def _list_part(part: Part, reader: RangeReader, count: Count, inner: list[Part] 
             else:
                 listing.count_other(part.prefix + name)
             continue
-        count()
+        count(1)
         whole = (class_prefix if is_class and not inside else part.prefix) + name
         listing.folders.add(whole.rpartition(b"/")[0])
         if member.kind == SYMBOLIC_LINK:

@@ -141,7 +141,7 @@ class _ShardLister:
         """Add a file to its sample."""
         is_wanted = extension == self._image_column if self._image_column else is_image(member.name)
         if is_wanted:
-            self._count()
+            self._count(1)
             if sample.image is not None:
                 raise self._error(
                     f"{os.fsdecode(sample.image.name)} and {os.fsdecode(member.name)} are images of one sample, "

@@ -30,16 +30,7 @@ REMOTE = WindowSizes(16 << 10, 4 << 20, 1 << 20)
 
 
 class Window:
-    """Bytes around the last read. Threads may share a window, though they then read more.
-
-    Parameters
-    ----------
-    read : callable
-        See `Read`.
-    end : int
-        The end of what may be read.
-    sizes : WindowSizes
-    """
+    """Bytes around the last read, none of them behind `end`. Threads may share a window, though they then read more."""
 
     def __init__(self, read: Read, end: int, sizes: WindowSizes = LOCAL):
         self._read, self._end, self._sizes = read, end, sizes

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ffcv_ops.files import publish, sync, write_all
+from ffcv_ops.files import sync, write_all
 
 _COMMIT_EVERY_S = 2.0
 
@@ -128,10 +128,6 @@ class PartialFile:
         os.fsync(self._file)
         write_all(self._file, header, 0)
         os.fsync(self._file)
-
-    def publish(self) -> None:
-        """Give the finished file its name."""
-        publish(self.path, self.target)
 
     def close(self) -> None:
         """Force the noted pages to disk if possible, and close the files."""

@@ -22,6 +22,7 @@ from ffcv_ops.beton import layout as beton
 from ffcv_ops.codec import jpeg
 from ffcv_ops.codec.shared_tables import choose_tables
 from ffcv_ops.errors import UserError
+from ffcv_ops.files import publish
 from ffcv_ops.lock import OwnerLock
 from ffcv_ops.sources.kinds import SourceSpec, open_source
 from ffcv_ops.sources.source import Source, SourceChanged, SourceError, Stage, class_difference
@@ -167,7 +168,9 @@ def _numbered_as(source: Source, classes: Sequence[str], notice: Notice) -> Sour
             f"{source.address}: has no images of {len(missing)} of the training split's {len(classes)} classes: "
             f"{show_names(missing)}; classes are numbered as in the training split"
         )
-    return source.numbered_as(classes)
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = np.array([numbers[name] for name in source.classes], np.int32)[source.labels]
+    return replace(source, classes=list(classes), labels=labels)
 
 
 def _write(
@@ -386,6 +389,6 @@ def _finish(plan: WritePlan, layout: PageLayout, target: Path) -> dict[str, Any]
     partial.finish(head[header_bytes:], alloc_table.tobytes(), head[:header_bytes])
     # The new file is safe on the disk. Now the manifest of a replaced file may go.
     beton.manifest_path(target).unlink(missing_ok=True)
-    partial.publish()
+    publish(partial.path, target)
     write_manifest(target, manifest)
     return manifest
