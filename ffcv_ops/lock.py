@@ -37,27 +37,14 @@ _POLL_S = 0.25
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that has a lock.
-
-    Attributes
-    ----------
-    host, pid : str, int
-    start : str
-        Start of the process in ticks since the boot; "" if the system does not tell.
-    machine : str
-        Boot and process namespace, within which the pid is valid; "" if the system does not tell.
-    since : float
-        Time at which the lock was taken, in seconds since 1970.
-    token : str
-        Random name of this lock.
-    """
+    """The process that has a lock."""
 
     host: str
     pid: int
-    start: str
-    machine: str
-    since: float
-    token: str
+    start: str  # the start of the process in ticks since the boot; "" if the system does not tell
+    machine: str  # boot and process namespace, within which the pid is valid; "" if the system does not tell
+    since: float  # the time at which the lock was taken, in seconds since 1970
+    token: str  # the random name of this lock
 
     def __str__(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))

@@ -29,25 +29,14 @@ _LABEL_NAMES = ("label", "labels", "cls", "class", "class_name", "target", "cate
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of images and classes, by their dotted paths, such as ``image.bytes``.
-
-    Attributes
-    ----------
-    image, label : str
-    content, path : str or None
-        The columns with the bytes and with the names of the images, within that of the images.
-    mode : str or None
-        The mode to which `datasets` converts the images when it decodes them.
-    names : list of str or None
-        The names of class numbers, if the metadata has any.
-    """
+    """The columns of images and classes, by their dotted paths, such as ``image.bytes``."""
 
     image: str
     label: str
-    content: str | None
-    path: str | None
-    mode: str | None
-    names: list[str] | None
+    content: str | None  # the column with the bytes of the images, within that of the images
+    path: str | None  # the column with their names
+    mode: str | None  # the mode to which `datasets` converts the images when it decodes them
+    names: list[str] | None  # the names of class numbers, if the metadata has any
 
     def check_same(self, other: "Columns", path: str) -> None:
         """Raise UserError if another file has other columns."""

@@ -64,24 +64,12 @@ class SourceSpec:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of source.
+    """A kind of source."""
 
-    Attributes
-    ----------
-    what : str
-        What the kind is, for messages.
-    options : set of str
-        The fields of `SourceSpec` that the kind uses, besides address, kind and index.
-    fits : callable
-        Return whether an address is of this kind, from what is there. The first kind that fits is taken.
-    open : callable
-        List the images. It raises UserError if the source has to be put right.
-    """
-
-    what: str
-    options: frozenset[str]
-    fits: Callable[[SourceSpec], bool]
-    open: Callable[[SourceSpec, Stage], Source]
+    what: str  # what the kind is, for messages
+    options: frozenset[str]  # the fields of `SourceSpec` that the kind uses, besides address, kind and index
+    fits: Callable[[SourceSpec], bool]  # whether an address is of this kind; the first kind that fits is taken
+    open: Callable[[SourceSpec, Stage], Source]  # lists the images; raises UserError if the source has to be put right
 
 
 def _check_place(spec: SourceSpec) -> None:

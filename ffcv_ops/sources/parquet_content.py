@@ -30,27 +30,14 @@ class PageError(ValueError):
 
 @dataclass(frozen=True)
 class Page:
-    """The header of a page and the place of its content in the file.
+    """The header of a page and the place of its content in the file."""
 
-    Attributes
-    ----------
-    offset, size_bytes : int
-        The place of the content, without the levels of a page of version 2.
-    plain_bytes : int
-        The size of the content once it is decompressed.
-    num_values : int
-    encoding : int
-    has_levels : bool
-        The content begins with the levels, as in a page of version 1.
-    is_compressed : bool
-    """
-
-    offset: int
+    offset: int  # the place of the content, without the levels of a page of version 2
     size_bytes: int
-    plain_bytes: int
+    plain_bytes: int  # the size of the content once it is decompressed
     num_values: int
     encoding: int
-    has_levels: bool
+    has_levels: bool  # the content begins with the levels, as in a page of version 1
     is_compressed: bool
 
 

@@ -22,20 +22,11 @@ _THREADS = 16
 
 @dataclass(frozen=True)
 class RangeFile:
-    """A file as it was listed.
+    """A file as it was listed."""
 
-    Attributes
-    ----------
-    path : str
-        Absolute, or a URL.
-    size_bytes : int
-    version : int or str
-        The time of the last change in ns, or what a server gives instead, such as an ETag.
-    """
-
-    path: str
+    path: str  # absolute, or a URL
     size_bytes: int
-    version: int | str
+    version: int | str  # the time of the last change in ns, or what a server gives instead, such as an ETag
 
     @property
     def name(self) -> str:

@@ -14,22 +14,12 @@ _MOST_EXTENSIONS = 8
 
 @dataclass(frozen=True)
 class Remark:
-    """One kind of thing that was left out, changed or chosen.
-
-    Attributes
-    ----------
-    what : str
-    count : int
-    example : str
-        The first of them in the order of the folder.
-    advice : str
-        What follows for the user; empty if nothing does.
-    """
+    """One kind of thing that was left out, changed or chosen."""
 
     what: str
     count: int
-    example: str
-    advice: str = ""
+    example: str  # the first of them in the order of the folder
+    advice: str = ""  # what follows for the user; empty if nothing does
 
     def line(self) -> str:
         """Return the remark as a line for the user."""

@@ -56,13 +56,13 @@ def walk(folder: str, suffix: str, depth: int = 0) -> list[str]:
 
 @dataclass
 class FileRows:
-    """The rows of a file as the listing finds them. `num_outer` rows have no bytes, but may have the path of a file."""
+    """The rows of a file as the listing finds them."""
 
-    names: bytearray = field(default_factory=bytearray)
+    names: bytearray = field(default_factory=bytearray)  # what the rows hold as path, which may be empty
     labels: list["pa.Array"] = field(default_factory=list)
     num_rows: int = 0
     num_unnamed: int = 0
-    num_outer: int = 0
+    num_outer: int = 0  # of the rows without bytes, which may have the path of a file
 
     def add(self, batch: "pa.RecordBatch", columns: Columns, path: str) -> None:
         """Add the names and classes of further rows. Raise UserError if a name holds a zero byte."""
@@ -74,24 +74,11 @@ class FileRows:
 
 
 class Rows:
-    """The rows of files, in the order of files and rows.
-
-    Attributes
-    ----------
-    paths : sequence of str
-        The files.
-    labels : Labels
-    counts : list of int
-        The number of rows of each file.
-    names : PackedKeys
-        What the rows hold as path. A missing one is empty.
-    num_unnamed, num_outer : int
-        See `FileRows`.
-    """
+    """The rows of files, in the order of files and rows. See `FileRows` for the attributes."""
 
     def __init__(self, paths: Sequence[str], labels: Labels):
         self.paths, self.labels = paths, labels
-        self.counts: list[int] = []
+        self.counts: list[int] = []  # of the rows of each file
         self.names = PackedKeys()
         self.num_unnamed = self.num_outer = 0
 
