@@ -26,27 +26,17 @@ def check_share(share: float, split: str | None) -> None:
 
 
 def hold_out(source: Source, share: float, split: str | None, stage: Stage = lambda what, count: None) -> Source:
-    """Return the images of one split of a source that does not have two.
+    """Return the images of one split, ``train`` or ``val``, of a source that does not have two.
 
     The choice is a function of the class and the name of each image. So both splits can be written by themselves,
-    from any kind of source. It depends on no seed.
-
-    Parameters
-    ----------
-    source : Source
-    share : float
-        The share of the images of each class that is for validation, between 0 and 1. Of a class with two images or
-        more, at least one is for training, and at least one for validation unless it is a copy.
-    split : {"train", "val"}
-    stage : callable
-        See `Stage`.
+    from any kind of source. It depends on no seed. Of a class with two images or more, at least one is for training,
+    and at least one for validation unless it is a copy. Images are read if a held out and another one have the same
+    size.
 
     Raises
     ------
     UserError
         If no class has two different images.
-    SourceError
-        If the source cannot be read. Images are read if a held out and another one have the same size.
     """
     is_held = _choose(source, share)
     same = _same_bytes(source, is_held, stage)

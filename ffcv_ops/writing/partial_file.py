@@ -33,15 +33,6 @@ class PartialFile:
     data_start, page_size : int
         Offset of the first page and size of a page, in bytes.
 
-    Attributes
-    ----------
-    resumed : list of dict
-        The pages found: ``page``, ``sha256`` and the caller's record.
-    page_hashes : list of str
-        SHA-256 of every page noted, in order.
-    changed : list of str
-        The keys of `identity` that differ in an existing journal. If there are any, the journal was abandoned.
-
     Raises
     ------
     OSError
@@ -59,8 +50,9 @@ class PartialFile:
         self._uncommitted: list[bytes] = []
         self._committed_s = -_COMMIT_EVERY_S
         try:
+            # The pages found, and the keys of `identity` that differ in an existing journal, which was then abandoned.
             self.resumed, self.changed = self._resume(identity)
-            self.page_hashes: list[str] = [page["sha256"] for page in self.resumed]
+            self.page_hashes: list[str] = [page["sha256"] for page in self.resumed]  # of every page noted, in order
         except BaseException:
             self.close()
             raise
