@@ -102,15 +102,8 @@ def _read_header(read: Read, position: int, end: int, has_levels: bool) -> tuple
             levels = inner[5] + inner[6]
             if inner[2]:
                 raise PageError(f"the page at byte {position} has {inner[2]} nulls")
-            page = Page(
-                offset + levels,
-                size_bytes - levels,
-                plain_bytes - levels,
-                inner[1],
-                inner[4],
-                False,
-                inner.get(7, True),
-            )
+            place = offset + levels, size_bytes - levels, plain_bytes - levels
+            page = Page(*place, inner[1], inner[4], False, inner.get(7, True))
         elif kind == _DICTIONARY_PAGE:
             inner = fields[7]
             page = Page(offset, size_bytes, plain_bytes, inner[1], PLAIN, False, True)

@@ -287,22 +287,20 @@ def _reason(error: BaseException) -> str:
 
 
 _lock = threading.Lock()
-_file_systems: dict[tuple[str, int, int], "AbstractFileSystem"] = {}
+_file_systems: dict[tuple[str, int], "AbstractFileSystem"] = {}
 
 
 def _file_system(address: str) -> tuple["AbstractFileSystem", str]:
-    """Return the file system of an address, and the path in it.
-
-    A process opens each file system once, or once in each thread if it serves one thread only.
-    """
+    """Return the file system of an address, and the path in it. A process opens each file system once."""
     from fsspec.core import url_to_fs
 
     parts = _split(address)
-    root, process = f"{parts.scheme}://{parts.netloc}", os.getpid()  # what a parent has opened does not work in a fork
+    root = f"{parts.scheme}://{parts.netloc}"
+    key = root, os.getpid()  # what a parent has opened does not work in a fork
     with _lock:
-        own, shared = (root, process, threading.get_ident()), (root, process, 0)
-        fs = _file_systems.get(shared) or _file_systems.get(own)
+        fs = _file_systems.get(key)
         if fs is None:
             fs, _ = url_to_fs(f"{root}/", use_listings_cache=False)
-            _file_systems[shared if fs.async_impl else own] = fs
+            if fs.async_impl:  # others serve one thread only, and fsspec keeps them for it
+                _file_systems[key] = fs
     return fs, fs._strip_protocol(address)

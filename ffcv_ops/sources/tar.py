@@ -49,9 +49,7 @@ def open_tar(spec: "SourceSpec", stage: Stage) -> Source:
     else:
         labels_path = None
         classes, labels, start, remarks = _read_classes(listing, spec)
-    facts: dict[str, Any] = {"path": full_name(spec.address), "num_archives": len(files)}
-    if labels_path:
-        facts["labels"] = str(labels_path.absolute())
+    facts = {"labels": str(labels_path.absolute())} if labels_path else {}
     remarks = [*listing_remarks(listing.tally, listing.extensions), *remarks]
     return with_index(arrange(spec, listing, classes, labels, reader, start, facts, remarks), rests_on)
 
@@ -63,7 +61,7 @@ def arrange(
     labels: np.ndarray,
     reader: ArchiveReader,
     start: int,
-    facts: dict[str, Any],
+    facts: dict[str, str],
     remarks: list[Remark],
 ) -> Source:
     """Return the source of a listing, in the order of `sort_keys`, and empty the listing.
@@ -88,9 +86,15 @@ def arrange(
     listing.names = PackedKeys()
     places = np.frombuffer(listing.places, np.int64).reshape(-1, 3)[order]
     listing.places = array("q")
+    told: dict[str, Any] = {
+        "path": full_name(spec.address),
+        "num_archives": len(reader.files),
+        **facts,
+        "num_images": len(keys),
+    }
     return Source(
         spec.kind, spec.name, classes, keys, labels[order], places, places[:, 2], reader,
-        identity=[file.identity for file in reader.files], facts={**facts, "num_images": len(keys)},
+        identity=[file.identity for file in reader.files], facts=told,
         remarks=[*remarks, *similar_names(classes)],
     )  # fmt: skip
 

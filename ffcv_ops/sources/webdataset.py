@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -76,9 +76,7 @@ def open_webdataset(spec: "SourceSpec", stage: Stage) -> Source:
         raise UserError(f"{spec.name}: has no images")
     classes, table = name_classes(listing.found, names, names_file, spec.name)
     labels = table[np.frombuffer(listing.texts, np.int32)]
-    facts: dict[str, Any] = {"path": full_name(spec.address), "num_archives": len(files)}
-    if names_file:
-        facts["class_names"] = full_name(names_file)
+    facts = {"class_names": full_name(names_file)} if names_file else {}
     remarks = [*shard_remarks(paths), *listing_remarks(listing.tally, listing.extensions)]
     return with_index(arrange(spec, listing, classes, labels, archives, 0, facts, remarks), rests_on)
 
@@ -109,7 +107,8 @@ class _ShardLister:
         for member in self._walk:
             name = clean_name(member.name)
             if member.kind != FILE:
-                self._check_other(member, name)
+                if is_image(name.rpartition(b"/")[2]):
+                    raise self._error(f"{os.fsdecode(name)} is a {member.kind}; make the shard again with files only")
                 continue
             match = _KEY.fullmatch(name)
             if match is None or _META.match(name):
@@ -124,10 +123,6 @@ class _ShardLister:
         for key, sample in self._begun.items():
             self._report(key, sample)
         return self.listing
-
-    def _check_other(self, member: Member, name: bytes) -> None:
-        if is_image(name.rpartition(b"/")[2]):
-            raise self._error(f"{os.fsdecode(name)} is a {member.kind}; make the shard again with files only")
 
     def _finish(self, key: bytes, sample: _Sample) -> None:
         """Note a sample that is complete. If it is not, the rest may follow elsewhere in the shard."""

@@ -363,18 +363,12 @@ def _encode_rest(
     job = replace(workers.job, tables=tables)
     with closing(workers.run(job, chunks, max(1, _WAITING_BYTES // (chunk * image_bytes)))) as results:
         for encoded in results:
-            if on_error == "stop":
-                _check_images(plan, stored.position, encoded)
+            for number, entry in enumerate(encoded.entries if on_error == "stop" else ()):
+                if isinstance(entry, str):
+                    raise plan.bad_image(stored.position + number, entry)
             layout.add(encoded)
             progress(stored.position, plan.num_images)
     layout.close()
-
-
-def _check_images(plan: WritePlan, position: int, encoded: Encoded) -> None:
-    """Raise BadImage for the first bad image of a run that begins at a position."""
-    for number, entry in enumerate(encoded.entries):
-        if isinstance(entry, str):
-            raise plan.bad_image(position + number, entry)
 
 
 def _finish(plan: WritePlan, layout: PageLayout, target: Path) -> dict[str, Any]:
