@@ -218,6 +218,8 @@ def test_classes_come_from_numbers_and_texts(tmp_path, folder):
     assert sorted(listed(numbered, class_names=str(tmp_path / "names.txt"))) == sorted(expected)
     digits = write(tmp_path / "digits.parquet", pa.table({**plain, "label": [str(5 * n) for n in data["label"]]}))
     assert opened(digits).labels.max() == 10
+    ids = write(tmp_path / "ids.parquet", pa.table({**plain, "label": [f"{n:012d}" for n in data["label"]]}))
+    assert opened(ids).classes == ["000000000000", "000000000001", "000000000002"]
 
 
 def test_columns_are_found_or_chosen(tmp_path, folder):

@@ -121,18 +121,10 @@ class PageContent:
 
 
 def _scan_snappy(read: Read, page: Page) -> tuple[array, list[tuple[int, int, int]]] | None:
-    """Walk the tags of a Snappy page without reading the data between them.
+    """Walk the tags of a Snappy page without reading the data between them, which for JPEGs are long literals.
 
-    JPEG data does not compress, so it consists of literals of up to 64 KiB.
-
-    Returns
-    -------
-    blocks : array of uint32
-        Where each block of 64 KiB begins in the compressed page.
-    literals : list of tuple
-        Start in the page, start in the compressed page, and length of runs that are not compressed.
-
-    The result is None if there are many short tags, or if a block cannot be decompressed without the one before.
+    The result is where each block begins in the compressed page, and the literals: start in the page, start in the
+    compressed page, and length. It is None if there are many short tags, or if a block needs an earlier one.
 
     Raises
     ------
