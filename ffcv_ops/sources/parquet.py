@@ -131,7 +131,10 @@ def open_parquet(spec: "SourceSpec", stage: Stage) -> Source:
     pyarrow.default_memory_pool().release_unused()
     if rows.are_outer(spec.name):
         return build_source(spec, rows, None, files)
-    places = np.concatenate(list(list_in_threads(groups, partial(_find_images, ranges), stage, threads)))
+    located = list_in_threads(
+        groups, partial(_find_images, ranges), lambda what, count: stage("images located", count), threads
+    )
+    places = np.concatenate(list(located))
     source = build_source(spec, rows, (reader, places), files)
     source.remarks.extend(_page_remarks(places, paths))
     return with_index(source, rests_on)
