@@ -147,6 +147,14 @@ def write_all(descriptor: int, content: bytes | memoryview, offset: int | None =
         offset = None if offset is None else offset + written
 
 
+def read_range(file: int, size_bytes: int, offset: int) -> bytes:
+    """Return a range of an open file, which has fewer bytes only if the file ends."""
+    content = os.pread(file, size_bytes, offset)
+    while len(content) < size_bytes and (more := os.pread(file, size_bytes - len(content), offset + len(content))):
+        content += more
+    return content
+
+
 def size_of(path: str) -> int:
     """Return the size of a file. Raise ReadError if it cannot be read."""
     try:
@@ -156,13 +164,7 @@ def size_of(path: str) -> int:
 
 
 def read_exactly(file: int, path: str, view: memoryview, offset: int) -> None:
-    """Fill a view with the bytes of an open file from an offset on.
-
-    Raises
-    ------
-    ReadError
-        If the file cannot be read, or ends too early. The message has the path and the place.
-    """
+    """Fill a view with the bytes of a file from an offset on. Raise ReadError, with path and place, if it fails."""
     place = f"in the {len(view)} bytes from {offset} on"
     while len(view):
         try:

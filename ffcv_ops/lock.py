@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.files import write_all
@@ -37,27 +36,14 @@ _POLL_S = 0.25
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that has a lock.
-
-    Attributes
-    ----------
-    host, pid : str, int
-    start : str
-        Start of the process in ticks since the boot; "" if the system does not tell.
-    machine : str
-        Boot and process namespace, within which the pid is valid; "" if the system does not tell.
-    since : float
-        Time at which the lock was taken, in seconds since 1970.
-    token : str
-        Random name of this lock.
-    """
+    """The process that has a lock."""
 
     host: str
     pid: int
-    start: str
-    machine: str
-    since: float
-    token: str
+    start: str  # the start of the process in ticks since the boot; "" if the system does not tell
+    machine: str  # boot and process namespace, within which the pid is valid; "" if the system does not tell
+    since: float  # the time at which the lock was taken, in seconds since 1970
+    token: str  # the random name of this lock
 
     def __str__(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
@@ -113,9 +99,7 @@ class OwnerLock:
         self.acquire()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
     @property
@@ -291,13 +275,7 @@ class OwnerLock:
         return seen.owner == self.owner
 
     def check(self) -> None:
-        """Check that no other process has taken the lock over, as after a long sleep of this machine.
-
-        Raises
-        ------
-        UserError
-            If the lock is lost.
-        """
+        """Raise UserError if another process has taken the lock over, as after a long sleep of this machine."""
         with contextlib.suppress(OSError):
             if self.owner is not None and not self._is_ours():
                 seen = self._look()

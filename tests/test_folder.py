@@ -25,6 +25,7 @@ from ffcv_ops.sources import in_threads
 from ffcv_ops.sources.folder import scan
 from ffcv_ops.sources.image import Change, load_image, read_image
 from ffcv_ops.sources.kinds import SourceSpec, open_source
+from ffcv_ops.sources.source import SourceChanged
 from ffcv_ops.writing.encode import EncodeJob, EncodeTask
 from ffcv_ops.writing.plan import BadImage, WriteSettings, build_plan
 from ffcv_ops.writing.writer import write
@@ -484,3 +485,11 @@ def test_settings_without_a_limit_continue_a_file_of_before(root):
     """The journal of an earlier version has no such key."""
     plan, limited = (build_plan(scan(root), WriteSettings(max_pixels=limit)) for limit in (None, 7))
     assert "max_pixels" not in plan.identity() and limited.identity()["max_pixels"] == 7
+
+
+def test_a_file_that_is_cut_while_it_is_read_has_changed(tmp_path, monkeypatch):
+    """It is no bad image, which a run might leave out."""
+    source = scan(make(tmp_path / "in", "a/1.jpg"))
+    monkeypatch.setattr(folders, "read_range", lambda file, size_bytes, offset: b"")
+    with pytest.raises(SourceChanged, match="not the file that was listed"):
+        source.reader.read(source.keys[0], source.places[0].tolist())

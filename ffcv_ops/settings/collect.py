@@ -1,7 +1,7 @@
 """Settings collected from defaults, then files, then the command line."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,13 +39,8 @@ class Settings:
 
     def flat(self) -> dict[str, Any]:
         """Return all settings as ``{"section.key": value}``."""
-        sections = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {
-            f"{name}.{key}": value
-            for name, section in sections.items()
-            if is_dataclass(section)
-            for key, value in vars(section).items()
-        }
+        sections = {name: vars(getattr(self, name)) for name in sections_of(type(self))}
+        return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
 
     def with_values(self: "S", values: Mapping[str, Any], source: str) -> "S":
         """Return a copy in which some settings have other values.

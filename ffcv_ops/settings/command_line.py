@@ -15,13 +15,7 @@ Flags = Mapping[str, str | tuple[str, str]]
 def read_command_line(
     keys: Collection[str], argv: list[str], flags: Flags
 ) -> tuple[list[Path], list[tuple[str, Any, str]]]:
-    """Split a command line into configuration files and (key, raw value, where).
-
-    Raises
-    ------
-    UserError
-        If a word belongs to no setting, a setting is unknown, or its value is missing.
-    """
+    """Split a command line into files and (key, raw value, where). Raise UserError for what belongs to no setting."""
     files, given = [], []
     words = iter(argv)
     for word in words:

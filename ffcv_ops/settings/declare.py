@@ -49,13 +49,7 @@ def sections_of(declared: type) -> dict[str, type]:
 
 @cache
 def declare(declared: type) -> Config:
-    """Return the fastargs declaration of a settings class.
-
-    Raises
-    ------
-    TypeError
-        If a field has no docstring below it.
-    """
+    """Return the fastargs declaration of a settings class. Raise TypeError if a field has no docstring below it."""
     config = Config()
     for name, section in sections_of(declared).items():
         explanations = _read_explanations(section)

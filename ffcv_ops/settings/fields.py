@@ -3,6 +3,7 @@
 import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -83,14 +84,9 @@ class Number(Checker[float]):
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise ValueError
         number = float(value)
-        if not math.isfinite(number):
-            raise ValueError
-        too_small = self.min is not None and number < self.min
-        too_large = self.max is not None and number > self.max
-        on_bound = number in (self.below, self.above)
-        if too_small or too_large or on_bound or (self.below is not None and number > self.below):
-            raise ValueError
-        if self.above is not None and number < self.above:
+        is_small = (self.min is not None and number < self.min) or (self.above is not None and number <= self.above)
+        is_large = (self.max is not None and number > self.max) or (self.below is not None and number >= self.below)
+        if not math.isfinite(number) or is_small or is_large:
             raise ValueError
         return number
 
@@ -156,6 +152,13 @@ class Choice(Checker[Value]):
         return "one of " + ", ".join(str(value) for value in self.values)
 
 
+def _parts(value: Any) -> Sequence[Any]:
+    parts = value.strip("[]() ").split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)):
+        raise ValueError
+    return parts
+
+
 @dataclass(frozen=True)
 class Range(Checker[tuple[float, float]]):
     """Two numbers, 0 < low <= high <= max: a YAML list, or ``0.08,1`` on the command line."""
@@ -163,10 +166,7 @@ class Range(Checker[tuple[float, float]]):
     max: float | None = None
 
     def check(self, value: Any) -> tuple[float, float]:
-        parts = value.strip("[]() ").split(",") if isinstance(value, str) else value
-        if not isinstance(parts, (list, tuple)):
-            raise ValueError
-        low, high = (Number(max=self.max).check(part) for part in parts)
+        low, high = (Number(max=self.max).check(part) for part in _parts(value))
         if not 0 < low <= high:
             raise ValueError
         return low, high
@@ -184,10 +184,7 @@ class Channels(Checker[tuple[float, float, float] | Literal["auto"]]):
     def check(self, value: Any) -> tuple[float, float, float] | Literal["auto"]:
         if str(value).strip().lower() == "auto":
             return "auto"
-        parts = value.strip("[]() ").split(",") if isinstance(value, str) else value
-        if not isinstance(parts, (list, tuple)):
-            raise ValueError
-        red, green, blue = (Number(min=0, max=1).check(part) for part in parts)
+        red, green, blue = (Number(min=0, max=1).check(part) for part in _parts(value))
         if self.positive and not min(red, green, blue):
             raise ValueError
         return red, green, blue

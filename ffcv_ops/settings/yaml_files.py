@@ -15,18 +15,10 @@ from ffcv_ops.settings.suggestions import did_you_mean
 
 @dataclass(frozen=True)
 class ShippedFiles:
-    """Configuration files that come with the program. Without a root there are none.
+    """Configuration files that come with the program."""
 
-    Attributes
-    ----------
-    root : Path, optional
-        Folder from which the files are named.
-    pattern : str
-        Glob pattern of the files below the root.
-    """
-
-    root: Path | None = None
-    pattern: str = "*.yaml"
+    root: Path | None = None  # the folder from which the files are named; without it there are none
+    pattern: str = "*.yaml"  # of the files below the root
 
     def find(self, path: Path) -> Path:
         """Return the shipped file of a name if the current folder has no such file, otherwise the path unchanged."""

@@ -1,6 +1,7 @@
 """Expand what the user names into the files that are there: ``train-{0000..1023}.tar``, ``train-*.tar``, a folder.
 
-An address is a path of this machine or a URL. The other modules handle both by these functions.
+An address is a path of this machine or a URL. The other modules handle both by these functions. Files of servers are
+asked for through `ffcv_ops.sources.remote`.
 """
 
 import glob
@@ -8,26 +9,46 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ffcv_ops.errors import UserError
-from ffcv_ops.sources import remote
-from ffcv_ops.sources.remote import is_remote, public_name
+from ffcv_ops.sources.remote import ask, has_file, is_remote, is_web, limit, public_name
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LIST = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 
 def is_folder(address: str) -> bool:
-    """Return whether an address names a folder. See `remote.is_folder`."""
-    return remote.is_folder(address) if is_remote(address) else os.path.isdir(address)
+    """Return whether an address names a folder. On the web, a slash at its end tells. Raise UserError on failure."""
+    if not is_remote(address):
+        return os.path.isdir(address)
+    if is_web(address):
+        return address.endswith("/")
+    return ask(address, lambda fs, path: bool(fs.isdir(path, **limit(fs))))
 
 
 def list_names(folder: str) -> list[tuple[str, bool]]:
-    """Return the names in a folder, sorted, each with whether it is a folder. See `remote.list_names`."""
-    if is_remote(folder):
-        return remote.list_names(folder)
-    with os.scandir(folder) as entries:
-        return sorted((entry.name, entry.is_dir()) for entry in entries)
+    """Return the names in a folder, sorted, each with whether it is a folder. On the web, names without a dot are."""
+    if not is_remote(folder):
+        with os.scandir(folder) as entries:
+            return sorted((entry.name, entry.is_dir()) for entry in entries)
+
+    def is_inner(entry: dict[str, Any]) -> bool:
+        return entry["type"] == "directory" or (is_web(folder) and "." not in entry["name"].rpartition("/")[2])
+
+    def list_remote(fs: "AbstractFileSystem", path: str) -> list[tuple[str, bool]]:
+        start = path.rstrip("/") + "/"
+        found = {
+            entry["name"].removeprefix(start).rstrip("/"): is_inner(entry)
+            for entry in fs.ls(path, detail=True, **limit(fs))
+            if entry["name"].startswith(start)
+        }
+        return sorted((name, inner) for name, inner in found.items() if name and "/" not in name)
+
+    return ask(folder, list_remote)
 
 
 def join(folder: str, name: str) -> str:
@@ -36,26 +57,27 @@ def join(folder: str, name: str) -> str:
 
 
 def beside(address: str, name: str) -> str:
-    """Return the address of a name in the folder of a file."""
-    return remote.beside(address, name) if is_remote(address) else os.path.join(os.path.dirname(address), name)
+    """Return the address of a name in the folder of a file. What stands behind a question mark may be a password."""
+    if not is_remote(address):
+        return os.path.join(os.path.dirname(address), name)
+    path, mark, query = address.partition("?") if is_web(address) else (address, "", "")
+    return f"{path.rpartition('/')[0]}/{name}{mark}{query}"
 
 
 def exists(address: str) -> bool:
-    """Return whether there is a file. See `remote.exists`."""
-    return remote.exists(address) if is_remote(address) else os.path.exists(address)
+    """Return whether there is a file, which a server gives. Raise UserError if the server does not answer."""
+    return has_file(address) if is_remote(address) else os.path.exists(address)
 
 
 def read(address: str) -> bytes:
-    """Return the content of a small file.
+    """Return the content of a small file. Raise UserError or OSError if it cannot be read."""
+    if not is_remote(address):
+        return Path(address).read_bytes()
+    return ask(address, lambda fs, path: fs.cat_file(path, **limit(fs)))
 
-    Raises
-    ------
-    UserError
-        If it cannot be read from a server.
-    OSError
-        If it cannot be read from this machine.
-    """
-    return remote.read_whole(address) if is_remote(address) else Path(address).read_bytes()
+
+def _find_remote(pattern: str) -> list[str]:
+    return ask(pattern, lambda fs, path: sorted(fs.unstrip_protocol(name) for name in fs.glob(path, **limit(fs))))
 
 
 def full_name(address: str) -> str:
@@ -134,7 +156,7 @@ def expand(address: str, suffixes: tuple[str, ...]) -> list[str]:
         if not _has_magic(name):
             paths.append(name)
         elif is_remote(name):
-            paths += remote.find(name)
+            paths += _find_remote(name)
         else:
             paths += sorted(glob.glob(name))
     if not paths:

@@ -12,7 +12,7 @@ from ffcv_ops.sources.ranges import RangeFile, RangeReader
 from ffcv_ops.sources.remarks import HIDDEN_FILES, HIDDEN_FOLDERS, Tally
 from ffcv_ops.sources.remote import public_name
 from ffcv_ops.sources.source import PackedKeys, Stage
-from ffcv_ops.sources.tar_headers import TarWalk
+from ffcv_ops.sources.tar_headers import TarWalk, check_not_compressed
 
 IMAGE_ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 _THREADS = 16
@@ -20,25 +20,13 @@ _THREADS = 16
 
 @dataclass(frozen=True)
 class Part:
-    """An archive, or an archive within another one.
+    """An archive, or an archive within another one."""
 
-    Attributes
-    ----------
-    file : int
-        The number of the file in the reader.
-    start, end : int
-        The place of the archive in the file, in bytes.
-    where : str
-        The name of the archive, for messages.
-    prefix : bytes
-        Text to put before the names of its members, such as ``n01440764/``.
-    """
-
-    file: int
-    start: int
+    file: int  # the number of the file in the reader
+    start: int  # the place of the archive in the file, in bytes
     end: int
-    where: str
-    prefix: bytes = b""
+    where: str  # the name of the archive, for messages
+    prefix: bytes = b""  # text to put before the names of its members, such as ``n01440764/``
 
     def walk(self, reader: RangeReader) -> TarWalk:
         """Return the members of the archive."""
@@ -48,40 +36,32 @@ class Part:
         )  # fmt: skip
 
 
+def whole_archives(files: Sequence[RangeFile], reader: RangeReader) -> list[Part]:
+    """Return the archives of a reader. Raise TarError if one is compressed."""
+    for number, file in enumerate(files):
+        check_not_compressed(reader.read(number, 0, 8), file.name)
+    return [Part(number, 0, file.size_bytes, file.name) for number, file in enumerate(files)]
+
+
 @dataclass
 class Listing:
-    """Images of archives, in any order.
+    """Images of archives, in any order."""
 
-    Attributes
-    ----------
-    names : PackedKeys
-        The path of each image in its archive, behind the prefix of the part.
-    places : array of int64
-        File, offset and size in bytes of each image, one after the other.
-    texts : array of int32
-        If the archives tell classes, the number of each image's class text in `found`.
-    found : dict of str to int
-        The texts that tell classes.
-    tally, extensions : Tally
-        What was left out.
-    folders : set of bytes
-        The folders of the images. The name of the top is empty.
-    entries : set of bytes
-        Folders that the archives name, which may be empty.
-    hidden : set of bytes
-        Hidden folders that were left out.
-    """
-
+    # The path of each image in its archive, behind the prefix of the part. Those of `block` are added by `merge`.
     names: PackedKeys = field(default_factory=PackedKeys)
+    block: bytearray = field(default_factory=bytearray)
+    # File, offset and size in bytes of each image, one after the other.
     places: array = field(default_factory=lambda: array("q"))
-    texts: array = field(default_factory=lambda: array("i"))
+    # If the archives tell classes: their texts, and the number of each image's text.
     found: dict[str, int] = field(default_factory=dict)
+    texts: array = field(default_factory=lambda: array("i"))
+    # What was left out.
     tally: Tally = field(default_factory=Tally)
     extensions: Tally = field(default_factory=Tally)
+    hidden: set[bytes] = field(default_factory=set)
+    # The folders of the images, of which that of the top is empty, and those that the archives name.
     folders: set[bytes] = field(default_factory=set)
     entries: set[bytes] = field(default_factory=set)
-    hidden: set[bytes] = field(default_factory=set)
-    block: bytearray = field(default_factory=bytearray)
 
     def add(self, name: bytes, part: Part, offset: int, size_bytes: int, text: str | None = None) -> None:
         """Add an image."""

@@ -6,7 +6,6 @@ where the bytes of each image are in the file. A reader needs neither pyarrow no
 
 import json
 import os
-import time
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +17,12 @@ from ffcv_ops import _sigbus
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.archives import ArchiveReader
 from ffcv_ops.sources.columns import Columns, Labels, choose_columns, import_pyarrow, select
+from ffcv_ops.sources.in_threads import Report
 from ffcv_ops.sources.ranges import RangeFile, list_files
 from ffcv_ops.sources.remote import is_remote
 from ffcv_ops.sources.source import Source, Stage
 from ffcv_ops.sources.splits import choose_split, split_name
-from ffcv_ops.sources.tables import EMBED, Rows, build_source, find_files, pack_names
+from ffcv_ops.sources.tables import EMBED, FileRows, Rows, build_source, find_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,7 +35,6 @@ _DICT, _STATE = "dataset_dict.json", "state.json"
 _CACHE_FILES = ("cache-", "tmp")
 _FILE_MAGIC = b"ARROW1"
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
-_PROGRESS_EVERY_S = 0.5
 
 
 def fits_arrow(spec: "SourceSpec") -> bool:
@@ -46,14 +45,7 @@ def fits_arrow(spec: "SourceSpec") -> bool:
 
 
 def open_arrow(spec: "SourceSpec", stage: Stage) -> Source:
-    """List the images of Arrow files.
-
-    Raises
-    ------
-    UserError
-        If pyarrow is missing, if a file is damaged, if columns cannot be chosen or read, or if an image or a class is
-        missing.
-    """
+    """List the images of Arrow files. See `ffcv_ops.sources.kinds.Kind`."""
     if is_remote(spec.address):
         raise UserError(
             f"{spec.name}: Arrow files are mapped into memory, so they must lie on this machine; copy the folder "
@@ -61,48 +53,29 @@ def open_arrow(spec: "SourceSpec", stage: Stage) -> Source:
         )
     import_pyarrow(spec.address)
     files = list_files(_find(spec))
-    rows = Rows([file.path for file in files])
-    labels: Labels | None = None
-    places, num_outer, reported_s = array("q"), 0, time.monotonic()
+    paths = [file.path for file in files]
+    with _mapped(files[0]) as content:
+        columns = choose_columns(_open(content, paths[0])[0], spec, paths[0])
+    rows, places, num_listed, report = Rows(paths, Labels(columns)), array("q"), 0, Report(stage)
     for number, file in enumerate(files):
-        count = num_unnamed = 0
-        block = bytearray()
-        for batch, content in _read_batches(file):
-            if not count:
-                columns = choose_columns(batch.schema, spec, file.path)
-                labels = labels or Labels(columns)
-                labels.columns.check_same(columns, file.path)
-            num_outer += _find_images(batch, content, columns, number, file, count, places)
-            more, missing = pack_names(select(batch, columns.path) if columns.path else None, len(batch), file.path)
-            block += more
-            num_unnamed += missing
-            assert labels is not None
-            labels.add(select(batch, columns.label), file.path, count)
-            count += len(batch)
-            if time.monotonic() - reported_s > _PROGRESS_EVERY_S:
-                stage("images listed", rows.total + count)
-                reported_s = time.monotonic()
-        rows.add(bytes(block), count, num_unnamed)
-    if labels is None:
-        raise UserError(f"{spec.name}: has no rows")
-    columns = labels.columns
-    if 0 < num_outer < rows.total:
-        raise UserError(f"{spec.name}: {num_outer} of {rows.total} rows have no bytes in {columns.image}; {EMBED}")
-    identity = ["arrow", [file.identity for file in files], columns.image, columns.label]
-    if num_outer:
-        return build_source(spec, rows, labels, None, identity)
-    found = np.frombuffer(places, np.int64).reshape(-1, 3)
-    return build_source(spec, rows, labels, (ArchiveReader(spec.address, files), found), identity, 2)
+        found = FileRows()
+        with _mapped(file) as content:
+            schema, batches = _open(content, file.path)
+            columns.check_same(choose_columns(schema, spec, file.path), file.path)
+            for batch in filter(len, batches):
+                found.num_outer += _find_images(batch, content, columns, number, file, found.num_rows, places)
+                found.add(batch, columns, file.path)
+                num_listed += len(batch)
+                report(num_listed)
+            rows.add(found)
+    if rows.are_outer(spec.name):
+        return build_source(spec, rows, None, files)
+    embedded = ArchiveReader(spec.address, files), np.frombuffer(places, np.int64).reshape(-1, 3)
+    return build_source(spec, rows, embedded, files)
 
 
 def _find(spec: "SourceSpec") -> list[str]:
-    """Return the files of the table that the user wants.
-
-    Raises
-    ------
-    UserError
-        If there are several tables, or none, or if rows are to be taken by an index.
-    """
+    """Return the files of the wanted table. Raise UserError if there are several or none, or rows in another order."""
     folder = spec.address
     if not os.path.isdir(folder):
         return choose_split(find_files(folder, SUFFIX), spec)
@@ -131,6 +104,8 @@ def _find(spec: "SourceSpec") -> list[str]:
         paths = [os.path.join(folder, entry["filename"]) for entry in state["_data_files"]]
     except (KeyError, TypeError):
         raise UserError(f"{os.path.join(folder, _STATE)}: does not name the files of a table; save it again") from None
+    if not paths:
+        raise UserError(f"{folder}: has no rows")
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         raise UserError(f"{missing[0]}: no such file, but {_STATE} names it; copy or save the table again")
@@ -150,13 +125,7 @@ def _read_json(path: str) -> dict[str, Any]:
 
 @contextmanager
 def _mapped(file: RangeFile) -> Iterator["pa.Buffer"]:
-    """Map a file. If another process cuts it, raise UserError at the end.
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read.
-    """
+    """Map a file. Raise UserError if it cannot be read, or at the end, if another process has cut it."""
     import pyarrow as pa
 
     try:
@@ -174,26 +143,18 @@ def _mapped(file: RangeFile) -> Iterator["pa.Buffer"]:
         raise UserError(f"{file.path}: cannot be read as Arrow file ({message}); copy or save it again") from error
 
 
-def _read_batches(file: RangeFile) -> Iterator[tuple["pa.RecordBatch", "pa.Buffer"]]:
-    """Yield the batches of a file that have rows, each with the map of the file, where its buffers are.
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read.
-    """
+def _open(content: "pa.Buffer", path: str) -> tuple["pa.Schema", Iterator["pa.RecordBatch"]]:
+    """Return the columns and the batches of a mapped file. Raise UserError if the file is cut."""
     import pyarrow as pa
 
-    with _mapped(file) as content:
-        if content.size >= len(_FILE_MAGIC) and bytes(content[: len(_FILE_MAGIC)]) == _FILE_MAGIC:
-            opened = pa.ipc.open_file(pa.BufferReader(content))
-            batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
-            yield from ((batch, content) for batch in batches if len(batch))
-            return
-        # Without its end mark, a file that was cut between two batches would look whole.
-        if bytes(content[-len(_STREAM_END) :]) != _STREAM_END:
-            raise UserError(f"{file.path}: has no end mark, so it is cut or not an Arrow file; copy or save it again")
-        yield from ((batch, content) for batch in pa.ipc.open_stream(pa.BufferReader(content)) if len(batch))
+    if content.size >= len(_FILE_MAGIC) and bytes(content[: len(_FILE_MAGIC)]) == _FILE_MAGIC:
+        file = pa.ipc.open_file(pa.BufferReader(content))
+        return file.schema, map(file.get_batch, range(file.num_record_batches))
+    # Without its end mark, a file that was cut between two batches would look whole.
+    if bytes(content[-len(_STREAM_END) :]) != _STREAM_END:
+        raise UserError(f"{path}: has no end mark, so it is cut or not an Arrow file; copy or save it again")
+    stream = pa.ipc.open_stream(pa.BufferReader(content))
+    return stream.schema, iter(stream)
 
 
 def _find_images(
@@ -205,13 +166,7 @@ def _find_images(
     first_row: int,
     places: array,
 ) -> int:
-    """Add the places of the images in a batch, and return how many rows have no bytes.
-
-    Raises
-    ------
-    UserError
-        If the images have no place in the file, or if only some of them have bytes.
-    """
+    """Add the places of the images in a batch. Return how many rows have no bytes; raise UserError if only some do."""
     if columns.content is None:
         return len(batch)
     values = select(batch, columns.content)

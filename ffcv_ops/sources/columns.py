@@ -15,7 +15,7 @@ import numpy as np
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.remarks import Remark
 from ffcv_ops.sources.remote import public_name
-from ffcv_ops.sources.webdataset import read_class_names
+from ffcv_ops.sources.webdataset import JSON_KEYS, MOST_CLASSES, name_classes, read_class_names
 from ffcv_ops.units import show_names
 
 if TYPE_CHECKING:
@@ -25,31 +25,18 @@ if TYPE_CHECKING:
 
 _IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "pixels", "bytes", "data")
 _LABEL_NAMES = ("label", "labels", "cls", "class", "class_name", "target", "category", "y")
-_JSON_LABELS = ("label", "cls", "class")
-_MOST_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of images and classes, by their dotted paths, such as ``image.bytes``.
-
-    Attributes
-    ----------
-    image, label : str
-    content, path : str or None
-        The columns with the bytes and with the names of the images, within that of the images.
-    mode : str or None
-        The mode to which `datasets` converts the images when it decodes them.
-    names : list of str or None
-        The names of class numbers, if the metadata has any.
-    """
+    """The columns of images and classes, by their dotted paths, such as ``image.bytes``."""
 
     image: str
     label: str
-    content: str | None
-    path: str | None
-    mode: str | None
-    names: list[str] | None
+    content: str | None  # the column with the bytes of the images, within that of the images
+    path: str | None  # the column with their names
+    mode: str | None  # the mode to which `datasets` converts the images when it decodes them
+    names: list[str] | None  # the names of class numbers, if the metadata has any
 
     def check_same(self, other: "Columns", path: str) -> None:
         """Raise UserError if another file has other columns."""
@@ -79,13 +66,7 @@ def select(batch: Any, name: str) -> Any:
 
 
 def import_pyarrow(address: str) -> Any:
-    """Return the package pyarrow.
-
-    Raises
-    ------
-    UserError
-        If it is not installed.
-    """
+    """Return the package pyarrow. Raise UserError if it is not installed."""
     try:
         import pyarrow
     except ImportError as error:
@@ -97,20 +78,7 @@ def import_pyarrow(address: str) -> Any:
 
 
 def choose_columns(schema: "pa.Schema", spec: "SourceSpec", path: str) -> Columns:
-    """Return the columns with images and classes.
-
-    Parameters
-    ----------
-    schema : pyarrow.Schema
-    spec : SourceSpec
-    path : str
-        The file, for messages.
-
-    Raises
-    ------
-    UserError
-        If there is no such column, if there are several, or if it cannot be read.
-    """
+    """Return the columns with images and classes. Raise UserError if one is missing, not clear, or of another type."""
     fields = dict(_flatten(schema))
     features = _read_features(schema)
     images = [
@@ -121,52 +89,47 @@ def choose_columns(schema: "pa.Schema", spec: "SourceSpec", path: str) -> Column
     labels = [
         [name for name in fields if _feature(features, name).get("_type") == "ClassLabel"],
         [name for name in fields if name.lower() in _LABEL_NAMES and "." not in name],
-        [f"json.{name}" for name in _JSON_LABELS if f"json.{name}" in fields][:1],
+        [f"json.{name}" for name in JSON_KEYS if f"json.{name}" in fields][:1],
     ]
     image = _choose("image", spec.image_column, images, ("image", "jpg"), fields, path)
     label = _choose("label", spec.label_column, labels, ("label",), fields, path)
     content, names = _find_content(image, fields[image], path)
-    mode = _feature(features, image).get("mode")
-    return Columns(image, label, content, names, mode, _read_names(features, label))
+    mode, classes = _feature(features, image).get("mode"), _feature(features, label).get("names")
+    known = [str(name) for name in classes] if isinstance(classes, list) and classes else None
+    return Columns(image, label, content, names, mode, known)
 
 
 def _flatten(fields: Any, prefix: str = "") -> Iterator[tuple[str, "pa.DataType"]]:
     """Yield the dotted path and the type of each column, also of those within a struct."""
-    import pyarrow as pa
-
     for found in fields:
         yield prefix + found.name, found.type
-        if pa.types.is_struct(found.type) and not _is_image_struct(found.type):
+        if _is_struct(found.type) and not _is_image_struct(found.type):
             yield from _flatten(found.type, f"{prefix}{found.name}.")
 
 
-def _is_image_struct(kind: "pa.DataType") -> bool:
-    import pyarrow as pa
+def _value_type(kind: "pa.DataType") -> str:
+    """Return a type as text, of a dictionary that of its values."""
+    return str(kind.value_type if str(kind).startswith("dictionary<") else kind)
 
-    return pa.types.is_struct(kind) and any(
-        child.name == "bytes" and _is_binary(child.type) for child in (kind.field(i) for i in range(kind.num_fields))
-    )
+
+def _is_struct(kind: "pa.DataType") -> bool:
+    return str(kind).startswith("struct<")
+
+
+def _is_image_struct(kind: "pa.DataType") -> bool:
+    return _is_struct(kind) and any(child.name == "bytes" and _is_binary(child.type) for child in kind)
 
 
 def _is_binary(kind: "pa.DataType") -> bool:
-    import pyarrow as pa
-
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or str(kind) == "binary_view"
+    return _value_type(kind) in ("binary", "large_binary", "binary_view")
 
 
 def _is_text(kind: "pa.DataType") -> bool:
-    import pyarrow as pa
-
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or str(kind) == "string_view"
+    return _value_type(kind) in ("string", "large_string", "string_view")
 
 
 def _is_number(kind: "pa.DataType") -> bool:
-    import pyarrow as pa
-
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return bool(pa.types.is_integer(kind))
+    return _value_type(kind).lstrip("u") in ("int8", "int16", "int32", "int64")
 
 
 def _read_features(schema: "pa.Schema") -> dict[str, Any]:
@@ -224,22 +187,16 @@ def _find_content(name: str, kind: "pa.DataType", path: str) -> tuple[str | None
     if _is_text(kind):
         return None, name
     if _is_image_struct(kind):
-        names = {kind.field(i).name for i in range(kind.num_fields)}
-        return f"{name}.bytes", f"{name}.path" if "path" in names else None
+        return f"{name}.bytes", f"{name}.path" if "path" in {child.name for child in kind} else None
     raise UserError(
         f"{path}: the column {name} is of the type {_name_type(kind)}; images are binary, or a struct of bytes and "
         "path, one in each row; choose another with --image_column, or write the table again"
     )
 
 
-def _read_names(features: dict[str, Any], label: str) -> list[str] | None:
-    names = _feature(features, label).get("names")
-    return [str(name) for name in names] if isinstance(names, list) and names else None
-
-
 @dataclass
 class Labels:
-    """The classes of rows, as they are read: numbers, or texts in `found`."""
+    """The classes of rows: for each row, the position in `found` of its text, which may be a number."""
 
     columns: Columns
     numbers: list[np.ndarray] = field(default_factory=list)
@@ -247,21 +204,7 @@ class Labels:
     is_text: bool | None = None
 
     def add(self, values: "pa.Array", path: str, first_row: int) -> None:
-        """Add the classes of further rows.
-
-        Parameters
-        ----------
-        values : pyarrow.Array
-        path : str
-            The file, for messages.
-        first_row : int
-            The number of the first row in the file.
-
-        Raises
-        ------
-        UserError
-            If a class is missing, or no class.
-        """
+        """Add the classes of the next rows of a file. Raise UserError if a row has none, or what is no class."""
         import pyarrow as pa
 
         where = f"{path}: the column {self.columns.label}"
@@ -281,58 +224,38 @@ class Labels:
             values = values.dictionary_decode()
         if is_text:
             encoded = values.dictionary_encode()
-            texts = encoded.dictionary.to_pylist()
-            table = np.array([self.found.setdefault(text, len(self.found)) for text in texts], np.int64)
-            self.numbers.append(table[encoded.indices.to_numpy()].astype(np.int32))
-            return
-        try:
-            numbers = values.cast(pa.int64()).to_numpy()
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{where} has numbers that are no classes ({error})") from error
-        bad = np.flatnonzero((numbers < 0) | (numbers >= _MOST_CLASSES))
-        if len(bad):
-            hint = ", as test splits without classes have" if numbers[bad[0]] == -1 else ""
-            raise UserError(f"{where} has {numbers[bad[0]]} in row {first_row + bad[0]}, which is no class{hint}")
-        self.numbers.append(numbers.astype(np.int32))
+            texts, indices = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+        else:
+            try:
+                numbers = values.cast(pa.int64()).to_numpy()
+            except pa.ArrowInvalid as error:
+                raise UserError(f"{where} has numbers that are no classes ({error})") from error
+            bad = np.flatnonzero((numbers < 0) | (numbers >= MOST_CLASSES))
+            if len(bad):
+                hint = ", as test splits without classes have" if numbers[bad[0]] == -1 else ""
+                raise UserError(f"{where} has {numbers[bad[0]]} in row {first_row + bad[0]}, which is no class{hint}")
+            unique, indices = np.unique(numbers, return_inverse=True)
+            texts = [str(number) for number in unique.tolist()]
+        table = np.array([self.found.setdefault(text, len(self.found)) for text in texts], np.int32)
+        self.numbers.append(table[indices])
 
     def finish(self, spec: "SourceSpec") -> tuple[list[str], np.ndarray, list[Remark]]:
-        """Return the classes, the class number of each row, and remarks.
-
-        Raises
-        ------
-        UserError
-            If a class has no name, or a name is there twice.
-        """
+        """Return classes, class numbers of rows, and remarks. Raise UserError if a name is missing, or twice there."""
         labels = np.concatenate(self.numbers)
         self.numbers = []
-        names = read_class_names(spec.class_names) if spec.class_names else self.columns.names
-        whose = (
-            public_name(spec.class_names) if spec.class_names else f"the metadata of the column {self.columns.label}"
-        )
+        names, whose = self.columns.names, f"the metadata of the column {self.columns.label}"
+        if spec.class_names:
+            names, whose = read_class_names(spec.class_names), public_name(spec.class_names)
         if names is not None and len(set(names)) < len(names):
             name = next(name for name in names if names.count(name) > 1)
             raise UserError(f"{spec.name}: {whose} has the class {name} twice; give the names with --class_names FILE")
+        classes, table = name_classes(self.found, names, whose, spec.name)
+        labels = table[labels]
         remarks: list[Remark] = []
-        if self.is_text and not all(text.isascii() and text.isdigit() for text in self.found):
-            if names is not None and not set(self.found) <= set(names):
-                raise UserError(
-                    f"{spec.name}: has the class {min(set(self.found) - set(names))}, which {whose} does not name"
-                )
-            names = sorted(self.found) if names is None else names
-            places = {name: place for place, name in enumerate(names)}
-            labels = np.array([places[text] for text in self.found], np.int32)[labels]
-        elif self.is_text:  # as in shards, texts that are numbers are class numbers
-            labels = np.array([min(int(text), _MOST_CLASSES) for text in self.found], np.int32)[labels]
-        count = int(labels.max()) + 1
-        if count > _MOST_CLASSES:
-            raise UserError(f"{spec.name}: has texts in {self.columns.label} that are too large for class numbers")
-        if names is None:
-            names = [str(number) for number in range(count)]
+        if names is None and classes == [str(number) for number in range(len(classes))]:
             what = "classes without names, which are named by their numbers"
-            remarks.append(Remark(what, count, "0", "name them with --class_names FILE, one on each line"))
-        elif count > len(names):
-            raise UserError(f"{spec.name}: has the class {count - 1}, but {whose} names {len(names)} classes")
-        empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
+            remarks.append(Remark(what, len(classes), "0", "name them with --class_names FILE, one on each line"))
+        empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
         if len(empty):
-            remarks.append(Remark("classes without an image", len(empty), names[empty[0]]))
-        return names, labels, remarks
+            remarks.append(Remark("classes without an image", len(empty), classes[empty[0]]))
+        return classes, labels, remarks

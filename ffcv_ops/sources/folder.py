@@ -1,7 +1,6 @@
 """List an image folder as ``torchvision.datasets.ImageFolder`` does: its classes and its images."""
 
 import os
-import socket
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from stat import S_ISLNK, S_ISREG
 import numpy as np
 
 from ffcv_ops.errors import UserError
+from ffcv_ops.files import read_range
 from ffcv_ops.sources.in_threads import Count, list_in_threads
 from ffcv_ops.sources.labels import FLAT, assign, find_labels, number_remarks, read_labels
 from ffcv_ops.sources.remarks import (
@@ -25,7 +25,7 @@ from ffcv_ops.sources.remarks import (
     listing_remarks,
     similar_names,
 )
-from ffcv_ops.sources.source import PackedKeys, Source, SourceChanged, Stage, sort_keys
+from ffcv_ops.sources.source import PackedKeys, Source, Stage, sort_keys, source_changed
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # A network file system answers one question at a time slowly, and many questions at once quickly.
@@ -50,38 +50,25 @@ class FolderReader:
             file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # it may have become a pipe
         except OSError as error:
             if not os.path.lexists(path) or stat_image(path) != stat:
-                raise _changed(path) from error
+                raise source_changed(path) from error
             raise  # as listed: a link without target, or a file without permission
-        with open(file, "rb", buffering=0) as opened:
+        try:
             found = os.fstat(file)
-            if (found.st_size, found.st_mtime_ns) != stat:
-                raise _changed(path)
-            content = opened.read(found.st_size)
-            while len(content) < found.st_size and (more := opened.read(found.st_size - len(content))):
-                content += more
+            content = read_range(file, found.st_size, 0) if (found.st_size, found.st_mtime_ns) == stat else None
+        finally:
+            os.close(file)
+        if content is None or len(content) < found.st_size:
+            raise source_changed(path)
         return content
 
     def check(self) -> None:
         """Each read has noticed a change of its file. See `Reader`."""
 
 
-def _changed(path: str) -> SourceChanged:
-    return SourceChanged(
-        f"{path}: on {socket.gethostname()} not the file that was listed (size or time of change differ, or it is "
-        "gone); leave the images alone while they are written, and let all machines see the same ones"
-    )
-
-
 def scan(root: str | os.PathLike[str], stage: Stage = lambda what, count: None) -> Source:
     """List the images of a folder with one subfolder for each class, in the order of ``ImageFolder``.
 
     Hidden folders and files are left out (see `is_hidden`). Otherwise the listing is that of ``ImageFolder``.
-
-    Parameters
-    ----------
-    root : path
-    stage : callable
-        See `Stage`. It is called about twice a second.
 
     Raises
     ------
@@ -104,13 +91,8 @@ def scan(root: str | os.PathLike[str], stage: Stage = lambda what, count: None) 
         stats.extend(listing.stats)
         counts.append(len(listing.stats) // 2)
         if not counts[-1]:
-            others = ", ".join(
-                f"{count} {kind or 'without extension'}" for kind, (count, _) in listing.others.found.items()
-            )
-            empty.append(
-                f"{root / name}: class folder without an image"
-                + (f" but with other files ({others})" if others else "")
-            )
+            others = f" but with other files ({listing.others.text()})" if listing.others.found else ""
+            empty.append(f"{root / name}: class folder without an image{others}")
         tally.merge(listing.tally)
         extensions.merge(listing.others)
         for identity, folder, count in listing.folders:
@@ -131,16 +113,9 @@ def scan(root: str | os.PathLike[str], stage: Stage = lambda what, count: None) 
 
 
 def list_flat(root: str | os.PathLike[str], labels_path: str | None, stage: Stage = lambda what, count: None) -> Source:
-    """List the images of a folder whose classes are in a file of labels (see `ffcv_ops.sources.labels`).
+    """List the images of a folder, or of folders within it, whose classes are in a file of labels.
 
-    Parameters
-    ----------
-    root : path
-        The images may lie in folders within it.
-    labels_path : str or None
-        If None, the labels of ILSVRC's validation images are looked for beside the folder.
-    stage : callable
-        See `Stage`.
+    If there is no `labels_path`, the labels of ILSVRC's validation images are looked for beside the folder.
 
     Raises
     ------
@@ -215,7 +190,7 @@ def _list_class(root: Path, top: tuple[int, int], name: str, count: Count) -> _C
                 _count_file(file, os.path.join(inside, file), listing.tally, listing.others)
         for file in images:
             listing.stats.extend(stat_image(os.path.join(folder, file)))
-            count()
+            count(1)
         listing.block += os.fsencode("".join(f"{os.path.join(inside, file)}\0" for file in images))
         listing.folders.append((identity, inside, len(images)))
         if name and inside != name and images:
@@ -288,13 +263,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def stat_image(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Return the size of an image file in bytes and the time of its last change in ns.
-
-    Raises
-    ------
-    UserError
-        If the path is no file, such as a pipe, which a reader would wait for.
-    """
+    """Return size in bytes and time of the last change in ns. Raise UserError for a pipe, or what else is no file."""
     try:
         stat = os.stat(path)
     except OSError:

@@ -26,27 +26,17 @@ def check_share(share: float, split: str | None) -> None:
 
 
 def hold_out(source: Source, share: float, split: str | None, stage: Stage = lambda what, count: None) -> Source:
-    """Return the images of one split of a source that does not have two.
+    """Return the images of one split, ``train`` or ``val``, of a source that does not have two.
 
     The choice is a function of the class and the name of each image. So both splits can be written by themselves,
-    from any kind of source. It depends on no seed.
-
-    Parameters
-    ----------
-    source : Source
-    share : float
-        The share of the images of each class that is for validation, between 0 and 1. Of a class with two images or
-        more, at least one is for training, and at least one for validation unless it is a copy.
-    split : {"train", "val"}
-    stage : callable
-        See `Stage`.
+    from any kind of source. It depends on no seed. Of a class with two images or more, at least one is for training,
+    and at least one for validation unless it is a copy. Images are read if a held out and another one have the same
+    size.
 
     Raises
     ------
     UserError
         If no class has two different images.
-    SourceError
-        If the source cannot be read. Images are read if a held out and another one have the same size.
     """
     is_held = _choose(source, share)
     same = _same_bytes(source, is_held, stage)
@@ -64,7 +54,7 @@ def hold_out(source: Source, share: float, split: str | None, stage: Stage = lam
         keys=source.keys.take(chosen),
         labels=source.labels[chosen],
         places=source.places[chosen],
-        sizes_bytes=None if source.sizes_bytes is None else source.sizes_bytes[chosen],
+        sizes_bytes=source.sizes_bytes[chosen],
         facts={**source.facts, "hold_out": share, "split": split},
         remarks=[*source.remarks, *remarks],
     )
@@ -90,7 +80,7 @@ def _choose(source: Source, share: float) -> np.ndarray:
 
 def _same_bytes(source: Source, is_held: np.ndarray, stage: Stage) -> np.ndarray:
     """Return the numbers of the images that are held out and have the bytes of one that is not."""
-    sizes = np.zeros(len(is_held)) if source.sizes_bytes is None else source.sizes_bytes
+    sizes = source.sizes_bytes
     doubtful = np.flatnonzero(np.isin(sizes, np.intersect1d(sizes[is_held], sizes[~is_held])))
 
     def hash_images(images: np.ndarray, count: Count) -> list[int]:
@@ -101,7 +91,7 @@ def _same_bytes(source: Source, is_held: np.ndarray, stage: Stage) -> np.ndarray
             except OSError:  # a bad image, which the writer will name
                 content = b"%d" % index
             hashes.append(int.from_bytes(sha256(content).digest()[:8], "little"))
-            count()
+            count(1)
         return hashes
 
     tasks = np.split(doubtful, range(_IMAGES_A_TASK, len(doubtful), _IMAGES_A_TASK))

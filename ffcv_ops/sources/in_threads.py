@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from ffcv_ops.sources.source import Stage
 
@@ -18,14 +18,24 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Count(Protocol):
-    """A function that counts images for the progress. It raises `Stopped` if the listing is not needed any more."""
-
-    def __call__(self, num_images: int = 1, /) -> None: ...
+Count = Callable[[int], None]
+"""Counts images for the progress. It raises `Stopped` if the listing is not needed any more."""
 
 
 class Stopped(Exception):
     """The listing is not needed any more."""
+
+
+class Report:
+    """Calls of a `Stage` with the number of images so far, no more than twice a second."""
+
+    def __init__(self, stage: Stage):
+        self._stage, self._last_s = stage, time.monotonic()
+
+    def __call__(self, num_images: int) -> None:
+        if time.monotonic() - self._last_s > _PROGRESS_EVERY_S:
+            self._stage("images listed", num_images)
+            self._last_s = time.monotonic()
 
 
 def list_in_threads(
@@ -43,22 +53,15 @@ def list_in_threads(
         Called twice a second with the number of images so far.
     num_threads : int
     """
-    counts, stop, reported_s = [0] * len(items), threading.Event(), time.monotonic()
+    counts, stop, report = [0] * len(items), threading.Event(), Report(stage)
 
     def run(number: int, item: Item) -> Result:
-        def count(num_images: int = 1, /) -> None:
+        def count(num_images: int) -> None:
             counts[number] += num_images
             if stop.is_set():
                 raise Stopped
 
         return list_item(item, count)
-
-    def report(last_s: float) -> float:
-        now_s = time.monotonic()
-        if now_s - last_s < _PROGRESS_EVERY_S:
-            return last_s
-        stage("images listed", sum(counts))
-        return now_s
 
     futures: deque[Future[Result]] = deque()
     threads = ThreadPoolExecutor(num_threads)
@@ -69,8 +72,8 @@ def list_in_threads(
             if not futures:
                 return
             while not wait([futures[0]], _PROGRESS_EVERY_S).done:
-                reported_s = report(reported_s)
-            reported_s = report(reported_s)
+                report(sum(counts))
+            report(sum(counts))
             yield futures.popleft().result()
     finally:
         stop.set()

@@ -13,18 +13,11 @@ from ffcv_ops.files import replacing
 from ffcv_ops.sources.remarks import Remark
 from ffcv_ops.sources.source import PackedKeys, Reader, Source
 
-_VERSION = 1
+_VERSION = 2
 
 
 def with_index(source: Source, rests_on: Any) -> Source:
-    """Return a source that can be saved.
-
-    Parameters
-    ----------
-    source : Source
-    rests_on : object
-        Everything that the listing depends on, in JSON's types: archives, labels and options.
-    """
+    """Return a source that can be saved. `rests_on` is all that the listing depends on, in JSON's types."""
     return replace(source, save_index=partial(_save, source, rests_on))
 
 

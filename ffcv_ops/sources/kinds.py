@@ -22,39 +22,19 @@ _KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """A source as the user describes it.
+    """A source as the user describes it."""
 
-    Attributes
-    ----------
-    address : str
-        A path, a pattern, or a URL that fsspec knows.
-    kind : str
-        A name in `KINDS`, or ``auto``.
-    split : str or None
-        The split to write, for sources that hold several.
-    labels : str or None
-        A file with the class of each image, for images without class folders (see `ffcv_ops.sources.labels`).
-    class_names : str or None
-        A file with the names of the classes, one on each line, for sources that number classes.
-    image_column, label_column : str or None
-        Where samples have several parts, those with the image and with the class: extensions of shards, or a key of
-        their JSON. For tables, columns.
-    hold_out : float or None
-        The share of the images of each class that is for validation, if the source has only images for training (see
-        `ffcv_ops.sources.hold_out`).
-    index : Path or None
-        Where an interrupted run may have left its listing (``Source.save_index``).
-    """
-
-    address: str
-    kind: str = AUTO
-    split: str | None = None
-    labels: str | None = None
-    class_names: str | None = None
+    address: str  # a path, a pattern, or a URL that fsspec knows
+    kind: str = AUTO  # a name in `KINDS`, or ``auto``
+    split: str | None = None  # the split to write, for sources that hold several
+    labels: str | None = None  # a file with the class of each image, for images without class folders
+    class_names: str | None = None  # a file with the names of the classes, for sources that number classes
+    # Of samples with several parts, those with the image and with the class: columns of tables, extensions of shards,
+    # or a key of their JSON.
     image_column: str | None = None
     label_column: str | None = None
-    hold_out: float | None = None
-    index: Path | None = None
+    hold_out: float | None = None  # the share of each class that is for validation, if all images are for training
+    index: Path | None = None  # where an interrupted run may have left its listing (``Source.save_index``)
 
     @property
     def name(self) -> str:
@@ -64,24 +44,12 @@ class SourceSpec:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of source.
+    """A kind of source."""
 
-    Attributes
-    ----------
-    what : str
-        What the kind is, for messages.
-    options : set of str
-        The fields of `SourceSpec` that the kind uses, besides address, kind and index.
-    fits : callable
-        Return whether an address is of this kind, from what is there. The first kind that fits is taken.
-    open : callable
-        List the images. It raises UserError if the source has to be put right.
-    """
-
-    what: str
-    options: frozenset[str]
-    fits: Callable[[SourceSpec], bool]
-    open: Callable[[SourceSpec, Stage], Source]
+    what: str  # what the kind is, for messages
+    options: frozenset[str]  # the fields of `SourceSpec` that the kind uses, besides address, kind and index
+    fits: Callable[[SourceSpec], bool]  # whether an address is of this kind; the first kind that fits is taken
+    open: Callable[[SourceSpec, Stage], Source]  # lists the images; raises UserError if the source has to be put right
 
 
 def _check_place(spec: SourceSpec) -> None:
@@ -144,13 +112,7 @@ OPTIONS = ("labels", "class_names", "image_column", "label_column")
 
 
 def find_kind(spec: SourceSpec) -> str:
-    """Return the name of the kind of a source.
-
-    Raises
-    ------
-    UserError
-        If there is nothing at the address, or nothing that is known. Also if an option is of no use for the kind.
-    """
+    """Return the name of the kind of a source. Raise UserError if none fits, or if an option is of no use for it."""
     if spec.kind != AUTO and spec.kind not in KINDS:
         raise UserError(f"source_kind must be {AUTO} or one of {', '.join(KINDS)}, not {spec.kind!r}")
     if spec.labels and is_remote(spec.labels):

@@ -61,7 +61,8 @@ def read_labels(path: str | os.PathLike[str]) -> dict[str, str]:
     path = Path(path)
     labels: dict[str, str] = {}
     try:
-        for line, name, class_name in _devkit_rows(path) if _is_devkit(path) else _text_rows(path):
+        is_devkit = path.is_dir() or path.name.endswith((".tar.gz", ".tgz", ".tar"))
+        for line, name, class_name in _devkit_rows(path) if is_devkit else _text_rows(path):
             name = name.removeprefix("./")
             if not name or not class_name:
                 raise UserError(f"{path}: line {line} has no name or no class")
@@ -101,10 +102,6 @@ def _text_rows(path: Path) -> Iterator[tuple[int, str, str]]:
 def _split(line: str, delimiter: str | None) -> list[str]:
     fields = line.rsplit(None, 1) if delimiter is None else next(csv.reader([line], delimiter=delimiter))
     return [field.strip() for field in fields]
-
-
-def _is_devkit(path: Path) -> bool:
-    return path.is_dir() or path.name.endswith((".tar.gz", ".tgz", ".tar"))
 
 
 def _devkit_rows(path: Path) -> Iterator[tuple[int, str, str]]:

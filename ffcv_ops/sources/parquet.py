@@ -1,38 +1,34 @@
 """List and read images in Parquet files, as Hugging Face's `datasets` writes them.
 
-The listing reads the columns of classes and names, and only the places of the images. A reader then finds single images
-in a row group (see `ffcv_ops.sources.parquet_pages`).
+The listing reads the columns of classes and names, and only the places of the images (see
+`ffcv_ops.sources.parquet_pages`). A reader then reads single images, and needs no row group.
 """
 
 import io
-import threading
-from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.addresses import is_folder
+from ffcv_ops.sources.archives import ArchiveReader
 from ffcv_ops.sources.columns import Columns, Labels, choose_columns, import_pyarrow, select
 from ffcv_ops.sources.in_threads import Count, list_in_threads
 from ffcv_ops.sources.index import load_index, with_index
-from ffcv_ops.sources.parquet_content import PageError
-from ffcv_ops.sources.parquet_pages import ColumnPages
-from ffcv_ops.sources.parquet_places import SIZE_COLUMN, PlacedReader, find_places
-from ffcv_ops.sources.ranges import RangeFile, RangeReader, list_files
+from ffcv_ops.sources.parquet_content import CODECS, PageError, Place
+from ffcv_ops.sources.parquet_pages import find_values
+from ffcv_ops.sources.ranges import RangeReader, list_files
 from ffcv_ops.sources.remarks import Remark
 from ffcv_ops.sources.remote import public_name
 from ffcv_ops.sources.source import Source, SourceError, Stage
 from ffcv_ops.sources.splits import choose_split
-from ffcv_ops.sources.tables import EMBED, Rows, build_source, find_files, pack_names, walk
+from ffcv_ops.sources.tables import EMBED, FileRows, Rows, build_source, find_files, walk
 from ffcv_ops.sources.webdataset import read_class_names
-from ffcv_ops.sources.window import REMOTE, Read, Window
+from ffcv_ops.sources.window import REMOTE, Window
 from ffcv_ops.units import show_bytes
 
 if TYPE_CHECKING:
@@ -46,31 +42,28 @@ SUFFIX = ".parquet"
 _THREADS, _THREADS_REMOTE = 4, 16
 _ROWS_AT_ONCE = 1 << 16
 _ENCODINGS = frozenset("PLAIN RLE BIT_PACKED PLAIN_DICTIONARY RLE_DICTIONARY".split())
-_CODECS = frozenset("UNCOMPRESSED SNAPPY GZIP BROTLI ZSTD LZ4".split())
-# Places of pages and values that a process keeps. Those of ImageNet take less than half of it.
-_MOST_PAGES_BYTES = 64 << 20
 # From here on, decompressing a page for each image takes about as long as encoding the image.
 _LARGE_PAGE_BYTES = 4 << 20
-# Headers of pages and lengths of values take up to this size, and images seldom so little.
-_SMALL_BYTES = 4 << 10
+
+
+class ParquetReader(ArchiveReader):
+    """The images in Parquet files. The place of an image is the number of its file, then the numbers of a `Place`."""
+
+    def read(self, key: str, place: Sequence[int]) -> bytes:
+        """Return the content of an image. See `ffcv_ops.sources.source.Reader`."""
+        file, found = place[0], Place(*place[1:])
+        try:
+            return found.value(self._ranges.read(file, found.offset, found.size_bytes))
+        except PageError as error:
+            raise SourceError(
+                f"{self.files[file].name}: is damaged at byte {found.offset}, at {key} ({error}); copy or write the "
+                "file again"
+            ) from error
 
 
 @dataclass(frozen=True)
-class RowGroup:
-    """The column of images in a row group.
-
-    Attributes
-    ----------
-    file : int
-        The number of the file in the reader.
-    offset, size_bytes : int
-        The place of the column in the file.
-    codec : str
-        Its compression, as pyarrow names it.
-    max_level : int
-        See `ColumnPages`.
-    num_rows : int
-    """
+class _RowGroup:
+    """The column of images in a row group: the number of its file, its place, and the arguments of `find_values`."""
 
     file: int
     offset: int
@@ -78,86 +71,6 @@ class RowGroup:
     codec: str
     max_level: int
     num_rows: int
-
-
-class ParquetReader:
-    """The images in Parquet files. The place of an image is the number of its row, counted through all row groups."""
-
-    def __init__(self, address: str, files: Sequence[RangeFile], groups: Sequence[RowGroup]):
-        self.address, self._ranges, self._groups = public_name(address), RangeReader(files), groups
-        self._first_rows = [0, *accumulate(group.num_rows for group in groups)]
-        self._pages: OrderedDict[int, ColumnPages] = OrderedDict()
-        self._memory_bytes = 0
-        self._lock = threading.Lock()
-        self._windows = threading.local()  # the one that a thread has used last, with its row group
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.address, self._ranges.files, self._groups)
-
-    def locate(self, key: str) -> str:
-        """Return the address of the files and the name of the image."""
-        return f"{self.address}/{key}"
-
-    def read(self, key: str, place: Sequence[int]) -> bytes:
-        """Return the content of an image. See `ffcv_ops.sources.source.Reader`."""
-        (row,) = place
-        number = bisect_right(self._first_rows, row) - 1
-        try:
-            return self.pages(number).value(row - self._first_rows[number])
-        except PageError as error:
-            group = self._groups[number]
-            raise SourceError(
-                f"{self._ranges.files[group.file].name}: is damaged in the row group whose images begin at byte "
-                f"{group.offset}, at {key} ({error}); copy or write the file again"
-            ) from error
-
-    def pages(self, number: int) -> ColumnPages:
-        """Return the pages of the images in a row group. Those that were used last are kept.
-
-        Raises
-        ------
-        PageError
-            If the header of a page is damaged.
-        """
-        with self._lock:
-            found = self._pages.get(number)
-            if found is not None:
-                self._pages.move_to_end(number)
-                return found
-        found = self.find_pages(number)
-        with self._lock:
-            if number not in self._pages:
-                self._pages[number] = found
-                self._memory_bytes += found.memory_bytes
-            while self._memory_bytes > _MOST_PAGES_BYTES and len(self._pages) > 1:
-                self._memory_bytes -= self._pages.popitem(last=False)[1].memory_bytes
-        return found
-
-    def find_pages(self, number: int) -> ColumnPages:
-        """Return the pages of a row group as `pages` does, but keep none."""
-        group = self._groups[number]
-        return ColumnPages(self._read_of(group), group.offset, group.size_bytes, group.codec, group.max_level)
-
-    def _read_of(self, group: RowGroup) -> Read:
-        """Return how the column of a row group is read. A server gives headers and lengths of many pages at once."""
-
-        def read(offset: int, size_bytes: int) -> bytes:
-            return self._ranges.read(group.file, offset, size_bytes)
-
-        def read_small(offset: int, size_bytes: int) -> bytes:
-            if size_bytes > _SMALL_BYTES:
-                return read(offset, size_bytes)
-            window, owner = getattr(self._windows, "held", (None, None))
-            if window is None or owner is not group:
-                window = Window(read, group.offset + group.size_bytes, REMOTE)
-                self._windows.held = window, group
-            return bytes(window.get(offset, size_bytes))
-
-        return read_small if self._ranges.window_sizes is REMOTE else read
-
-    def check(self) -> None:
-        """See `ffcv_ops.sources.source.Reader`."""
-        self._ranges.check()
 
 
 class _RangeStream(io.RawIOBase):
@@ -189,18 +102,6 @@ class _RangeStream(io.RawIOBase):
         return content
 
 
-@dataclass
-class _FileRows:
-    """The rows of a file as the listing finds them. `num_outer` rows have no bytes, but may have the path of a file."""
-
-    block: bytearray = field(default_factory=bytearray)
-    labels: list["pa.Array"] = field(default_factory=list)
-    groups: list[RowGroup] = field(default_factory=list)
-    num_rows: int = 0
-    num_unnamed: int = 0
-    num_outer: int = 0
-
-
 def fits_parquet(spec: "SourceSpec") -> bool:
     """Return whether an address names Parquet files, or a folder with such files."""
     is_file = public_name(spec.address).endswith(SUFFIX)
@@ -208,76 +109,66 @@ def fits_parquet(spec: "SourceSpec") -> bool:
 
 
 def open_parquet(spec: "SourceSpec", stage: Stage) -> Source:
-    """List the images of Parquet files.
-
-    Raises
-    ------
-    UserError
-        If pyarrow is missing, if a file is damaged, if columns cannot be chosen or read, or if an image or a class is
-        missing.
-    """
+    """List the images of Parquet files. See `ffcv_ops.sources.kinds.Kind`."""
     pyarrow = import_pyarrow(spec.name)
     files = list_files(choose_split(find_files(spec.address, SUFFIX), spec))
     paths = [file.name for file in files]
-    ranges = RangeReader(files)
-    is_remote = ranges.window_sizes is REMOTE
-    placed = PlacedReader(spec.address, files)
-    rests_on: list[Any] = []
-    if is_remote:
-        rests_on = [spec.kind, spec.split, spec.image_column, spec.label_column, *(file.identity for file in files)]
-        rests_on += [read_class_names(spec.class_names) if spec.class_names else None]
-        earlier = load_index(spec.index, rests_on, spec.kind, spec.name, placed)
-        if earlier is not None:
-            return earlier
+    ranges, reader = RangeReader(files), ParquetReader(spec.address, files)
+    rests_on = [spec.kind, spec.split, spec.image_column, spec.label_column, *(file.identity for file in files)]
+    rests_on += [read_class_names(spec.class_names) if spec.class_names else None]
+    earlier = load_index(spec.index, rests_on, spec.kind, spec.name, reader)
+    if earlier is not None:
+        return earlier
     with _reading(paths[0]):
         schema = _open(ranges, 0).schema_arrow
     columns = choose_columns(schema, spec, paths[0])
-    labels, rows, groups = Labels(columns), Rows(paths), list[RowGroup]()
-    num_outer = 0
-    threads = _THREADS_REMOTE if is_remote else _THREADS
+    rows, groups = Rows(paths, Labels(columns)), list[_RowGroup]()
+    threads = _THREADS_REMOTE if ranges.window_sizes is REMOTE else _THREADS
     listed = list_in_threads(range(len(files)), partial(_list_file, ranges, spec, columns), stage, threads)
-    for path, found in zip(paths, listed, strict=True):
-        first = 0
-        for values in found.labels:
-            labels.add(values, path, first)
-            first += len(values)
-        rows.add(bytes(found.block), found.num_rows, found.num_unnamed)
-        groups += found.groups
-        num_outer += found.num_outer
-    if 0 < num_outer < rows.total:
-        raise UserError(f"{spec.name}: {num_outer} of {rows.total} rows have no bytes in {columns.image}; {EMBED}")
+    for found, more in listed:
+        rows.add(found)
+        groups += more
     pyarrow.default_memory_pool().release_unused()
-    identity = ["parquet", [file.identity for file in files], columns.image, columns.label]
-    if num_outer:
-        return build_source(spec, rows, labels, None, identity)
-    reader = ParquetReader(spec.address, files, groups)
-    places = _find_places(reader, groups, stage) if is_remote else None
-    if places is not None:
-        return with_index(build_source(spec, rows, labels, (placed, places), identity, SIZE_COLUMN), rests_on)
-    source = build_source(spec, rows, labels, (reader, np.arange(rows.total)[:, None]), identity)
-    source.remarks.extend(_page_remarks(reader, paths[0]))
-    return source
+    if rows.are_outer(spec.name):
+        return build_source(spec, rows, None, files)
+    located = list_in_threads(
+        groups, partial(_find_images, ranges), lambda what, count: stage("images located", count), threads
+    )
+    places = np.concatenate(list(located))
+    source = build_source(spec, rows, (reader, places), files)
+    source.remarks.extend(_page_remarks(places, paths))
+    return with_index(source, rests_on)
 
 
-def _find_places(reader: ParquetReader, groups: Sequence[RowGroup], stage: Stage) -> np.ndarray | None:
-    """Return the place of each image, as `find_places` does. Raise UserError if a page is damaged."""
+def _find_images(ranges: RangeReader, group: _RowGroup, count: Count) -> np.ndarray:
+    """Return the places of the images in a row group, int64 (group.num_rows, 7). See `ParquetReader`."""
+    window = Window(partial(ranges.read, group.file), group.offset + group.size_bytes, ranges.window_sizes)
+    places: list[tuple[int, ...]] = []
     try:
-        return find_places(len(groups), lambda number: (groups[number].file, reader.find_pages(number)), stage)
+        for place in find_values(window.get, group.offset, group.size_bytes, group.codec, group.max_level):
+            places.append((group.file, *place))
+            count(1)
+        if len(places) != group.num_rows:
+            raise PageError(f"there are {len(places)} values for {group.num_rows} rows")
     except PageError as error:
-        raise UserError(f"{reader.address}: is damaged ({error}); copy or write the file again") from error
+        raise UserError(
+            f"{ranges.files[group.file].name}: is damaged in the row group whose images begin at byte {group.offset} "
+            f"({error}); copy or write the file again"
+        ) from error
+    return np.array(places, np.int64).reshape(-1, 1 + len(Place._fields))
 
 
-def _page_remarks(reader: ParquetReader, path: str) -> list[Remark]:
-    """Return a remark if each image costs the decompression of a large page."""
-    try:
-        size_bytes = reader.pages(0).largest_compressed_bytes
-    except PageError as error:
-        raise UserError(f"{path}: is damaged ({error}); copy or write the file again") from error
-    if size_bytes < _LARGE_PAGE_BYTES:
+def _page_remarks(places: np.ndarray, paths: Sequence[str]) -> list[Remark]:
+    """Return a remark if images cost the decompression of a large page."""
+    found = {name: places[:, 1 + number] for number, name in enumerate(Place._fields)}
+    surplus_bytes = found["plain_bytes"] - found["value_bytes"]
+    largest = int(np.argmax(surplus_bytes))
+    if surplus_bytes[largest] < _LARGE_PAGE_BYTES:
         return []
-    what = f"large pages of images, each to be decompressed for every image in it ({show_bytes(size_bytes)})"
+    size = show_bytes(int(found["plain_bytes"][largest]))
+    what = f"large pages of images, each to be decompressed for every image in it ({size})"
     advice = "if this is too slow, store the images without compression, or with Snappy"
-    return [Remark(what, 1, path, advice)]
+    return [Remark(what, 1, paths[places[largest, 0]], advice)]
 
 
 @contextmanager
@@ -300,22 +191,19 @@ def _open(ranges: RangeReader, number: int) -> "pq.ParquetFile":
     return pq.ParquetFile(_RangeStream(ranges, number))
 
 
-def _list_file(ranges: RangeReader, spec: "SourceSpec", columns: Columns, number: int, count: Count) -> _FileRows:
-    """List a file, by its number in the reader."""
-    path, found = ranges.files[number].name, _FileRows()
+def _list_file(
+    ranges: RangeReader, spec: "SourceSpec", columns: Columns, number: int, count: Count
+) -> tuple[FileRows, list[_RowGroup]]:
+    """Return the rows of a file and its row groups, by its number in the reader."""
+    path, found = ranges.files[number].name, FileRows()
     with _reading(path):
         file = _open(ranges, number)
     columns.check_same(choose_columns(file.schema_arrow, spec, path), path)
-    _list_groups(file, number, columns, path, found)
+    groups = _list_groups(file, number, columns, path, found)
     for batch in _read_batches(file, columns, path):
-        values = select(batch, columns.path) if columns.path else None
-        block, num_unnamed = pack_names(values, len(batch), path)
-        found.block += block
-        found.num_unnamed += num_unnamed
-        found.labels.append(select(batch, columns.label))
-        found.num_rows += len(batch)
+        found.add(batch, columns, path)
         count(len(batch))
-    return found
+    return found, groups
 
 
 def _read_batches(file: "pq.ParquetFile", columns: Columns, path: str) -> Iterator["pa.RecordBatch"]:
@@ -325,19 +213,20 @@ def _read_batches(file: "pq.ParquetFile", columns: Columns, path: str) -> Iterat
         yield from file.iter_batches(_ROWS_AT_ONCE, columns=names, use_threads=False)
 
 
-def _list_groups(file: "pq.ParquetFile", number: int, columns: Columns, path: str, found: _FileRows) -> None:
-    """Note where the images of each row group are."""
+def _list_groups(file: "pq.ParquetFile", number: int, columns: Columns, path: str, found: FileRows) -> list[_RowGroup]:
+    """Return where the images of each row group are, and count the rows without bytes."""
     metadata = file.metadata
     if columns.content is None:
         found.num_outer = metadata.num_rows
-        return
+        return []
     index = next(i for i in range(len(file.schema)) if file.schema.column(i).path == columns.content)
     leaf = file.schema.column(index)
     if leaf.physical_type != "BYTE_ARRAY" or leaf.max_repetition_level:
         raise UserError(f"{path}: the column {columns.image} is stored as {leaf.physical_type}; store it as binary")
+    groups = []
     for i in range(metadata.num_row_groups):
         chunk, num_rows = metadata.row_group(i).column(index), metadata.row_group(i).num_rows
-        strange = sorted(set(chunk.encodings) - _ENCODINGS) + sorted({chunk.compression} - _CODECS)
+        strange = sorted(set(chunk.encodings) - _ENCODINGS) + sorted({chunk.compression} - {*CODECS})
         if strange:
             raise UserError(
                 f"{path}: stores the column {columns.image} as {strange[0]}, which cannot be read image by image; "
@@ -357,6 +246,9 @@ def _list_groups(file: "pq.ParquetFile", number: int, columns: Columns, path: st
         start = chunk.data_page_offset
         if chunk.has_dictionary_page and 0 < (chunk.dictionary_page_offset or 0) < start:
             start = chunk.dictionary_page_offset
-        found.groups.append(
-            RowGroup(number, start, chunk.total_compressed_size, chunk.compression, leaf.max_definition_level, num_rows)
+        groups.append(
+            _RowGroup(
+                number, start, chunk.total_compressed_size, chunk.compression, leaf.max_definition_level, num_rows
+            )
         )
+    return groups

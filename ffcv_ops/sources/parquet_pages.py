@@ -1,29 +1,18 @@
-"""Read single values of a Parquet column, without the rest of their row group.
+"""Find where each value of a binary Parquet column lies, without reading the values.
 
 A row group of images takes 10 to 100 MB, and pyarrow reads a column of a row group only as a whole. The writer encodes
-images in random order, so each image would cost the decoding of a row group. The reader here finds the page of a
-row by the headers of the pages, and the value in the page by the lengths before the values. It follows the format
+images in random order, so each image would cost the decoding of a row group. The code here finds the pages of a column
+by their headers, and the values in a page by the lengths before the values. It follows the format
 description of Apache Parquet (``README.md``, ``Encodings.md`` and ``parquet.thrift`` of parquet-format 2.11).
 """
 
-import struct
-from array import array
-from bisect import bisect_right
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from ffcv_ops.sources.parquet_content import (
-    SNAPPY_BLOCK,
-    Content,
-    Page,
-    PageError,
-    Place,
-    Read,
-    SnappyContent,
-    open_content,
-    read_varint,
-)
+from ffcv_ops.sources.parquet_content import Page, PageContent, PageError, Place, read_varint
+from ffcv_ops.sources.window import Read
 
 PLAIN, DICTIONARY = 0, (2, 8)
 """Encodings as numbered in ``parquet.thrift``: plain, and numbers into a dictionary (two names of one encoding)."""
@@ -36,8 +25,8 @@ _MOST_HEADER_BYTES = 1 << 20
 _SMALL_VALUE_BYTES = 16 << 10
 
 
-class ColumnPages:
-    """The pages of a binary column in one row group. No value may be null.
+def find_values(read: Read, offset: int, size_bytes: int, codec: str, max_level: int) -> Iterator[Place]:
+    """Yield the place of each value of a column in one row group. No value may be null.
 
     Parameters
     ----------
@@ -53,115 +42,41 @@ class ColumnPages:
     Raises
     ------
     PageError
-        If a header is damaged.
+        If a page is damaged, or holds nulls.
     """
-
-    def __init__(self, read: Read, offset: int, size_bytes: int, codec: str, max_level: int):
-        self._read, self._codec, self._max_level = read, codec, max_level
-        self._dictionary: Page | None = None
-        # Packed, since a process keeps the pages of thousands of row groups.
-        self._first_rows, self._headers = array("q"), array("q")
-        self._starts: dict[int, tuple[array, array | None]] = {}
-        self._numbers: dict[int, np.ndarray] = {}
-        self.num_rows = 0
-        position, end = offset, offset + size_bytes
-        while position < end:
-            page, position, is_data = _read_header(read, position, end, max_level > 0)
-            if not is_data:
-                self._dictionary = page
-                continue
-            if page.encoding != PLAIN and page.encoding not in DICTIONARY:
-                raise PageError(f"the page at byte {page.offset} has the encoding {page.encoding}")
-            self._first_rows.append(self.num_rows)
-            self._headers.extend(int(getattr(page, name)) for name in Page.__dataclass_fields__)
-            self.num_rows += page.num_values
-        # The most that is kept: headers, places of values, numbers into the dictionary, blocks of Snappy.
-        self.memory_bytes = 1000 + 8 * len(self._headers) + 12 * self.num_rows + size_bytes * 4 // SNAPPY_BLOCK
-
-    @property
-    def largest_compressed_bytes(self) -> int:
-        """Return the size of the largest page that has to be decompressed as a whole."""
-        if self._codec in ("UNCOMPRESSED", "SNAPPY"):
-            return 0
-        pages = [self._page(number) for number in range(len(self._first_rows))]
-        pages += [self._dictionary] if self._dictionary else []
-        return max((page.plain_bytes for page in pages if page.is_compressed), default=0)
-
-    def value(self, row: int) -> bytes:
-        """Return the value of a row of the row group.
-
-        Raises
-        ------
-        PageError
-            If the page is damaged, or holds nulls.
-        """
-        content, start, stop = self._find(row)
-        return content.read(start, stop)
-
-    def place(self, row: int) -> Place | None:
-        """Return where the value of a row lies in the file; None if it needs a whole large page. See `value`."""
-        content, start, stop = self._find(row)
-        return content.place(start, stop)
-
-    def _find(self, row: int) -> tuple[Content, int, int]:
-        """Return the content of the page that has the value of a row, and where the value begins and ends in it."""
-        if not 0 <= row < self.num_rows:
-            raise PageError(f"there are {self.num_rows} rows, not row {row}")
-        number = bisect_right(self._first_rows, row) - 1
-        page, place = self._page(number), row - self._first_rows[number]
-        if page.encoding in DICTIONARY:
-            if self._dictionary is None:
-                raise PageError("the dictionary of a page is missing")
-            place, page, number = int(self._dictionary_numbers(number, page)[place]), self._dictionary, -1
-        if not 0 <= place < page.num_values:
-            raise PageError(f"the page at byte {page.offset} has no value {place}")
-        content, starts = self._locate(number, page)
-        return content, starts[place], starts[place + 1] - 4
-
-    def _page(self, number: int) -> Page:
-        width = len(Page.__dataclass_fields__)
-        offset, size_bytes, plain_bytes, num_values, encoding, levels, packed = self._headers[
-            number * width : (number + 1) * width
-        ]
-        return Page(offset, size_bytes, plain_bytes, num_values, encoding, bool(levels), bool(packed))
-
-    def _locate(self, number: int, page: Page) -> tuple["Content", array]:
-        """Return the content of a page, and where each value begins in it, and the end plus 4 bytes."""
-        kept = self._starts.get(number)
-        blocks = kept[1] if kept else None
-        content = open_content(self._read, page, self._codec, blocks)
-        if kept:
-            return content, kept[0]
-        starts = _find_values(content, self._skip_levels(page, content), page)
-        blocks = content.blocks if isinstance(content, SnappyContent) else None
-        if isinstance(content, SnappyContent):
-            content.literals = ()
-        self._starts[number] = starts, blocks
-        return content, starts
-
-    def _skip_levels(self, page: Page, content: "Content") -> int:
-        """Return where the values begin in the content of a page. The levels must tell that there are no nulls."""
-        if not page.has_levels:
-            return 0
-        (size_bytes,) = struct.unpack("<I", content.read(0, 4))
-        if size_bytes > page.plain_bytes:
-            raise PageError(f"the page at byte {page.offset} has damaged levels")
-        levels = read_hybrid(content.read(4, 4 + size_bytes), 0, self._max_level.bit_length(), page.num_values)
-        if (levels != self._max_level).any():
-            raise PageError(f"the page at byte {page.offset} has {(levels != self._max_level).sum()} nulls")
-        return 4 + size_bytes
-
-    def _dictionary_numbers(self, number: int, page: Page) -> np.ndarray:
-        """Return the place in the dictionary of each value of a page."""
-        kept = self._numbers.get(number)
-        if kept is None:
-            content = open_content(self._read, page, self._codec, None)
-            start = self._skip_levels(page, content)
-            body = content.read(start, page.plain_bytes)
-            if not body:
+    dictionary: list[Place] = []
+    position, end = offset, offset + size_bytes
+    while position < end:
+        page, position, is_data = _read_header(read, position, end, max_level > 0)
+        content = PageContent(read, page, codec)
+        begin = _skip_levels(page, content, max_level)
+        if not is_data:
+            dictionary = list(_find_plain(content, begin, page))
+        elif page.encoding == PLAIN:
+            yield from _find_plain(content, begin, page)
+        elif page.encoding in DICTIONARY:
+            numbers = content.read(begin, page.plain_bytes)
+            if not numbers:
                 raise PageError(f"the page at byte {page.offset} is empty")
-            kept = self._numbers[number] = read_hybrid(body, 1, body[0], page.num_values)
-        return kept
+            for number in read_hybrid(numbers, 1, numbers[0], page.num_values).tolist():
+                if not 0 <= number < len(dictionary):
+                    raise PageError(f"the page at byte {page.offset} has no value {number}")
+                yield dictionary[number]
+        else:
+            raise PageError(f"the page at byte {page.offset} has the encoding {page.encoding}")
+
+
+def _skip_levels(page: Page, content: PageContent, max_level: int) -> int:
+    """Return where the values begin in the content of a page. The levels must tell that there are no nulls."""
+    if not page.has_levels:
+        return 0
+    size_bytes = int.from_bytes(content.read(0, 4), "little")
+    if size_bytes > page.plain_bytes:
+        raise PageError(f"the page at byte {page.offset} has damaged levels")
+    levels = read_hybrid(content.read(4, 4 + size_bytes), 0, max_level.bit_length(), page.num_values)
+    if (levels != max_level).any():
+        raise PageError(f"the page at byte {page.offset} has {(levels != max_level).sum()} nulls")
+    return 4 + size_bytes
 
 
 def _read_header(read: Read, position: int, end: int, has_levels: bool) -> tuple[Page, int, bool]:
@@ -187,15 +102,8 @@ def _read_header(read: Read, position: int, end: int, has_levels: bool) -> tuple
             levels = inner[5] + inner[6]
             if inner[2]:
                 raise PageError(f"the page at byte {position} has {inner[2]} nulls")
-            page = Page(
-                offset + levels,
-                size_bytes - levels,
-                plain_bytes - levels,
-                inner[1],
-                inner[4],
-                False,
-                inner.get(7, True),
-            )
+            place = offset + levels, size_bytes - levels, plain_bytes - levels
+            page = Page(*place, inner[1], inner[4], False, inner.get(7, True))
         elif kind == _DICTIONARY_PAGE:
             inner = fields[7]
             page = Page(offset, size_bytes, plain_bytes, inner[1], PLAIN, False, True)
@@ -203,7 +111,7 @@ def _read_header(read: Read, position: int, end: int, has_levels: bool) -> tuple
             raise PageError(f"the page at byte {position} is of the unknown kind {kind}")
     except (KeyError, TypeError):
         raise PageError(f"the header of a page at byte {position} is damaged") from None
-    is_sound = min(page.size_bytes, page.plain_bytes, page.num_values) >= 0 and page.num_values <= _MOST_VALUES
+    is_sound = page.size_bytes >= 0 and 0 <= page.plain_bytes < 1 << 31 and 0 <= page.num_values <= _MOST_VALUES
     if not is_sound or offset + size_bytes > end:
         raise PageError(f"the header of a page at byte {position} is damaged")
     return page, offset + size_bytes, kind != _DICTIONARY_PAGE
@@ -284,27 +192,24 @@ def read_hybrid(content: bytes, position: int, width: int, count: int) -> np.nda
     return numbers
 
 
-def _find_values(content: Content, begin: int, page: Page) -> array:
-    """Return where each value of a plain page begins, and the end of the page plus 4 bytes.
-
-    Before each value stands its length, in 4 bytes.
+def _find_plain(content: PageContent, begin: int, page: Page) -> Iterator[Place]:
+    """Yield the place of each value of a plain page. Before each value stands its length, in 4 bytes.
 
     Raises
     ------
     PageError
         If the lengths do not fit the page.
     """
-    end, starts = page.plain_bytes, array("I")
+    end = page.plain_bytes
     is_small = end - begin < page.num_values * _SMALL_VALUE_BYTES
     whole = content.read(begin, end) if is_small else b""
     position = begin
     for _ in range(page.num_values):
         length = whole[position - begin : position - begin + 4] if is_small else content.read(position, position + 4)
-        starts.append(position + 4)
-        position += 4 + int.from_bytes(length, "little")
+        start = position + 4
+        position = start + int.from_bytes(length, "little")
         if position > end or len(length) < 4:
             raise PageError(f"the page at byte {page.offset} ends within a value")
+        yield content.place(start, position)
     if position != end:
         raise PageError(f"the page at byte {page.offset} has {end - position} bytes behind its values")
-    starts.append(end + 4)
-    return starts

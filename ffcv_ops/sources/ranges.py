@@ -10,8 +10,9 @@ from stat import S_ISREG
 from typing import Any
 
 from ffcv_ops.errors import UserError
+from ffcv_ops.files import read_range
 from ffcv_ops.sources import remote
-from ffcv_ops.sources.source import SourceChanged, SourceError
+from ffcv_ops.sources.source import SourceError, source_changed
 from ffcv_ops.sources.window import LOCAL, REMOTE, WindowSizes
 
 # A system may allow a process no more than 1,024 open files.
@@ -21,20 +22,11 @@ _THREADS = 16
 
 @dataclass(frozen=True)
 class RangeFile:
-    """A file as it was listed.
+    """A file as it was listed."""
 
-    Attributes
-    ----------
-    path : str
-        Absolute, or a URL.
-    size_bytes : int
-    version : int or str
-        The time of the last change in ns, or what a server gives instead, such as an ETag.
-    """
-
-    path: str
+    path: str  # absolute, or a URL
     size_bytes: int
-    version: int | str
+    version: int | str  # the time of the last change in ns, or what a server gives instead, such as an ETag
 
     @property
     def name(self) -> str:
@@ -54,13 +46,7 @@ def list_files(paths: Sequence[str]) -> list[RangeFile]:
 
 
 def list_file(path: str | os.PathLike[str]) -> RangeFile:
-    """Return a file as it is now.
-
-    Raises
-    ------
-    UserError
-        If there is no such file.
-    """
+    """Return a file as it is now. Raise UserError if there is no such file."""
     if isinstance(path, str) and remote.is_remote(path):
         return RangeFile(path, *remote.describe(path))
     path = os.path.abspath(path)
@@ -78,10 +64,6 @@ class RangeReader:
 
     A change of a local file is noticed by the next read. A web server is told which version is wanted. Other servers
     cannot be told, so a process asks them on first use, and `check` asks once more at the end.
-
-    Parameters
-    ----------
-    files : sequence of RangeFile
     """
 
     def __init__(self, files: Sequence[RangeFile]):
@@ -106,62 +88,33 @@ class RangeReader:
             list(threads.map(lambda number: self.read(number, 0, 0), numbers))
 
     def read(self, number: int, offset: int, size_bytes: int) -> bytes:
-        """Return a range of a file. The range is shorter only if the file ends there.
-
-        Raises
-        ------
-        SourceError
-            If the file cannot be read.
-        SourceChanged
-            If the file is not the one that was listed.
-        """
+        """Return a range of a file, shorter only at its end. Raise SourceError if it has changed or cannot be read."""
         file = self.files[number]
         size_bytes = max(0, min(size_bytes, file.size_bytes - offset))
         try:
-            if remote.is_remote(file.path):
-                content = self._read_remote(number, offset, size_bytes)
-            else:
-                content = self._read(number, offset, size_bytes)
-        except FileNotFoundError:
-            content = None
-        except remote.RemoteError as error:
-            where = f"on {socket.gethostname()}, at byte {offset}"
-            raise SourceError(
-                f"{file.name}: cannot be read {where} ({error}); once the server answers, the same command goes on"
-            ) from error
-        except OSError as error:
-            where = f"on {socket.gethostname()}, at byte {offset}"
-            raise SourceError(f"{file.path}: cannot be read {where} ({error.strerror}); check its disk") from error
-        if content is None:
-            raise SourceChanged(
-                f"{file.name}: on {socket.gethostname()} not the file that was listed (size or time of change differ, "
-                "or it is gone); leave the file alone while it is read, and let all machines see the same one"
-            )
-        return content
-
-    def _read_remote(self, number: int, offset: int, size_bytes: int) -> bytes | None:
-        """Return a range; None if the file has changed."""
-        file = self.files[number]
-        try:
+            if not remote.is_remote(file.path):
+                return self._read_local(number, offset, size_bytes)
             if number not in self._checked:
                 remote.check(file)
                 self._checked.add(number)
             return remote.read(file, offset, size_bytes)
-        except remote.RemoteChanged:
-            return None
+        except (FileNotFoundError, remote.RemoteChanged, remote.RemoteMissing) as error:
+            raise source_changed(file.name) from error
+        except (remote.RemoteError, OSError) as error:
+            what = f"{file.name}: cannot be read on {socket.gethostname()}, at byte {offset}"
+            if isinstance(error, remote.RemoteError):
+                raise SourceError(f"{what} ({error}); once the server answers, the same command goes on") from error
+            raise SourceError(f"{what} ({error.strerror}); check its disk") from error
 
-    def _read(self, number: int, offset: int, size_bytes: int) -> bytes | None:
-        """Return a range; None if the file has changed."""
+    def _read_local(self, number: int, offset: int, size_bytes: int) -> bytes:
+        """Return a range of a file of this machine. Raise SourceChanged if the file is not the one that was listed."""
         file, opened = self.files[number], self._opened(number)
         stat = os.fstat(opened.descriptor)
         if (stat.st_size, stat.st_mtime_ns) != (file.size_bytes, file.version):
-            return None
-        content = os.pread(opened.descriptor, size_bytes, offset)
-        while len(content) < size_bytes:
-            more = os.pread(opened.descriptor, size_bytes - len(content), offset + len(content))
-            if not more:
-                return None
-            content += more
+            raise source_changed(file.name)
+        content = read_range(opened.descriptor, size_bytes, offset)
+        if len(content) < size_bytes:
+            raise source_changed(file.name)
         return content
 
     def _opened(self, number: int) -> "_OpenFile":

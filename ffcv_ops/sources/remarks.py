@@ -14,22 +14,12 @@ _MOST_EXTENSIONS = 8
 
 @dataclass(frozen=True)
 class Remark:
-    """One kind of thing that was left out, changed or chosen.
-
-    Attributes
-    ----------
-    what : str
-    count : int
-    example : str
-        The first of them in the order of the folder.
-    advice : str
-        What follows for the user; empty if nothing does.
-    """
+    """One kind of thing that was left out, changed or chosen."""
 
     what: str
     count: int
-    example: str
-    advice: str = ""
+    example: str  # the first of them in the order of the folder
+    advice: str = ""  # what follows for the user; empty if nothing does
 
     def line(self) -> str:
         """Return the remark as a line for the user."""
@@ -51,6 +41,10 @@ class Tally:
         if count:
             before, first = self.found.get(kind, (0, example))
             self.found[kind] = before + count, first
+
+    def text(self) -> str:
+        """Return the counts in words, of files by their extensions."""
+        return ", ".join(f"{count} {kind or 'without extension'}" for kind, (count, _) in self.found.items())
 
     def merge(self, other: "Tally") -> None:
         """Add the counts of another tally."""

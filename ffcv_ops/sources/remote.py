@@ -39,6 +39,8 @@ _URL = re.compile(r"(\w+://)(?:[^/\s'\"@]*@)?([^\s'\"?]*)(?:[?][^\s'\"]*)?")
 _CHANGED, _GONE, _TRY_AGAIN = 412, (404, 410), (408, 425, 429)
 
 Answer = TypeVar("Answer")
+Question = Callable[["AbstractFileSystem", str], Answer]
+"""Called with the file system of an address, and with the path in it."""
 
 
 class RemoteChanged(Exception):
@@ -62,6 +64,11 @@ def is_remote(address: str) -> bool:
     return "://" in address
 
 
+def is_web(address: str) -> bool:
+    """Return whether a URL is one of the web. Raise UserError if it is none."""
+    return _split(address).scheme in _WEB
+
+
 def public_name(address: str) -> str:
     """Return an address without what may be secret: a password, and the part behind the question mark."""
     if not is_remote(address):
@@ -72,12 +79,6 @@ def public_name(address: str) -> str:
     if parts.scheme in _WEB:
         return urlunsplit((parts.scheme, netloc, parts.path, "", ""))
     return address.replace(parts.netloc, netloc, 1)
-
-
-def beside(address: str, name: str) -> str:
-    """Return the address of a name in the folder of a file. What stands behind a question mark may be a password."""
-    path, mark, query = address.partition("?") if _split(address).scheme in _WEB else (address, "", "")
-    return f"{path.rpartition('/')[0]}/{name}{mark}{query}"
 
 
 def _split(address: str) -> SplitResult:
@@ -96,85 +97,23 @@ def _split(address: str) -> SplitResult:
     raise UserError(f"{scheme}://...: is no URL of a host; in a password, write characters such as / as %2F")
 
 
-def is_folder(address: str) -> bool:
-    """Return whether an address names a folder. On the web, only a slash at its end tells.
-
-    Raises
-    ------
-    UserError
-        If the server does not answer, or refuses.
-    """
-    if _split(address).scheme in _WEB:
-        return address.endswith("/")
-    return _list(address, lambda fs, path: bool(fs.isdir(path, **_limit(fs))))
-
-
-def list_names(folder: str) -> list[tuple[str, bool]]:
-    """Return the names in a folder, sorted, each with whether it is a folder. On the web, names without a dot are.
-
-    Raises
-    ------
-    UserError
-        If the folder cannot be listed.
-    """
-    is_of_the_web = _split(folder).scheme in _WEB
-
-    def is_inner(entry: dict[str, Any]) -> bool:
-        return entry["type"] == "directory" or (is_of_the_web and "." not in entry["name"].rpartition("/")[2])
-
-    def ask(fs: "AbstractFileSystem", path: str) -> list[tuple[str, bool]]:
-        start = path.rstrip("/") + "/"
-        found = {
-            entry["name"].removeprefix(start).rstrip("/"): is_inner(entry)
-            for entry in fs.ls(path, detail=True, **_limit(fs))
-            if entry["name"].startswith(start)
-        }
-        return sorted((name, inner) for name, inner in found.items() if name and "/" not in name)
-
-    return _list(folder, ask)
-
-
-def find(pattern: str) -> list[str]:
-    """Return the addresses of the files that a pattern with wildcards names, sorted.
-
-    Raises
-    ------
-    UserError
-        If the folder cannot be listed.
-    """
-
-    def ask(fs: "AbstractFileSystem", path: str) -> list[str]:
-        return sorted(fs.unstrip_protocol(name) for name in fs.glob(path, **_limit(fs)))
-
-    return _list(pattern, ask)
-
-
-def exists(address: str) -> bool:
-    """Return whether there is a file that the server gives.
-
-    Raises
-    ------
-    UserError
-        If the server does not answer.
-    """
+def ask(address: str, question: Question[Answer]) -> Answer:
+    """Return an answer about an address that the user gave. Raise UserError if there is none."""
     try:
-        _ask(address, lambda fs, path: fs.info(path, **_limit(fs)), _LISTING_WAITS_S)
+        return _try(address, question, _LISTING_WAITS_S)
+    except RemoteError as error:
+        raise UserError(f"{public_name(address)}: {error}") from error
+
+
+def has_file(address: str) -> bool:
+    """Return whether there is a file that the server gives. Raise UserError if the server does not answer."""
+    try:
+        _try(address, _info, _LISTING_WAITS_S)
     except (RemoteMissing, RemoteRefused):
         return False
     except RemoteError as error:
         raise UserError(f"{public_name(address)}: {error}") from error
     return True
-
-
-def read_whole(address: str) -> bytes:
-    """Return the content of a small file.
-
-    Raises
-    ------
-    UserError
-        If it cannot be read.
-    """
-    return _list(address, lambda fs, path: fs.cat_file(path, **_limit(fs)))
 
 
 def describe(address: str) -> tuple[int, str]:
@@ -186,13 +125,14 @@ def describe(address: str) -> tuple[int, str]:
         If there is no such file, or if it cannot be read in ranges.
     """
     name = public_name(address)
-    info = _list(address, lambda fs, path: fs.info(path, **_limit(fs)))
+    info = ask(address, _info)
     if info.get("type") == "directory":
         raise UserError(f"{name}: is a folder, not a file")
-    size, reason = info.get("size"), ""
+    size: Any = info.get("size")
+    reason = ""
     if size is None:
         reason = "the server does not tell the size of the file"
-    elif info.get("partial") is False or (_split(address).scheme in _WEB and not _gives_ranges(address, size)):
+    elif info.get("partial") is False or (is_web(address) and not _gives_ranges(address, size)):
         reason = "the server gives whole files only, no ranges"
     if reason and info.get("mimetype") == "text/html":
         raise UserError(f"{name}: is a page, not a file; the address of a folder needs a slash at its end")
@@ -202,11 +142,8 @@ def describe(address: str) -> tuple[int, str]:
 
 
 def check(file: "RangeFile") -> None:
-    """Raise RemoteChanged if a file is not the one that was listed, or RemoteError if the server does not answer."""
-    try:
-        info = _ask(file.path, lambda fs, path: fs.info(path, **_limit(fs)), _READING_WAITS_S)
-    except RemoteMissing as error:
-        raise RemoteChanged from error
+    """Raise RemoteChanged or RemoteMissing if a file is not the one that was listed. See `read` for other errors."""
+    info = _try(file.path, _info, _READING_WAITS_S)
     if (info.get("size"), _version(info)) != (file.size_bytes, file.version):
         raise RemoteChanged
 
@@ -217,20 +154,19 @@ def read(file: "RangeFile", offset: int, size_bytes: int) -> bytes:
     Raises
     ------
     RemoteChanged
-        If the server tells that the file is not the one that was listed.
+        If the server tells that the file is not the one that was listed, or gives too little.
+    RemoteMissing
+        If there is no such file any more.
     RemoteError
         If the file cannot be read, also after a minute, or after four from a silent server.
     """
     if not size_bytes:
         return b""
 
-    def ask(fs: "AbstractFileSystem", path: str) -> bytes:
+    def read_range(fs: "AbstractFileSystem", path: str) -> bytes:
         return fs.cat_file(path, start=offset, end=offset + size_bytes, **_options(fs, file))
 
-    try:
-        content = _ask(file.path, ask, _READING_WAITS_S)
-    except RemoteMissing as error:
-        raise RemoteChanged from error
+    content = _try(file.path, read_range, _READING_WAITS_S)
     if len(content) > size_bytes:
         raise RemoteError("the server gave more than the range it was asked for")
     if len(content) < size_bytes:
@@ -238,15 +174,20 @@ def read(file: "RangeFile", offset: int, size_bytes: int) -> bytes:
     return content
 
 
-def _limit(fs: "AbstractFileSystem") -> dict[str, Any]:
+def limit(fs: "AbstractFileSystem") -> dict[str, Any]:
     """Return the time limit of a question, for file systems that have one."""
     return {"timeout": _TIMEOUT_S} if fs.async_impl else {}
 
 
+def _info(fs: "AbstractFileSystem", path: str) -> dict[str, Any]:
+    found: dict[str, Any] = fs.info(path, **limit(fs))
+    return found
+
+
 def _options(fs: "AbstractFileSystem", file: "RangeFile") -> dict[str, Any]:
     """Return how a range is asked for: with a time limit, and on the web only from the file that was listed."""
-    options = _limit(fs)
-    if _split(file.path).scheme in _WEB:
+    options = limit(fs)
+    if is_web(file.path):
         kind, _, value = str(file.version).partition(" ")
         condition = {"ETag": "If-Match", "Last-Modified": "If-Unmodified-Since"}.get(kind)
         headers = _headers(fs)
@@ -273,7 +214,7 @@ def _gives_ranges(address: str, size_bytes: int) -> bool:
     host = _split(address).netloc
     if size_bytes > 1 and host not in _gives_ranges_on:
 
-        def ask(fs: "AbstractFileSystem", path: str) -> bool:
+        def read_last(fs: "AbstractFileSystem", path: str) -> bool:
             with fs.open(path, "rb", cache_type="none", size=size_bytes, headers=_headers(fs)) as file:
                 file.seek(size_bytes - 1)
                 try:
@@ -281,20 +222,11 @@ def _gives_ranges(address: str, size_bytes: int) -> bool:
                 except ValueError:  # it begins with the whole file
                     return False
 
-        _gives_ranges_on[host] = _list(address, ask)
+        _gives_ranges_on[host] = ask(address, read_last)
     return _gives_ranges_on.get(host, True)
 
 
-def _list(address: str, ask: Callable[["AbstractFileSystem", str], Answer]) -> Answer:
-    """Return an answer about an address that the user gave."""
-    name = public_name(address)
-    try:
-        return _ask(address, ask, _LISTING_WAITS_S)
-    except RemoteError as error:
-        raise UserError(f"{name}: {error}") from error
-
-
-def _ask(address: str, ask: Callable[["AbstractFileSystem", str], Answer], waits_s: tuple[float, ...]) -> Answer:
+def _try(address: str, question: Question[Answer], waits_s: tuple[float, ...]) -> Answer:
     """Return the answer of a file system, which may take several tries.
 
     Raises
@@ -313,7 +245,7 @@ def _ask(address: str, ask: Callable[["AbstractFileSystem", str], Answer], waits
         num_tries += 1
         try:
             fs, path = _file_system(address)
-            return ask(fs, path)
+            return question(fs, path)
         except Exception as raised:  # each file system has classes of its own
             error = _hidden_error(raised)
             status, reason = getattr(error, "status", None), _reason(error)
@@ -355,22 +287,20 @@ def _reason(error: BaseException) -> str:
 
 
 _lock = threading.Lock()
-_file_systems: dict[tuple[str, int, int], "AbstractFileSystem"] = {}
+_file_systems: dict[tuple[str, int], "AbstractFileSystem"] = {}
 
 
 def _file_system(address: str) -> tuple["AbstractFileSystem", str]:
-    """Return the file system of an address, and the path in it.
-
-    A process opens each file system once, or once in each thread if it serves one thread only.
-    """
+    """Return the file system of an address, and the path in it. A process opens each file system once."""
     from fsspec.core import url_to_fs
 
     parts = _split(address)
-    root, process = f"{parts.scheme}://{parts.netloc}", os.getpid()  # what a parent has opened does not work in a fork
+    root = f"{parts.scheme}://{parts.netloc}"
+    key = root, os.getpid()  # what a parent has opened does not work in a fork
     with _lock:
-        own, shared = (root, process, threading.get_ident()), (root, process, 0)
-        fs = _file_systems.get(shared) or _file_systems.get(own)
+        fs = _file_systems.get(key)
         if fs is None:
             fs, _ = url_to_fs(f"{root}/", use_listings_cache=False)
-            _file_systems[shared if fs.async_impl else own] = fs
+            if fs.async_impl:  # others serve one thread only, and fsspec keeps them for it
+                _file_systems[key] = fs
     return fs, fs._strip_protocol(address)

@@ -13,9 +13,10 @@ file.
 """
 
 import os
+import socket
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, overload
 
@@ -38,6 +39,14 @@ class SourceError(UserError):
 
 class SourceChanged(SourceError):
     """An image is not the one that was listed. Another machine may have another image there."""
+
+
+def source_changed(path: str) -> SourceChanged:
+    """Return the error for a file that has changed."""
+    return SourceChanged(
+        f"{path}: on {socket.gethostname()} not the file that was listed (size or time of change differ, or it is "
+        "gone); leave the source alone while it is read, and let all machines see the same files"
+    )
 
 
 class PackedKeys(Sequence[str]):
@@ -110,58 +119,27 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The images of a source in the order of `sort_keys`.
+    """The images of a source in the order of `sort_keys`."""
 
-    Attributes
-    ----------
-    kind : str
-        Its name in ``ffcv_ops.sources.kinds.KINDS``.
-    address : str
-        The source as messages name it, such as the path of a folder.
-    classes : list of str
-        Class names. The position of a name is the class number.
-    keys : PackedKeys
-        The name of each image, relative to the address: class folder and file name, or a name like that.
-    labels : ndarray of int32, shape (len(keys),)
-        The class number of each image.
-    places : ndarray of int64, shape (len(keys), P)
-        What the reader needs to find each image, and to know that it is still the one that was listed.
-    sizes_bytes : ndarray of int64, shape (len(keys),), or None
-        The size of each image, if the listing knows it.
-    reader : Reader
-    identity : list
-        What `places` rest on, in JSON's types, such as name, size and time of change of archives. The journal of a file
-        holds a hash of this identity and of all keys, labels and places.
-    facts : dict
-        What the manifest tells about the source, in JSON's types.
-    remarks : list of Remark
-        What the listing left out, and what the user should know about it.
-    save_index : callable or None
-        Writes the listing to a path, for ``SourceSpec.index`` of a later run. None if it is listed quickly.
-    """
-
-    kind: str
-    address: str
-    classes: list[str]
-    keys: PackedKeys
-    labels: np.ndarray
-    places: np.ndarray
-    sizes_bytes: np.ndarray | None
+    kind: str  # its name in ``ffcv_ops.sources.kinds.KINDS``
+    address: str  # the source as messages name it, such as the path of a folder
+    classes: list[str]  # the position of a name is the class number
+    keys: PackedKeys  # the name of each image, relative to the address: class folder and file name, or a name like that
+    labels: np.ndarray  # int32 (len(keys),): the class number of each image
+    places: np.ndarray  # int64 (len(keys), P): what the reader needs to find an image, and to know that it is the same
+    sizes_bytes: np.ndarray  # int64 (len(keys),): the size of each image
     reader: Reader
+    # What `places` rest on, in JSON's types, such as name, size and time of change of archives. The journal of a file
+    # holds a hash of this identity and of all keys, labels and places.
     identity: list[Any] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-    remarks: list[Remark] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)  # what the manifest tells about the source, in JSON's types
+    remarks: list[Remark] = field(default_factory=list)  # what the listing left out, and what the user should know
+    # Writes the listing to a path, for ``SourceSpec.index`` of a later run. None if the source is listed quickly.
     save_index: Callable[[Path], None] | None = None
 
     def locate(self, index: int) -> str:
         """Return the full name of an image for messages."""
         return self.reader.locate(self.keys[index])
-
-    def numbered_as(self, classes: Sequence[str]) -> "Source":
-        """Return the source with the positions in `classes` as class numbers. All of its classes must be there."""
-        numbers = {name: number for number, name in enumerate(classes)}
-        labels = np.array([numbers[name] for name in self.classes], np.int32)[self.labels]
-        return replace(self, classes=list(classes), labels=labels)
 
 
 def sort_keys(keys: PackedKeys, labels: np.ndarray) -> np.ndarray:

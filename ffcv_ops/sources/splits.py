@@ -34,13 +34,7 @@ def split_name(name: str) -> str:
 
 
 def choose_split(paths: Sequence[str], spec: "SourceSpec") -> list[str]:
-    """Return the files of the wanted split.
-
-    Raises
-    ------
-    UserError
-        If there are files of several splits, and it is not clear which are wanted.
-    """
+    """Return the files of the wanted split. Raise UserError if it is not clear which of several splits is wanted."""
     is_inside = is_folder(spec.address)
     splits = {path: _split_of(path, spec.address, is_inside) for path in paths}
     found = sorted({str(split) for split in splits.values() if split})

@@ -15,8 +15,9 @@ import numpy as np
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.addresses import expand, full_name, is_folder, join, list_names, name_files
-from ffcv_ops.sources.columns import Labels
+from ffcv_ops.sources.columns import Columns, Labels, select
 from ffcv_ops.sources.folder import FolderReader, stat_image
+from ffcv_ops.sources.ranges import RangeFile
 from ffcv_ops.sources.remarks import Remark, similar_names
 from ffcv_ops.sources.remote import is_remote, public_name
 from ffcv_ops.sources.source import PackedKeys, Reader, Source, sort_keys
@@ -39,13 +40,7 @@ _LUMA_75 = bytes.fromhex("080606070605080707070909080a0c140d0c0b0b0c191213")
 
 
 def find_files(address: str, suffix: str) -> list[str]:
-    """Return the files with a suffix that an address names. Of a folder, `data` and folders of splits count too.
-
-    Raises
-    ------
-    UserError
-        If there is none.
-    """
+    """Return the files with a suffix at an address, also in `data` and splits. Raise UserError if there is none."""
     return (walk(address, suffix) if is_folder(address) else None) or expand(address, (suffix,))
 
 
@@ -60,35 +55,59 @@ def walk(folder: str, suffix: str, depth: int = 0) -> list[str]:
 
 
 @dataclass
-class Rows:
-    """The rows of files, in the order of files and rows.
+class FileRows:
+    """The rows of a file as the listing finds them."""
 
-    Attributes
-    ----------
-    paths : sequence of str
-        The files.
-    counts : list of int
-        The number of rows of each file.
-    names : PackedKeys
-        What the rows hold as path. A missing one is empty.
-    num_unnamed : int
-    """
-
-    paths: Sequence[str]
-    counts: list[int] = field(default_factory=list)
-    names: PackedKeys = field(default_factory=PackedKeys)
+    names: bytearray = field(default_factory=bytearray)  # what the rows hold as path, which may be empty
+    labels: list["pa.Array"] = field(default_factory=list)
+    num_rows: int = 0
     num_unnamed: int = 0
+    num_outer: int = 0  # of the rows without bytes, which may have the path of a file
 
-    @property
-    def total(self) -> int:
-        """Return the number of all rows."""
-        return sum(self.counts)
-
-    def add(self, block: bytes, count: int, num_unnamed: int) -> None:
-        """Add the rows of the next file, with their names as `pack_names` returns them."""
-        self.names.extend(block)
-        self.counts.append(count)
+    def add(self, batch: "pa.RecordBatch", columns: Columns, path: str) -> None:
+        """Add the names and classes of further rows. Raise UserError if a name holds a zero byte."""
+        block, num_unnamed = pack_names(select(batch, columns.path) if columns.path else None, len(batch), path)
+        self.names += block
         self.num_unnamed += num_unnamed
+        self.labels.append(select(batch, columns.label))
+        self.num_rows += len(batch)
+
+
+class Rows:
+    """The rows of files, in the order of files and rows. See `FileRows` for the attributes."""
+
+    def __init__(self, paths: Sequence[str], labels: Labels):
+        self.paths, self.labels = paths, labels
+        self.counts: list[int] = []  # of the rows of each file
+        self.names = PackedKeys()
+        self.num_unnamed = self.num_outer = 0
+
+    def add(self, found: FileRows) -> None:
+        """Add the rows of the next file. Raise UserError if a class is missing, or no class."""
+        path, first_row = self.paths[len(self.counts)], 0
+        for values in found.labels:
+            self.labels.add(values, path, first_row)
+            first_row += len(values)
+        self.names.extend(found.names)
+        self.counts.append(found.num_rows)
+        self.num_unnamed += found.num_unnamed
+        self.num_outer += found.num_outer
+
+    def are_outer(self, name: str) -> bool:
+        """Return whether the rows hold paths of images instead of bytes. `name` is that of the source in messages.
+
+        Raises
+        ------
+        UserError
+            If there are no rows, or if only some of them have bytes.
+        """
+        total = sum(self.counts)
+        if not total:
+            raise UserError(f"{name}: has no rows")
+        if 0 < self.num_outer < total:
+            column = self.labels.columns.image
+            raise UserError(f"{name}: {self.num_outer} of {total} rows have no bytes in {column}; {EMBED}")
+        return bool(self.num_outer)
 
     def arrange(self, labels: np.ndarray) -> tuple[np.ndarray, PackedKeys, list[Remark]]:
         """Return the order of the images, their keys in this order, and remarks. The names are then forgotten."""
@@ -102,8 +121,7 @@ class Rows:
                 return order, keys, []
             why, count, example = "one class has a path twice", len(labels), twice
         else:
-            why, count = "rows without a path", self.num_unnamed
-            example = ""
+            why, count, example = "rows without a path", self.num_unnamed, ""
         names = self._number()
         order = sort_keys(names, labels)
         keys = names.take(order)
@@ -121,13 +139,7 @@ class Rows:
 
 
 def pack_names(values: "pa.Array | None", count: int, where: str) -> tuple[bytes, int]:
-    """Return names as `PackedKeys.extend` takes them, and how many are missing.
-
-    Raises
-    ------
-    UserError
-        If a name holds a zero byte.
-    """
+    """Return names for `PackedKeys.extend`, and how many are missing. Raise UserError if a name holds a zero byte."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -157,13 +169,7 @@ def _find_twice(keys: PackedKeys, labels: np.ndarray) -> str | None:
 
 
 def outer_files(rows: Rows) -> tuple[Reader, np.ndarray]:
-    """Return the reader and the places of images whose rows hold a path but no bytes.
-
-    Raises
-    ------
-    UserError
-        If a path is not that of a file here.
-    """
+    """Return reader and places of the images that rows name by path. Raise UserError if one is not a file here."""
     where = rows.paths[0]
     if is_remote(where):
         raise UserError(f"{public_name(where)}: holds paths of images and not their bytes; {EMBED}")
@@ -190,39 +196,30 @@ def outer_files(rows: Rows) -> tuple[Reader, np.ndarray]:
 
 
 def build_source(
-    spec: "SourceSpec",
-    rows: Rows,
-    labels: Labels,
-    embedded: tuple[Reader, np.ndarray] | None,
-    identity: list[Any],
-    sizes_column: int | None = None,
+    spec: "SourceSpec", rows: Rows, embedded: tuple[Reader, np.ndarray] | None, files: Sequence[RangeFile]
 ) -> Source:
-    """Return the source of rows, in the order of a folder.
+    """Return the source of rows, in the order of a folder. Classes or images that are missing are a UserError.
 
     Parameters
     ----------
     spec : SourceSpec
     rows : Rows
-    labels : Labels
     embedded : tuple or None
-        The reader and the places of the images. If None, the rows hold paths of images.
-    identity : list
-        See `Source`.
-    sizes_column : int or None
-        The column of the places that has the sizes of the images.
-
-    Raises
-    ------
-    UserError
-        If there are no rows, or if classes or images are missing.
+        The reader and the places of the images, whose last column is the size. If None, the rows hold paths of images.
+    files : sequence of RangeFile
+        The files of the rows.
     """
-    if not rows.total:
-        raise UserError(f"{spec.name}: has no rows")
-    classes, numbers, remarks = labels.finish(spec)
-    reader, places = embedded or outer_files(rows)
+    classes, numbers, remarks = rows.labels.finish(spec)
+    columns = rows.labels.columns
+    identity: list[Any] = [spec.kind, [file.identity for file in files], columns.image, columns.label]
+    if embedded is not None:
+        reader, places = embedded
+        sizes_bytes = places[:, -1]
+    else:
+        reader, places = outer_files(rows)
+        sizes_bytes, identity = places[:, 0], []
     order, keys, order_remarks = rows.arrange(numbers)
     places = places[order]
-    columns = labels.columns
     remarks = [*shard_remarks(rows.paths), *remarks, *order_remarks, *similar_names(classes)]
     if columns.mode not in (None, "RGB"):
         what = "columns whose images `datasets` would convert, written as they are stored"
@@ -231,11 +228,8 @@ def build_source(
         remarks += sample_remarks(reader, keys, places)
     facts = {"path": full_name(spec.address), "num_files": len(rows.paths), "num_images": len(keys)}
     facts |= {"image_column": columns.image, "label_column": columns.label}
-    if embedded is None:
-        identity, sizes_column = [], 0
-    sizes_bytes = None if sizes_column is None else places[:, sizes_column]
     return Source(
-        spec.kind, spec.name, classes, keys, numbers[order], places, sizes_bytes, reader,
+        spec.kind, spec.name, classes, keys, numbers[order], places, sizes_bytes[order], reader,
         identity=identity, facts=facts, remarks=remarks,
     )  # fmt: skip
 

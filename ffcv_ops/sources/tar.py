@@ -9,14 +9,14 @@ import numpy as np
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.addresses import expand, full_name
-from ffcv_ops.sources.archives import IMAGE_ENDINGS, ArchiveReader, Listing, Part, list_parts
+from ffcv_ops.sources.archives import IMAGE_ENDINGS, ArchiveReader, Listing, Part, list_parts, whole_archives
 from ffcv_ops.sources.in_threads import Count
 from ffcv_ops.sources.index import load_index, with_index
 from ffcv_ops.sources.labels import FLAT, assign, find_labels, number_remarks, read_labels
 from ffcv_ops.sources.ranges import RangeFile, RangeReader, list_file, list_files
 from ffcv_ops.sources.remarks import BESIDE, DEEPER, Remark, Tally, is_hidden, listing_remarks, similar_names
 from ffcv_ops.sources.source import PackedKeys, Source, Stage, find_twice, sort_keys
-from ffcv_ops.sources.tar_headers import FOLDER, HARD_LINK, SYMBOLIC_LINK, TarError, check_not_compressed
+from ffcv_ops.sources.tar_headers import FOLDER, HARD_LINK, SYMBOLIC_LINK, TarError
 
 if TYPE_CHECKING:
     from ffcv_ops.sources.kinds import SourceSpec
@@ -27,16 +27,11 @@ _ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip"
 
 
 def open_tar(spec: "SourceSpec", stage: Stage) -> Source:
-    """List the images of one archive, or of several.
-
-    Raises
-    ------
-    UserError
-        If an archive is compressed, damaged or cut, if classes cannot be told, or if labels and images do not fit.
-    """
+    """List the images of one archive, or of several. See `ffcv_ops.sources.kinds.Kind`."""
     files = list_files(expand(spec.address, _ENDINGS))
     labels_path = Path(spec.labels) if spec.labels else find_labels(spec.address)
-    rests_on = [spec.kind, spec.split, *(file.identity for file in files), _identify(labels_path)]
+    labels_identity = list_file(labels_path).identity if labels_path and labels_path.is_file() else None
+    rests_on = [spec.kind, spec.split, *(file.identity for file in files), labels_identity]
     reader = ArchiveReader(spec.address, files)
     earlier = load_index(spec.index, rests_on, spec.kind, spec.name, reader)
     if earlier is not None:
@@ -44,7 +39,8 @@ def open_tar(spec: "SourceSpec", stage: Stage) -> Source:
     table = read_labels(spec.labels) if spec.labels else None  # a mistake in it is found before the archive is listed
     listing = _list(files, RangeReader(files), stage)
     if not len(listing.names):
-        raise UserError(f"{spec.name}: has no images{_others(listing.extensions)}")
+        others = f" but other files ({listing.extensions.text()})" if listing.extensions.found else ""
+        raise UserError(f"{spec.name}: has no images{others}")
     if spec.split == "train" and _is_ilsvrc_val(listing):
         raise UserError(f"{spec.name}: holds ILSVRC's validation images; use --split val")
     if labels_path and (table or _is_ilsvrc_val(listing)):
@@ -53,17 +49,9 @@ def open_tar(spec: "SourceSpec", stage: Stage) -> Source:
     else:
         labels_path = None
         classes, labels, start, remarks = _read_classes(listing, spec)
-    facts: dict[str, Any] = {"path": full_name(spec.address), "num_archives": len(files)}
-    if labels_path:
-        facts["labels"] = str(labels_path.absolute())
+    facts = {"labels": str(labels_path.absolute())} if labels_path else {}
     remarks = [*listing_remarks(listing.tally, listing.extensions), *remarks]
     return with_index(arrange(spec, listing, classes, labels, reader, start, facts, remarks), rests_on)
-
-
-def _identify(path: Path | None) -> list[Any] | None:
-    if path is None or not path.is_file():
-        return None
-    return list_file(path).identity
 
 
 def arrange(
@@ -73,7 +61,7 @@ def arrange(
     labels: np.ndarray,
     reader: ArchiveReader,
     start: int,
-    facts: dict[str, Any],
+    facts: dict[str, str],
     remarks: list[Remark],
 ) -> Source:
     """Return the source of a listing, in the order of `sort_keys`, and empty the listing.
@@ -98,19 +86,22 @@ def arrange(
     listing.names = PackedKeys()
     places = np.frombuffer(listing.places, np.int64).reshape(-1, 3)[order]
     listing.places = array("q")
+    told: dict[str, Any] = {
+        "path": full_name(spec.address),
+        "num_archives": len(reader.files),
+        **facts,
+        "num_images": len(keys),
+    }
     return Source(
         spec.kind, spec.name, classes, keys, labels[order], places, places[:, 2], reader,
-        identity=[file.identity for file in reader.files], facts={**facts, "num_images": len(keys)},
+        identity=[file.identity for file in reader.files], facts=told,
         remarks=[*remarks, *similar_names(classes)],
     )  # fmt: skip
 
 
 def _list(files: list[RangeFile], reader: RangeReader, stage: Stage) -> Listing:
     """Walk the archives, then the class archives within them."""
-    for number, file in enumerate(files):
-        check_not_compressed(reader.read(number, 0, 8), file.name)
-    parts = [Part(number, 0, file.size_bytes, file.name) for number, file in enumerate(files)]
-    inner: list[Part] = []
+    parts, inner = whole_archives(files, reader), list[Part]()
     listing = list_parts(parts, lambda part, count: _list_part(part, reader, count, inner, len(files) > 1), stage)
     if not inner:
         return listing
@@ -166,7 +157,7 @@ def _list_part(part: Part, reader: RangeReader, count: Count, inner: list[Part] 
             else:
                 listing.count_other(part.prefix + name)
             continue
-        count()
+        count(1)
         whole = (class_prefix if is_class and not inside else part.prefix) + name
         listing.folders.add(whole.rpartition(b"/")[0])
         if member.kind == SYMBOLIC_LINK:
@@ -277,8 +268,3 @@ def _class_root(folders: set[bytes], spec: "SourceSpec") -> bytes:
             raise UserError(f"{spec.name}: holds the splits {', '.join(sorted(names))}; choose one with --split")
         return b"/".join([*parts[0][:depth], os.fsencode(spec.split or ""), b""])
     return b"/".join([*parts[0][:depth], b""]) if depth else b""
-
-
-def _others(extensions: Tally) -> str:
-    found = ", ".join(f"{count} {kind or 'without extension'}" for kind, (count, _) in extensions.found.items())
-    return f" but other files ({found})" if found else ""

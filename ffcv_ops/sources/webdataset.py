@@ -8,23 +8,24 @@ value in ``.json``. Unlike in ``webdataset``, the files of a sample may lie anyw
 import json
 import os
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ffcv_ops.errors import UserError
-from ffcv_ops.sources.addresses import beside, exists, expand, full_name, is_pattern, read
-from ffcv_ops.sources.archives import ArchiveReader, Listing, Part, list_parts
+from ffcv_ops.sources.addresses import beside, exists, expand, full_name, read
+from ffcv_ops.sources.archives import ArchiveReader, Listing, Part, list_parts, whole_archives
 from ffcv_ops.sources.in_threads import Count
 from ffcv_ops.sources.index import load_index, with_index
 from ffcv_ops.sources.ranges import RangeReader, list_file, list_files
 from ffcv_ops.sources.remarks import listing_remarks
-from ffcv_ops.sources.remote import is_remote, public_name
+from ffcv_ops.sources.remote import public_name
 from ffcv_ops.sources.source import Source, SourceError, Stage
 from ffcv_ops.sources.splits import choose_split, shard_remarks
 from ffcv_ops.sources.tar import arrange, clean_name, is_image
-from ffcv_ops.sources.tar_headers import FILE, Member, check_not_compressed
+from ffcv_ops.sources.tar_headers import FILE, Member
 
 if TYPE_CHECKING:
     from ffcv_ops.sources.kinds import SourceSpec
@@ -34,10 +35,10 @@ _KEY = re.compile(rb"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _LABEL = re.compile(r"[^,;\t]*[.](jpe?g|png|webp)\s*[,;\t]", re.IGNORECASE)
 _META = re.compile(rb"__[^/]*__(/|$)")
 _NAMES_FILES = ("classes.txt", "classnames.txt", "class_names.txt")
-_JSON_KEYS = ("label", "cls", "class")
+JSON_KEYS = ("label", "cls", "class")
 _MOST_LABEL_BYTES = 1 << 20
 _FIRST_MEMBERS = 64
-_MOST_CLASSES = 1_000_000
+MOST_CLASSES = 1_000_000
 
 
 def has_labels(path: str) -> bool:
@@ -45,8 +46,8 @@ def has_labels(path: str) -> bool:
     try:
         file = list_file(path)
         reader = RangeReader([file])
-        check_not_compressed(reader.read(0, 0, 8), file.name)
-        for number, member in enumerate(Part(0, 0, file.size_bytes, file.name).walk(reader)):
+        (part,) = whole_archives([file], reader)
+        for number, member in enumerate(part.walk(reader)):
             if number == _FIRST_MEMBERS:
                 return False
             if member.kind == FILE and member.name.lower().endswith((b".cls", b".json")):
@@ -59,47 +60,34 @@ def has_labels(path: str) -> bool:
 
 
 def open_webdataset(spec: "SourceSpec", stage: Stage) -> Source:
-    """List the samples of shards.
-
-    Raises
-    ------
-    UserError
-        If a shard is compressed, damaged or cut, if a sample lacks its image or class, or if names of classes do not
-        fit. Also if the shards are of several splits, and it is not clear which are wanted.
-    """
+    """List the samples of shards. See `ffcv_ops.sources.kinds.Kind`."""
     paths = choose_split(expand(spec.address, (".tar",)), spec)
     files = list_files(paths)
     reader = RangeReader(files)
-    for number, file in enumerate(files):
-        check_not_compressed(reader.read(number, 0, 8), file.name)
+    parts = whole_archives(files, reader)
     names_file, names = _find_names(spec, files[0].path)
     rests_on = [spec.kind, spec.image_column, spec.label_column, names, *(file.identity for file in files)]
     archives = ArchiveReader(spec.address, files)
     earlier = load_index(spec.index, rests_on, spec.kind, spec.name, archives)
     if earlier is not None:
         return earlier
-    parts = [Part(number, 0, file.size_bytes, file.name) for number, file in enumerate(files)]
     listing = list_parts(parts, lambda part, count: _ShardLister(part, reader, count, spec).run(), stage)
     if not len(listing.names):
         raise UserError(f"{spec.name}: has no images")
-    classes, table = _name_classes(listing.found, spec.name, names, names_file)
+    classes, table = name_classes(listing.found, names, names_file, spec.name)
     labels = table[np.frombuffer(listing.texts, np.int32)]
-    facts: dict[str, Any] = {"path": full_name(spec.address), "num_archives": len(files)}
-    if names_file:
-        facts["class_names"] = full_name(names_file)
+    facts = {"class_names": full_name(names_file)} if names_file else {}
     remarks = [*shard_remarks(paths), *listing_remarks(listing.tally, listing.extensions)]
     return with_index(arrange(spec, listing, classes, labels, archives, 0, facts, remarks), rests_on)
 
 
+@dataclass(slots=True)
 class _Sample:
     """Parts of a sample that have been found so far."""
 
-    __slots__ = ("image", "is_json", "text")
-
-    def __init__(self) -> None:
-        self.image: Member | None = None
-        self.text: str | None = None
-        self.is_json = False
+    image: Member | None = None
+    text: str | None = None
+    is_json: bool = False
 
 
 class _ShardLister:
@@ -119,7 +107,8 @@ class _ShardLister:
         for member in self._walk:
             name = clean_name(member.name)
             if member.kind != FILE:
-                self._check_other(member, name)
+                if is_image(name.rpartition(b"/")[2]):
+                    raise self._error(f"{os.fsdecode(name)} is a {member.kind}; make the shard again with files only")
                 continue
             match = _KEY.fullmatch(name)
             if match is None or _META.match(name):
@@ -135,10 +124,6 @@ class _ShardLister:
             self._report(key, sample)
         return self.listing
 
-    def _check_other(self, member: Member, name: bytes) -> None:
-        if is_image(name.rpartition(b"/")[2]):
-            raise self._error(f"{os.fsdecode(name)} is a {member.kind}; make the shard again with files only")
-
     def _finish(self, key: bytes, sample: _Sample) -> None:
         """Note a sample that is complete. If it is not, the rest may follow elsewhere in the shard."""
         image = sample.image
@@ -151,7 +136,7 @@ class _ShardLister:
         """Add a file to its sample."""
         is_wanted = extension == self._image_column if self._image_column else is_image(member.name)
         if is_wanted:
-            self._count()
+            self._count(1)
             if sample.image is not None:
                 raise self._error(
                     f"{os.fsdecode(sample.image.name)} and {os.fsdecode(member.name)} are images of one sample, "
@@ -189,7 +174,7 @@ class _ShardLister:
             raise self._error(f"{os.fsdecode(member.name)} cannot be read as JSON ({error})") from error
         if not isinstance(found, dict):
             return None
-        for key in [self._label_column] if self._label_column else _JSON_KEYS:
+        for key in [self._label_column] if self._label_column else JSON_KEYS:
             value = found.get(key)
             if isinstance(value, (int, str)) and not isinstance(value, bool) and str(value).strip():
                 return str(value).strip()
@@ -216,37 +201,31 @@ class _ShardLister:
         return UserError(f"{self._part.where}: {message}")
 
 
-def _name_classes(
-    found: dict[str, int], address: str, names: list[str] | None, names_file: str | None
+def name_classes(
+    texts: Collection[str], names: list[str] | None, whose: str | None, where: str
 ) -> tuple[list[str], np.ndarray]:
-    """Return the classes, and the class number of each text that tells a class."""
-    if all(text.isascii() and text.isdigit() and len(text) < 10 for text in found):
-        numbers = np.array([int(text) for text in found], np.int64)
+    """Return the classes, and the class number of each text. Raise UserError if the names of `whose` lack a class."""
+    # Texts of digits are class numbers.
+    if all(text.isascii() and text.isdigit() and len(text) < 10 for text in texts):
+        numbers = np.array([int(text) for text in texts], np.int32)
         count = int(numbers.max()) + 1
+        if count > MOST_CLASSES:
+            raise UserError(f"{where}: has the class {count - 1}, which is no class number")
         if names is None:
-            if count > _MOST_CLASSES:
-                raise UserError(f"{address}: has the class {count - 1}, which is no class number")
             names = [str(number) for number in range(count)]
         elif count > len(names):
-            raise UserError(f"{address}: has the class {count - 1}, but {names_file} names {len(names)} classes")
-        return names, numbers.astype(np.int32)
+            raise UserError(f"{where}: has the class {count - 1}, but {whose} names {len(names)} classes")
+        return names, numbers
     if names is None:
-        names = sorted(found)
-    elif not set(found) <= set(names):
-        name = min(set(found) - set(names))
-        raise UserError(f"{address}: has the class {name}, which {names_file} does not name")
+        names = sorted(texts)
+    elif not set(texts) <= set(names):
+        raise UserError(f"{where}: has the class {min(set(texts) - set(names))}, which {whose} does not name")
     places = {name: place for place, name in enumerate(names)}
-    return names, np.array([places[text] for text in found], np.int32)
+    return names, np.array([places[text] for text in texts], np.int32)
 
 
 def _find_names(spec: "SourceSpec", first: str) -> tuple[str | None, list[str] | None]:
-    """Return the file with the names of the classes, and these names, if there are any.
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read, or names a class twice.
-    """
+    """Return the file with the names of the classes, and these names, if there are any. See `read_class_names`."""
     if spec.class_names:
         return public_name(spec.class_names), read_class_names(spec.class_names)
     for name in _NAMES_FILES:
@@ -257,13 +236,7 @@ def _find_names(spec: "SourceSpec", first: str) -> tuple[str | None, list[str] |
 
 
 def read_class_names(address: str) -> list[str]:
-    """Return the names of classes from a file with one name on each line.
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read, names a class twice, or names images.
-    """
+    """Return the names of classes from the lines of a file. Raise UserError if a line has a label, or a name again."""
     where = public_name(address)
     try:
         names = [line.strip() for line in read(address).decode("utf-8-sig").splitlines() if line.strip()]
@@ -282,11 +255,10 @@ def read_class_names(address: str) -> list[str]:
 
 def fits_shards(spec: "SourceSpec") -> bool:
     """Return whether an address names archives, of which the first one has labels."""
-    address = spec.address
-    if spec.labels or not (is_remote(address) or os.path.exists(address) or is_pattern(address)):
+    if spec.labels:
         return False
     try:
-        paths: Sequence[str] = expand(address, (".tar",))
+        paths = expand(spec.address, (".tar",))
     except UserError:
         return False
     return has_labels(paths[0])

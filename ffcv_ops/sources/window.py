@@ -9,19 +9,11 @@ Read = Callable[[int, int], bytes]
 
 @dataclass(frozen=True)
 class WindowSizes:
-    """Sizes of reads, in bytes.
-
-    Attributes
-    ----------
-    least, most : int
-        The size of a window. It doubles while windows are near to each other.
-    near : int
-        The distance up to which they are.
-    """
+    """Sizes of reads, in bytes."""
 
     least: int
-    most: int
-    near: int
+    most: int  # a window doubles up to this size while windows are near to each other
+    near: int  # the distance up to which they are
 
 
 # A disk is asked for what is wanted only. A server over a network gives a megabyte in the time of a question.
@@ -30,16 +22,7 @@ REMOTE = WindowSizes(16 << 10, 4 << 20, 1 << 20)
 
 
 class Window:
-    """Bytes around the last read. Threads may share a window, though they then read more.
-
-    Parameters
-    ----------
-    read : callable
-        See `Read`.
-    end : int
-        The end of what may be read.
-    sizes : WindowSizes
-    """
+    """Bytes around the last read, none of them behind `end`. Threads may share a window, though they then read more."""
 
     def __init__(self, read: Read, end: int, sizes: WindowSizes = LOCAL):
         self._read, self._end, self._sizes = read, end, sizes

@@ -110,7 +110,7 @@ def run_in_order(
                     lost.append((number, task))
                 del future, task
             for number, task in [] if running else lost:
-                results[number] = _run_parts_alone(executor, task)
+                results[number] = task.join([_run_alone(executor, part) for part in task.split()])
             if not running:
                 lost.clear()
             while num_used in results:
@@ -129,10 +129,6 @@ def _result(future: Future) -> Any:
         return future.result()
     except CancelledError:
         raise NoWorkers("the executor has cancelled a task") from None
-
-
-def _run_parts_alone(executor: Executor, task: Task) -> Any:
-    return task.join([_run_alone(executor, part) for part in task.split()])
 
 
 def _run_alone(executor: Executor, part: Task) -> Any:

@@ -108,13 +108,7 @@ FLAGS: Flags = {field.name: f"write.{field.name}" for field in fields(Write)} | 
 
 
 def choose_source(chosen: Write) -> tuple[SourceSpec, Path]:
-    """Return the source to read and the file to write.
-
-    Raises
-    ------
-    UserError
-        If neither split nor source is given, or if nothing is there that can be read.
-    """
+    """Return the source to read and the file to write. Raise UserError if there is nothing that can be read."""
     if chosen.source:
         address = chosen.source
     elif chosen.split:

@@ -36,44 +36,22 @@ Entry = tuple[int, int, int, int, bytes, int]
 
 @dataclass(frozen=True)
 class Encoded:
-    """The result of an `EncodeTask`.
+    """The result of an `EncodeTask`."""
 
-    Attributes
-    ----------
-    entries : list of Entry or str
-        An `Entry` for each image, or the reason why the image is bad.
-    contents : list of ndarray of uint8
-        The bytes of each good image; empty for a sample.
-    counts : list of ndarray
-        For a sample, the symbols of each JPEG, as `shared_tables.count_symbols` counts them.
-    """
-
-    entries: list[Entry | str]
-    contents: list[np.ndarray]
-    counts: list[np.ndarray]
+    entries: list[Entry | str]  # an `Entry` for each image, or the reason why the image is bad
+    contents: list[np.ndarray]  # the bytes of each good image, uint8; empty for a sample
+    counts: list[np.ndarray]  # for a sample, the symbols of each JPEG, as `shared_tables.count_symbols` counts them
 
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """What all tasks of a file have in common.
-
-    Attributes
-    ----------
-    settings : WriteSettings
-    reader : bytes
-        The pickled `Reader` of the source. Each process opens it once.
-    tables : ndarray or None
-        The Huffman tables of the file, for `jpeg.encode`.
-    is_sample : bool
-        Count the symbols of the images instead of keeping their bytes.
-    versions : mapping or None
-        What `encoder_versions` returns on the machine that leads. If another machine works on the task, it compares.
-    """
+    """What all tasks of a file have in common."""
 
     settings: WriteSettings
-    reader: bytes
-    tables: np.ndarray | None = None
-    is_sample: bool = False
+    reader: bytes  # the pickled `Reader` of the source, which each process opens once
+    tables: np.ndarray | None = None  # the Huffman tables of the file, for `jpeg.encode`
+    is_sample: bool = False  # count the symbols of the images instead of keeping their bytes
+    # What `encoder_versions` returns on the machine that leads. If another machine works on the task, it compares.
     versions: Mapping[str, str] | None = None
 
 

@@ -21,22 +21,12 @@ _SAMPLE_TYPE = np.dtype(
 
 
 class StoredImages:
-    """The images of a plan that have their places, from the first of the storage order on.
-
-    Attributes
-    ----------
-    samples : structured array, shape (num_images,)
-        Mode, width, height, offset, size, checksum and `Change` of each image; zeros for a bad image.
-    reasons : dict of int to str
-        The positions of the bad images, and what is wrong with each.
-    position : int
-        The number of images so far.
-    """
+    """The images of a plan that have their places, from the first of the storage order on."""
 
     def __init__(self, plan: WritePlan):
-        self.samples = np.zeros(plan.num_images, _SAMPLE_TYPE)
-        self.reasons: dict[int, str] = {}
-        self.position = 0
+        self.samples = np.zeros(plan.num_images, _SAMPLE_TYPE)  # of a bad image, zeros
+        self.reasons: dict[int, str] = {}  # the positions of the bad images, and what is wrong with each
+        self.position = 0  # the number of images so far
 
     @classmethod
     def from_pages(cls, plan: WritePlan, pages: Sequence[dict[str, Any]]) -> "StoredImages":
@@ -97,13 +87,7 @@ class PageLayout:
         partial.resumed.clear()
 
     def add(self, encoded: Encoded) -> None:
-        """Write the next images behind the others.
-
-        Raises
-        ------
-        BadImage
-            If an image is larger than a page.
-        """
+        """Write the next images behind the others. Raise BadImage if an image is larger than a page."""
         contents = iter(encoded.contents)
         for entry in encoded.entries:
             if isinstance(entry, str):

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ffcv_ops.files import publish, sync, write_all
+from ffcv_ops.files import sync, write_all
 
 _COMMIT_EVERY_S = 2.0
 
@@ -33,15 +33,6 @@ class PartialFile:
     data_start, page_size : int
         Offset of the first page and size of a page, in bytes.
 
-    Attributes
-    ----------
-    resumed : list of dict
-        The pages found: ``page``, ``sha256`` and the caller's record.
-    page_hashes : list of str
-        SHA-256 of every page noted, in order.
-    changed : list of str
-        The keys of `identity` that differ in an existing journal. If there are any, the journal was abandoned.
-
     Raises
     ------
     OSError
@@ -59,8 +50,9 @@ class PartialFile:
         self._uncommitted: list[bytes] = []
         self._committed_s = -_COMMIT_EVERY_S
         try:
+            # The pages found, and the keys of `identity` that differ in an existing journal, which was then abandoned.
             self.resumed, self.changed = self._resume(identity)
-            self.page_hashes: list[str] = [page["sha256"] for page in self.resumed]
+            self.page_hashes: list[str] = [page["sha256"] for page in self.resumed]  # of every page noted, in order
         except BaseException:
             self.close()
             raise
@@ -128,10 +120,6 @@ class PartialFile:
         os.fsync(self._file)
         write_all(self._file, header, 0)
         os.fsync(self._file)
-
-    def publish(self) -> None:
-        """Give the finished file its name."""
-        publish(self.path, self.target)
 
     def close(self) -> None:
         """Force the noted pages to disk if possible, and close the files."""

@@ -97,25 +97,13 @@ class WriteSettings:
 
 @dataclass(frozen=True, eq=False)
 class WritePlan:
-    """The images of a file in storage order.
-
-    Attributes
-    ----------
-    source : Source
-    settings : WriteSettings
-    order : ndarray of uint32, shape (num_images,)
-        The place of each image in the source's listing.
-    raw : ndarray of bool, shape (num_images,)
-        The images that stay raw whatever their size.
-    encoder : int
-        ``jpeg.ENCODER``, or the earlier ``jpeg.ENCODER_OF_OWN_TABLES`` of a file that was begun with it.
-    """
+    """The images of a file in storage order."""
 
     source: Source
     settings: WriteSettings
-    order: np.ndarray
-    raw: np.ndarray
-    encoder: int
+    order: np.ndarray  # uint32 (num_images,): the place of each image in the source's listing
+    raw: np.ndarray  # bool (num_images,): the images that stay raw whatever their size
+    encoder: int  # ``jpeg.ENCODER``, or the earlier ``jpeg.ENCODER_OF_OWN_TABLES`` of a file that was begun with it
 
     @property
     def num_images(self) -> int:

@@ -22,6 +22,7 @@ from ffcv_ops.beton import layout as beton
 from ffcv_ops.codec import jpeg
 from ffcv_ops.codec.shared_tables import choose_tables
 from ffcv_ops.errors import UserError
+from ffcv_ops.files import publish
 from ffcv_ops.lock import OwnerLock
 from ffcv_ops.sources.kinds import SourceSpec, open_source
 from ffcv_ops.sources.source import Source, SourceChanged, SourceError, Stage, class_difference
@@ -167,7 +168,9 @@ def _numbered_as(source: Source, classes: Sequence[str], notice: Notice) -> Sour
             f"{source.address}: has no images of {len(missing)} of the training split's {len(classes)} classes: "
             f"{show_names(missing)}; classes are numbered as in the training split"
         )
-    return source.numbered_as(classes)
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = np.array([numbers[name] for name in source.classes], np.int32)[source.labels]
+    return replace(source, classes=list(classes), labels=labels)
 
 
 def _write(
@@ -242,10 +245,7 @@ def _notice_after(time_s: float, notice: Notice, text: str) -> Iterator[None]:
 
 def _check_sizes(plan: WritePlan) -> None:
     """Raise BadImage for an empty file before the work, because the listing has the sizes."""
-    sizes_bytes = plan.source.sizes_bytes
-    if sizes_bytes is None:
-        return
-    empty = np.sort(plan.order[sizes_bytes[plan.order] == 0])
+    empty = np.sort(plan.order[plan.source.sizes_bytes[plan.order] == 0])
     if len(empty):
         more = f", as are {len(empty) - 1} more" if len(empty) > 1 else ""
         raise plan.bad_image(int(np.flatnonzero(plan.order == empty[0])[0]), f"the file is empty (0 bytes){more}")
@@ -363,18 +363,12 @@ def _encode_rest(
     job = replace(workers.job, tables=tables)
     with closing(workers.run(job, chunks, max(1, _WAITING_BYTES // (chunk * image_bytes)))) as results:
         for encoded in results:
-            if on_error == "stop":
-                _check_images(plan, stored.position, encoded)
+            for number, entry in enumerate(encoded.entries if on_error == "stop" else ()):
+                if isinstance(entry, str):
+                    raise plan.bad_image(stored.position + number, entry)
             layout.add(encoded)
             progress(stored.position, plan.num_images)
     layout.close()
-
-
-def _check_images(plan: WritePlan, position: int, encoded: Encoded) -> None:
-    """Raise BadImage for the first bad image of a run that begins at a position."""
-    for number, entry in enumerate(encoded.entries):
-        if isinstance(entry, str):
-            raise plan.bad_image(position + number, entry)
 
 
 def _finish(plan: WritePlan, layout: PageLayout, target: Path) -> dict[str, Any]:
@@ -389,6 +383,6 @@ def _finish(plan: WritePlan, layout: PageLayout, target: Path) -> dict[str, Any]
     partial.finish(head[header_bytes:], alloc_table.tobytes(), head[:header_bytes])
     # The new file is safe on the disk. Now the manifest of a replaced file may go.
     beton.manifest_path(target).unlink(missing_ok=True)
-    partial.publish()
+    publish(partial.path, target)
     write_manifest(target, manifest)
     return manifest
