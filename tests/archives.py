@@ -7,7 +7,8 @@ from io import BytesIO
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from ffcv_ops.sources.kinds import SourceSpec, open_source
+from ffcv_ops.sources.kinds import open_source
+from ffcv_ops.sources.spec import SourceSpec
 
 PHOTOGRAPHS = load_sample_images().images
 

@@ -24,8 +24,9 @@ from ffcv_ops.sources import folder as folders
 from ffcv_ops.sources import in_threads
 from ffcv_ops.sources.folder import scan
 from ffcv_ops.sources.image import Change, load_image, read_image
-from ffcv_ops.sources.kinds import SourceSpec, open_source
+from ffcv_ops.sources.kinds import open_source
 from ffcv_ops.sources.source import SourceChanged
+from ffcv_ops.sources.spec import SourceSpec
 from ffcv_ops.writing.encode import EncodeJob, EncodeTask
 from ffcv_ops.writing.plan import BadImage, WriteSettings, build_plan
 from ffcv_ops.writing.writer import write

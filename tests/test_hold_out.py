@@ -12,7 +12,8 @@ from archives import contents_of, jpeg, make_folder, tar, tar_of_tars
 from ffcv_ops.beton.reading import read_beton
 from ffcv_ops.errors import UserError
 from ffcv_ops.settings import read_settings
-from ffcv_ops.sources.kinds import SourceSpec, open_source
+from ffcv_ops.sources.kinds import open_source
+from ffcv_ops.sources.spec import SourceSpec
 from ffcv_ops.writing.command import FLAGS, WriteBeton, check_other_split, choose_source, read_train_classes
 from ffcv_ops.writing.plan import WriteSettings
 from ffcv_ops.writing.writer import write

@@ -18,11 +18,12 @@ from PIL import Image
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources import parquet, parquet_content
-from ffcv_ops.sources.kinds import SourceSpec, find_kind, open_source
+from ffcv_ops.sources.kinds import find_kind, open_source
 from ffcv_ops.sources.parquet_content import PageError
 from ffcv_ops.sources.parquet_pages import find_values, read_hybrid
 from ffcv_ops.sources.ranges import RangeReader
 from ffcv_ops.sources.source import SourceChanged
+from ffcv_ops.sources.spec import SourceSpec
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ["n01", "n02", "n03"]

@@ -21,9 +21,10 @@ from web_server import serving
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources import remote
 from ffcv_ops.sources.addresses import name_files
-from ffcv_ops.sources.kinds import SourceSpec, open_source
+from ffcv_ops.sources.kinds import open_source
 from ffcv_ops.sources.ranges import RangeReader, list_file
 from ffcv_ops.sources.source import SourceChanged, SourceError
+from ffcv_ops.sources.spec import SourceSpec
 from ffcv_ops.sources.window import LOCAL, REMOTE, Window
 from ffcv_ops.writing.partial_file import PartialFile, index_path
 from ffcv_ops.writing.writer import write

@@ -20,9 +20,10 @@ from torchvision.datasets import ImageNet, imagenet
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources import tar_headers
-from ffcv_ops.sources.kinds import SourceSpec, open_source
+from ffcv_ops.sources.kinds import open_source
 from ffcv_ops.sources.ranges import RangeReader, list_file
 from ffcv_ops.sources.source import SourceChanged
+from ffcv_ops.sources.spec import SourceSpec
 from ffcv_ops.sources.tar_headers import FILE, HARD_LINK, TarWalk
 from ffcv_ops.writing.plan import WriteSettings
 from ffcv_ops.writing.writer import write

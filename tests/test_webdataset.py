@@ -9,7 +9,8 @@ import pytest
 from archives import CONTENTS, NAMES, jpeg, listed, make_folder, tar
 
 from ffcv_ops.errors import UserError
-from ffcv_ops.sources.kinds import SourceSpec, open_source
+from ffcv_ops.sources.kinds import open_source
+from ffcv_ops.sources.spec import SourceSpec
 from ffcv_ops.sources.webdataset import read_class_names
 from ffcv_ops.writing.command import Write, choose_source
 

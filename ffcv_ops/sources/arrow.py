@@ -21,13 +21,12 @@ from ffcv_ops.sources.in_threads import Report
 from ffcv_ops.sources.ranges import RangeFile, list_files
 from ffcv_ops.sources.remote import is_remote
 from ffcv_ops.sources.source import Source, Stage
+from ffcv_ops.sources.spec import SourceSpec
 from ffcv_ops.sources.splits import choose_split, split_name
 from ffcv_ops.sources.tables import EMBED, FileRows, Rows, build_source, find_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from ffcv_ops.sources.kinds import SourceSpec
 
 SUFFIX = ".arrow"
 _DICT, _STATE = "dataset_dict.json", "state.json"
@@ -37,14 +36,14 @@ _FILE_MAGIC = b"ARROW1"
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def fits_arrow(spec: "SourceSpec") -> bool:
+def fits_arrow(spec: SourceSpec) -> bool:
     """Return whether an address names Arrow files, or a folder that ``save_to_disk`` has left."""
     if not os.path.isdir(spec.address):
         return spec.address.endswith(SUFFIX)
     return any(name in (_DICT, _STATE) or name.endswith(SUFFIX) for name in os.listdir(spec.address))
 
 
-def open_arrow(spec: "SourceSpec", stage: Stage) -> Source:
+def open_arrow(spec: SourceSpec, stage: Stage) -> Source:
     """List the images of Arrow files. See `ffcv_ops.sources.kinds.Kind`."""
     if is_remote(spec.address):
         raise UserError(
@@ -74,7 +73,7 @@ def open_arrow(spec: "SourceSpec", stage: Stage) -> Source:
     return build_source(spec, rows, embedded, files)
 
 
-def _find(spec: "SourceSpec") -> list[str]:
+def _find(spec: SourceSpec) -> list[str]:
     """Return the files of the wanted table. Raise UserError if there are several or none, or rows in another order."""
     folder = spec.address
     if not os.path.isdir(folder):

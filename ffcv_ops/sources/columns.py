@@ -15,13 +15,12 @@ import numpy as np
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.remarks import Remark
 from ffcv_ops.sources.remote import public_name
+from ffcv_ops.sources.spec import SourceSpec
 from ffcv_ops.sources.webdataset import JSON_KEYS, MOST_CLASSES, name_classes, read_class_names
 from ffcv_ops.units import show_names
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from ffcv_ops.sources.kinds import SourceSpec
 
 _IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "pixels", "bytes", "data")
 _LABEL_NAMES = ("label", "labels", "cls", "class", "class_name", "target", "category", "y")
@@ -77,7 +76,7 @@ def import_pyarrow(address: str) -> Any:
     return pyarrow
 
 
-def choose_columns(schema: "pa.Schema", spec: "SourceSpec", path: str) -> Columns:
+def choose_columns(schema: "pa.Schema", spec: SourceSpec, path: str) -> Columns:
     """Return the columns with images and classes. Raise UserError if one is missing, not clear, or of another type."""
     fields = dict(_flatten(schema))
     features = _read_features(schema)
@@ -239,7 +238,7 @@ class Labels:
         table = np.array([self.found.setdefault(text, len(self.found)) for text in texts], np.int32)
         self.numbers.append(table[indices])
 
-    def finish(self, spec: "SourceSpec") -> tuple[list[str], np.ndarray, list[Remark]]:
+    def finish(self, spec: SourceSpec) -> tuple[list[str], np.ndarray, list[Remark]]:
         """Return classes, class numbers of rows, and remarks. Raise UserError if a name is missing, or twice there."""
         labels = np.concatenate(self.numbers)
         self.numbers = []

@@ -13,33 +13,11 @@ from ffcv_ops.sources.hold_out import check_share, hold_out
 from ffcv_ops.sources.parquet import fits_parquet, open_parquet
 from ffcv_ops.sources.remote import is_remote, public_name
 from ffcv_ops.sources.source import Source, Stage
+from ffcv_ops.sources.spec import AUTO, SourceSpec
 from ffcv_ops.sources.tar import SPLITS, open_tar
 from ffcv_ops.sources.webdataset import fits_shards, open_webdataset
 
-AUTO = "auto"
 _KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
-
-
-@dataclass(frozen=True)
-class SourceSpec:
-    """A source as the user describes it."""
-
-    address: str  # a path, a pattern, or a URL that fsspec knows
-    kind: str = AUTO  # a name in `KINDS`, or ``auto``
-    split: str | None = None  # the split to write, for sources that hold several
-    labels: str | None = None  # a file with the class of each image, for images without class folders
-    class_names: str | None = None  # a file with the names of the classes, for sources that number classes
-    # Of samples with several parts, those with the image and with the class: columns of tables, extensions of shards,
-    # or a key of their JSON.
-    image_column: str | None = None
-    label_column: str | None = None
-    hold_out: float | None = None  # the share of each class that is for validation, if all images are for training
-    index: Path | None = None  # where an interrupted run may have left its listing (``Source.save_index``)
-
-    @property
-    def name(self) -> str:
-        """Return the address for messages. A URL may hold secrets, which are left out."""
-        return public_name(self.address)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from ffcv_ops.sources.ranges import RangeReader, list_files
 from ffcv_ops.sources.remarks import Remark
 from ffcv_ops.sources.remote import public_name
 from ffcv_ops.sources.source import Source, SourceError, Stage
+from ffcv_ops.sources.spec import SourceSpec
 from ffcv_ops.sources.splits import choose_split
 from ffcv_ops.sources.tables import EMBED, FileRows, Rows, build_source, find_files, walk
 from ffcv_ops.sources.webdataset import read_class_names
@@ -34,8 +35,6 @@ from ffcv_ops.units import show_bytes
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
-
-    from ffcv_ops.sources.kinds import SourceSpec
 
 SUFFIX = ".parquet"
 # More of them hold more memory of pyarrow, and its readers need Python's lock for each read.
@@ -102,13 +101,13 @@ class _RangeStream(io.RawIOBase):
         return content
 
 
-def fits_parquet(spec: "SourceSpec") -> bool:
+def fits_parquet(spec: SourceSpec) -> bool:
     """Return whether an address names Parquet files, or a folder with such files."""
     is_file = public_name(spec.address).endswith(SUFFIX)
     return is_file or (is_folder(spec.address) and bool(walk(spec.address, SUFFIX)))
 
 
-def open_parquet(spec: "SourceSpec", stage: Stage) -> Source:
+def open_parquet(spec: SourceSpec, stage: Stage) -> Source:
     """List the images of Parquet files. See `ffcv_ops.sources.kinds.Kind`."""
     pyarrow = import_pyarrow(spec.name)
     files = list_files(choose_split(find_files(spec.address, SUFFIX), spec))
@@ -192,7 +191,7 @@ def _open(ranges: RangeReader, number: int) -> "pq.ParquetFile":
 
 
 def _list_file(
-    ranges: RangeReader, spec: "SourceSpec", columns: Columns, number: int, count: Count
+    ranges: RangeReader, spec: SourceSpec, columns: Columns, number: int, count: Count
 ) -> tuple[FileRows, list[_RowGroup]]:
     """Return the rows of a file and its row groups, by its number in the reader."""
     path, found = ranges.files[number].name, FileRows()

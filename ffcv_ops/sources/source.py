@@ -7,7 +7,7 @@ are to encode.
 The order of the images decides the bytes of a file. It is the same for all kinds of sources (`sort_keys`): by class
 number, then by folder, then by file name, as in ``torchvision.datasets.ImageFolder``.
 
-To add a kind, write a module with a function that takes a `ffcv_ops.sources.kinds.SourceSpec` and a `Stage`, and
+To add a kind, write a module with a function that takes a `ffcv_ops.sources.spec.SourceSpec` and a `Stage`, and
 returns a `Source`. Then register the function in ``ffcv_ops.sources.kinds.KINDS``, before ``tar``, which takes any
 file.
 """

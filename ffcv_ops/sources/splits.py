@@ -3,15 +3,12 @@
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.sources.addresses import is_folder, relative_name
 from ffcv_ops.sources.remarks import Remark
 from ffcv_ops.sources.remote import public_name
-
-if TYPE_CHECKING:
-    from ffcv_ops.sources.kinds import SourceSpec
+from ffcv_ops.sources.spec import SourceSpec
 
 _SPLIT = re.compile(r"(?:^|[-_./])(train|training|validation|valid|val|dev|test)(?=[-_./]|$)", re.IGNORECASE)
 _SPLITS = {"training": "train", "validation": "val", "valid": "val", "dev": "val"}
@@ -33,7 +30,7 @@ def split_name(name: str) -> str:
     return _SPLITS.get(name.lower(), name.lower())
 
 
-def choose_split(paths: Sequence[str], spec: "SourceSpec") -> list[str]:
+def choose_split(paths: Sequence[str], spec: SourceSpec) -> list[str]:
     """Return the files of the wanted split. Raise UserError if it is not clear which of several splits is wanted."""
     is_inside = is_folder(spec.address)
     splits = {path: _split_of(path, spec.address, is_inside) for path in paths}

@@ -21,12 +21,11 @@ from ffcv_ops.sources.ranges import RangeFile
 from ffcv_ops.sources.remarks import Remark, similar_names
 from ffcv_ops.sources.remote import is_remote, public_name
 from ffcv_ops.sources.source import PackedKeys, Reader, Source, sort_keys
+from ffcv_ops.sources.spec import SourceSpec
 from ffcv_ops.sources.splits import shard_remarks
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from ffcv_ops.sources.kinds import SourceSpec
 
 # A dataset's folder holds its files, or a folder `data`, or one folder for each split. Others may be classes of images.
 _FOLDERS = frozenset("data default train training validation valid val dev test".split())
@@ -196,7 +195,7 @@ def outer_files(rows: Rows) -> tuple[Reader, np.ndarray]:
 
 
 def build_source(
-    spec: "SourceSpec", rows: Rows, embedded: tuple[Reader, np.ndarray] | None, files: Sequence[RangeFile]
+    spec: SourceSpec, rows: Rows, embedded: tuple[Reader, np.ndarray] | None, files: Sequence[RangeFile]
 ) -> Source:
     """Return the source of rows, in the order of a folder. Classes or images that are missing are a UserError.
 

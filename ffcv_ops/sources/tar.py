@@ -3,7 +3,7 @@
 import os
 from array import array
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,17 +16,15 @@ from ffcv_ops.sources.labels import FLAT, assign, find_labels, number_remarks, r
 from ffcv_ops.sources.ranges import RangeFile, RangeReader, list_file, list_files
 from ffcv_ops.sources.remarks import BESIDE, DEEPER, Remark, Tally, is_hidden, listing_remarks, similar_names
 from ffcv_ops.sources.source import PackedKeys, Source, Stage, find_twice, sort_keys
+from ffcv_ops.sources.spec import SourceSpec
 from ffcv_ops.sources.tar_headers import FOLDER, HARD_LINK, SYMBOLIC_LINK, TarError
-
-if TYPE_CHECKING:
-    from ffcv_ops.sources.kinds import SourceSpec
 
 SPLITS = frozenset(["train", "val", "test"])
 _OTHER_SPLITS = "images outside of the split left out"
 _ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")  # the compressed ones are refused
 
 
-def open_tar(spec: "SourceSpec", stage: Stage) -> Source:
+def open_tar(spec: SourceSpec, stage: Stage) -> Source:
     """List the images of one archive, or of several. See `ffcv_ops.sources.kinds.Kind`."""
     files = list_files(expand(spec.address, _ENDINGS))
     labels_path = Path(spec.labels) if spec.labels else find_labels(spec.address)
@@ -55,7 +53,7 @@ def open_tar(spec: "SourceSpec", stage: Stage) -> Source:
 
 
 def arrange(
-    spec: "SourceSpec",
+    spec: SourceSpec,
     listing: Listing,
     classes: list[str],
     labels: np.ndarray,
@@ -216,7 +214,7 @@ def _is_ilsvrc_val(listing: Listing) -> bool:
     return is_flat and listing.names[0].rpartition("/")[2].startswith("ILSVRC2012_val_")
 
 
-def _read_classes(listing: Listing, spec: "SourceSpec") -> tuple[list[str], np.ndarray, int, list[Remark]]:
+def _read_classes(listing: Listing, spec: SourceSpec) -> tuple[list[str], np.ndarray, int, list[Remark]]:
     """Return classes, labels, the length of what stands before the class in all names, and remarks."""
     root = _class_root(listing.folders, spec)
     noted = {kind: array("i") for kind in (BESIDE, DEEPER, _OTHER_SPLITS)}
@@ -251,7 +249,7 @@ def _read_classes(listing: Listing, spec: "SourceSpec") -> tuple[list[str], np.n
     return classes, table[np.frombuffer(labels, np.int32)], len(root), listing_remarks(tally, Tally())
 
 
-def _class_root(folders: set[bytes], spec: "SourceSpec") -> bytes:
+def _class_root(folders: set[bytes], spec: SourceSpec) -> bytes:
     """Return what stands before the class folder in the names of the images, such as ``train/``."""
     parts = [folder.split(b"/") for folder in folders if folder]
     if not parts:

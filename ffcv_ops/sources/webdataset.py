@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,12 +22,10 @@ from ffcv_ops.sources.ranges import RangeReader, list_file, list_files
 from ffcv_ops.sources.remarks import listing_remarks
 from ffcv_ops.sources.remote import public_name
 from ffcv_ops.sources.source import Source, SourceError, Stage
+from ffcv_ops.sources.spec import SourceSpec
 from ffcv_ops.sources.splits import choose_split, shard_remarks
 from ffcv_ops.sources.tar import arrange, clean_name, is_image
 from ffcv_ops.sources.tar_headers import FILE, Member
-
-if TYPE_CHECKING:
-    from ffcv_ops.sources.kinds import SourceSpec
 
 _KEY = re.compile(rb"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 # A line of a file of labels.
@@ -59,7 +56,7 @@ def has_labels(path: str) -> bool:
     return False
 
 
-def open_webdataset(spec: "SourceSpec", stage: Stage) -> Source:
+def open_webdataset(spec: SourceSpec, stage: Stage) -> Source:
     """List the samples of shards. See `ffcv_ops.sources.kinds.Kind`."""
     paths = choose_split(expand(spec.address, (".tar",)), spec)
     files = list_files(paths)
@@ -93,7 +90,7 @@ class _Sample:
 class _ShardLister:
     """The listing of one shard. Only samples that are not complete yet are kept as objects."""
 
-    def __init__(self, part: Part, reader: RangeReader, count: Count, spec: "SourceSpec"):
+    def __init__(self, part: Part, reader: RangeReader, count: Count, spec: SourceSpec):
         self.listing = Listing()
         self._part, self._count, self._walk = part, count, part.walk(reader)
         self._image_column = (spec.image_column or "").lower().removeprefix(".")
@@ -224,7 +221,7 @@ def name_classes(
     return names, np.array([places[text] for text in texts], np.int32)
 
 
-def _find_names(spec: "SourceSpec", first: str) -> tuple[str | None, list[str] | None]:
+def _find_names(spec: SourceSpec, first: str) -> tuple[str | None, list[str] | None]:
     """Return the file with the names of the classes, and these names, if there are any. See `read_class_names`."""
     if spec.class_names:
         return public_name(spec.class_names), read_class_names(spec.class_names)
@@ -253,7 +250,7 @@ def read_class_names(address: str) -> list[str]:
     return names
 
 
-def fits_shards(spec: "SourceSpec") -> bool:
+def fits_shards(spec: SourceSpec) -> bool:
     """Return whether an address names archives, of which the first one has labels."""
     if spec.labels:
         return False

@@ -17,8 +17,9 @@ from ffcv_ops.errors import UserError
 from ffcv_ops.settings import Flags, Settings, setting
 from ffcv_ops.settings.fields import Choice, Integer, Number, Switch, Text
 from ffcv_ops.sources.hold_out import check_share
-from ffcv_ops.sources.kinds import AUTO, KINDS, OPTIONS, SourceSpec, find_kind
+from ffcv_ops.sources.kinds import KINDS, OPTIONS, find_kind
 from ffcv_ops.sources.remote import is_remote
+from ffcv_ops.sources.spec import AUTO, SourceSpec
 from ffcv_ops.units import show_bytes, show_class_sizes
 from ffcv_ops.writing.encode import encoder_versions
 from ffcv_ops.writing.plan import MODES, WriteSettings

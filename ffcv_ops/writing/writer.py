@@ -24,8 +24,9 @@ from ffcv_ops.codec.shared_tables import choose_tables
 from ffcv_ops.errors import UserError
 from ffcv_ops.files import publish
 from ffcv_ops.lock import OwnerLock
-from ffcv_ops.sources.kinds import SourceSpec, open_source
+from ffcv_ops.sources.kinds import open_source
 from ffcv_ops.sources.source import Source, SourceChanged, SourceError, Stage, class_difference
+from ffcv_ops.sources.spec import SourceSpec
 from ffcv_ops.units import show_bytes, show_names
 from ffcv_ops.workers.processes import choose_num_workers, end_if_imported, use_executor
 from ffcv_ops.workers.tasks import TASKS_A_WORKER, NoWorkers, WorkerKilled, count_workers, run_in_order
