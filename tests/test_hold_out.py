@@ -122,6 +122,10 @@ def test_what_cannot_be_held_out_is_refused(folder, tmp_path):
     for name in ("single", "same"):
         with pytest.raises(UserError, match="no class has two different ones"):
             split_of(tmp_path / name, "val")
+    make_folder(tmp_path / "ilsvrc", {"ILSVRC2012_val_00000001.JPEG": jpeg(1)})
+    ilsvrc = tar(tmp_path / "ilsvrc.tar", "ILSVRC2012_val_00000001.JPEG", folder=tmp_path / "ilsvrc")
+    with pytest.raises(UserError, match="use --split val, without --hold_out"):
+        split_of(ilsvrc, "val")
 
 
 def write_files(train, val, folder):

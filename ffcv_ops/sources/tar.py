@@ -40,7 +40,8 @@ def open_tar(spec: SourceSpec, stage: Stage) -> Source:
         others = f" but other files ({listing.extensions.text()})" if listing.extensions.found else ""
         raise UserError(f"{spec.name}: has no images{others}")
     if spec.split == "train" and _is_ilsvrc_val(listing):
-        raise UserError(f"{spec.name}: holds ILSVRC's validation images; use --split val")
+        whole = "" if spec.hold_out is None else ", without --hold_out"
+        raise UserError(f"{spec.name}: holds ILSVRC's validation images; use --split val{whole}")
     if labels_path and (table or _is_ilsvrc_val(listing)):
         classes, labels = assign(listing.names, table or read_labels(labels_path), spec.name, str(labels_path))
         start, remarks = 0, number_remarks(classes)
