@@ -38,7 +38,6 @@ class RankStore:
 
     Parameters
     ----------
-    store : torch.distributed.Store
     start_name : str
         Name of this start of the ranks; see `_agree_on_start`.
     """

@@ -219,7 +219,6 @@ def with_settings_of(recipe: Recipe, saved: Mapping[str, Mapping[str, Any]]) -> 
 
     Parameters
     ----------
-    recipe : Recipe
     saved : mapping
         The resolved recipe of the run, by section.
 

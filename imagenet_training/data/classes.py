@@ -41,7 +41,6 @@ def match_classes(file: Beton, names: Sequence[str] | None, num_classes: int, *,
 
     Parameters
     ----------
-    file : Beton
     names : sequence of str or None
         Names of the model's classes, by number. None if they are not known.
     num_classes : int
@@ -99,7 +98,6 @@ def names_of_weights(recipe: Recipe, own: list[str] | None, source: str) -> list
 
     Parameters
     ----------
-    recipe : Recipe
     own : list of str or None
         The names that are stored with the weights.
     source : str

@@ -351,10 +351,8 @@ def validation_images(recipe: Recipe, file: Beton, world: World, ids: np.ndarray
 
     Parameters
     ----------
-    recipe : Recipe
     file : Beton
         The validation split.
-    world : World
     ids : ndarray of int64, shape (N,)
         Sample ids in any order.
 

@@ -33,7 +33,6 @@ def settle_normalization(recipe: Recipe, resumed: Mapping[str, Any] | None = Non
 
     Parameters
     ----------
-    recipe : Recipe
     resumed : mapping, optional
         The content of the checkpoint that the run continues from.
     """

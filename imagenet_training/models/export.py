@@ -31,10 +31,8 @@ def export_weights(path: Path, state: Mapping[str, torch.Tensor], card: ModelCar
 
     Parameters
     ----------
-    path : Path
     state : mapping of str to torch.Tensor
         From ``state_dict()``. Its ``_metadata``, the versions of the modules, is stored too.
-    card : ModelCard
     """
     versions = getattr(state, "_metadata", {})
     tensors: dict[str, torch.Tensor] = {}

@@ -10,7 +10,6 @@ def freeze_body(model: nn.Module, head: Collection[str]) -> None:
 
     Parameters
     ----------
-    model : torch.nn.Module
     head : collection of str
         Names of the parameters that train: those whose shapes depend on the number of classes.
     """
@@ -45,7 +44,6 @@ def lr_scales(model: nn.Module, layer_decay: float, head: Collection[str]) -> di
 
     Parameters
     ----------
-    model : torch.nn.Module
     layer_decay : float
         In (0, 1].
     head : collection of str

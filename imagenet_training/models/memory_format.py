@@ -45,7 +45,6 @@ def set_memory_format(model: nn.Module, channels_last: bool, device: torch.devic
 
     Parameters
     ----------
-    model : torch.nn.Module
     channels_last : bool
         The setting ``training.channels_last``.
     device : torch.device

@@ -68,7 +68,6 @@ def read_weight_file(path: str | Path, name: str) -> WeightFile:
 
     Parameters
     ----------
-    path : path
     name : str
         The file, in words for messages.
 

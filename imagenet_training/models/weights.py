@@ -30,7 +30,6 @@ class Head:
 
     Parameters
     ----------
-    model : torch.nn.Module
     build : callable
         Builds the same architecture with another number of classes.
     num_classes : int
@@ -120,8 +119,6 @@ def load_weights(
 
     Parameters
     ----------
-    model : torch.nn.Module
-    source : path or WeightFile
     head : Head
         Of the model.
     ema : bool or "auto"

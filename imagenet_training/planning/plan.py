@@ -135,7 +135,6 @@ def plan_run(
 
     Parameters
     ----------
-    recipe : Recipe
     world_size : int
         Number of processes that train.
     num_train, num_val : int
@@ -244,11 +243,9 @@ def _kept_global_batch(recipe: Recipe, resumed: Mapping[str, Any], world_size: i
 
     Parameters
     ----------
-    recipe : Recipe
     resumed : mapping
         The checkpoint's ``recipe``, ``asked_batch`` (its recipe's batch size and accumulation), ``world_size`` and
         ``global_batch_size``.
-    world_size : int
 
     Returns
     -------

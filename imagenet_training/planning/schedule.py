@@ -76,10 +76,8 @@ def build_lr(settings: LearningRate, *, peak: float, epochs: int, steps_per_epoc
 
     Parameters
     ----------
-    settings : LearningRate
     peak : float
         Peak learning rate.
-    epochs, steps_per_epoch : int
     """
     total_steps, warmup_steps = steps_per_epoch * epochs, settings.warmup_epochs * steps_per_epoch
 

@@ -113,7 +113,6 @@ class RunLog:
 
         Parameters
         ----------
-        batches : iterable
         what : str
             Text before the bar.
         total, done : int
@@ -172,7 +171,6 @@ class RunLog:
 
         Parameters
         ----------
-        state : TrainState
         provenance : dict
             From `provenance.describe_run`.
         earlier : Path, optional

@@ -132,7 +132,6 @@ class WandbRun:
 
     Parameters
     ----------
-    run : wandb.Run
     earlier : sequence of Part
         The earlier parts of an offline run.
     log : callable

@@ -32,9 +32,6 @@ def check_rest_of_epoch(content: Mapping[str, Any], recipe: Recipe, plan: RunPla
     ----------
     content : mapping
         The checkpoint.
-    recipe : Recipe
-    plan : RunPlan
-    data : TrainingData
 
     Raises
     ------
@@ -76,7 +73,6 @@ def check_classes(content: Mapping[str, Any], data: TrainingData) -> None:
     ----------
     content : mapping
         The checkpoint.
-    data : TrainingData
 
     Raises
     ------
@@ -121,8 +117,6 @@ def position_notices(content: Mapping[str, Any], recipe: Recipe, plan: RunPlan) 
     ----------
     content : mapping
         The checkpoint.
-    recipe : Recipe
-    plan : RunPlan
     """
     state = TrainState.of(content)
     if state.epoch >= plan.epochs:

@@ -206,7 +206,6 @@ class CheckpointFolder:
         ----------
         content : dict
             From `checkpoint_content`, or a copy of it.
-        is_best : bool
         """
         state = TrainState.of(content)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -108,9 +108,6 @@ def restore(trainer: Trainer, point: ResumePoint, recipe: Recipe, plan: RunPlan)
     ----------
     trainer : Trainer
         Changed in place.
-    point : ResumePoint
-    recipe : Recipe
-    plan : RunPlan
 
     Returns
     -------
@@ -144,8 +141,6 @@ def load_whole(model: nn.Module, state: Mapping[str, torch.Tensor], path: str, r
 
     Parameters
     ----------
-    model : torch.nn.Module
-    state : mapping of str to torch.Tensor
     path : str
         The checkpoint.
     recipe : mapping

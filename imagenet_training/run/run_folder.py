@@ -51,13 +51,8 @@ class RunFolder:
 
     Parameters
     ----------
-    recipe : Recipe
-    plan : RunPlan
-    data : TrainingData
-    trainer : Trainer
     state : TrainState
         The position of the run, which the caller moves on.
-    point : ResumePoint
     meta_model : torch.nn.Module
         The model on the meta device, for its size in the summary.
     lock : OwnerLock

@@ -22,8 +22,6 @@ def summary(recipe: Recipe, plan: RunPlan, size: str = "") -> str:
 
     Parameters
     ----------
-    recipe : Recipe
-    plan : RunPlan
     size : str
         Parameters and cost of the model, in words.
     """

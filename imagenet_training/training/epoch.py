@@ -39,8 +39,6 @@ class EpochMeters:
 
     Parameters
     ----------
-    trainer : Trainer
-    plan : RunPlan
     state : TrainState
         Its totals and its pace are those of the batches before an interruption.
 
@@ -102,13 +100,11 @@ def train_epoch(
 
     Parameters
     ----------
-    trainer : Trainer
     loader : Loader
         ``loader.epoch(epoch, skip_samples=n)`` yields images, float (N, 3, H, W), and targets, float (N, K), on the
         device.
     state : TrainState
         Moved on with every step. The caller finishes the epoch after its evaluation.
-    plan : RunPlan
     log : RunLog
         Progress lines are the only moments, beside saves, at which the host waits for the device.
     stop : StopRequest
@@ -220,10 +216,8 @@ def evaluate(
 
     Parameters
     ----------
-    trainer : Trainer
     loader : Loader
         This rank's share of the split: images, float (N, 3, H, W), and labels, int64 (N,).
-    log : RunLog
     epoch : int
         Number of the epoch that the weights are of; -1 if they are of no epoch of the run.
     settings : Validation
@@ -301,18 +295,15 @@ def measure(
         Without a distributed wrapper. Its buffers become those of rank 0 on every rank first.
     batches : iterable
         Images, float (N, 3, H, W), and labels, int64 (N,), on the device: this rank's share of the split.
-    world : World
     num_samples : int
         Size of the split, which the count must equal.
     precision : {"16-mixed", "bf16-mixed", "32"}
     flip : bool
         Average the logits of each image and its mirror image.
-    channels_last : bool
     numbers : ndarray of int64, optional
         The model's class number for each label of the batches; None if they are the same.
     among : ndarray of int64, optional
         Class numbers. The model may predict no other class. None: all classes.
-    recorder : PredictionRecorder, optional
 
     Returns
     -------

@@ -32,8 +32,6 @@ def ending_with_status(
 
     Parameters
     ----------
-    plan : RunPlan
-    world : World
     log : RunLog
         Gets the error, and is closed.
     finish : callable

@@ -127,7 +127,6 @@ def recipe_loss(
 
     Parameters
     ----------
-    recipe : Recipe
     class_weights : sequence of float, optional
         Weight of each class. None: all images count alike.
     device : torch.device, optional

@@ -65,7 +65,6 @@ class PredictionRecorder:
 
     Parameters
     ----------
-    device : torch.device
     order : ndarray of int64
         Ids of this rank's samples, in the order in which they come.
     num_samples : int
@@ -128,7 +127,6 @@ class StepClock:
 
     Parameters
     ----------
-    device : torch.device
     images_per_step : int
         Images of an optimizer step, in which `rates` counts.
     earlier : sequence of float
@@ -159,7 +157,6 @@ class StepClock:
 
         Parameters
         ----------
-        batches : iterable
         loader : Loader
             Its ``storage_wait_s`` shows which part of the host's waits was for storage. The other part was for the CPU.
         """
@@ -236,7 +233,6 @@ class EtaEstimator:
     ----------
     resolutions : list of int
         Side of the images in each epoch, px.
-    steps_per_epoch : int
     eval_steps : float
         Images of an evaluation, counted in steps of training. An evaluation is taken to last so long until one has
         been timed.

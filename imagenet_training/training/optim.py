@@ -16,7 +16,6 @@ def parameter_groups(
 
     Parameters
     ----------
-    model : torch.nn.Module
     weight_decay : float
         For parameters with two dimensions and more: the weights of convolutions and linear layers.
     bn_wd : float, optional
@@ -99,7 +98,6 @@ class MovingAverage(AveragedModel):
     ----------
     model : torch.nn.Module
         On its device.
-    decay : float
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):

@@ -81,10 +81,8 @@ class Trainer:
         On its device, wrapped for distribution if there are several ranks.
     ema : MovingAverage or None
         Updated every ``ema_every`` steps.
-    optimizer : torch.optim.Optimizer
     scaler : torch.amp.GradScaler
         Disabled unless the precision is ``"16-mixed"``.
-    world : World
     loss : callable
         Scalar loss of the model's outputs and dense targets (N, K); see `loss_of_outputs`.
     lr : callable
@@ -309,7 +307,6 @@ def batch_place(state: TrainState, plan: RunPlan, number: int) -> tuple[int, ...
     ----------
     state : TrainState
         The position before the optimizer step of the batch.
-    plan : RunPlan
     number : int
         The number of the batch in its optimizer step, from 0.
     """
@@ -334,9 +331,6 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
 
     Parameters
     ----------
-    recipe : Recipe
-    plan : RunPlan
-    world : World
     from_checkpoint : bool
         A checkpoint will be restored, so pretrained or local weights are not loaded first.
 

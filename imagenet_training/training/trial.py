@@ -62,7 +62,6 @@ class Trial:
         Without a distributed wrapper. On the meta device only shapes are tried.
     loss : callable
         Scalar loss of the model's outputs and dense targets.
-    num_classes : int
     precision : {"16-mixed", "bf16-mixed", "32"}
     """
 
@@ -167,11 +166,8 @@ def try_model(recipe: Recipe, plan: RunPlan, model: nn.Module, loss: Loss) -> No
 
     Parameters
     ----------
-    recipe : Recipe
-    plan : RunPlan
     model : torch.nn.Module
         On the device of the run, or on the meta device.
-    loss : callable
 
     Raises
     ------
