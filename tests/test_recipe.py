@@ -947,6 +947,18 @@ def test_summary_tells_what_matters(write):
     assert max(map(len, summary(recipe, plan_run(recipe, world_size=1, **IMAGENET)).splitlines())) < 120
 
 
+def test_one_of_a_thing_is_not_in_the_plural():
+    cosine = ["--lr.lr_schedule_type=cosine", "--lr.warmup_epochs=1", "--training.ema_decay=0.5", "--epochs=2"]
+    step = ["--lr.lr_schedule_type=step", "--lr.step_length=1", "--epochs=1"]
+    for settings, parts in (
+        (cosine, ("cosine after 1 warm-up epoch, to 0", "moving average 0.5 every 1 step\n", "2 epochs x")),
+        (step, ("x 0.1 every 1 epoch\n", " 1 epoch x")),
+    ):
+        text = summary(recipe := read_recipe(settings), plan_run(recipe, world_size=1, **IMAGENET))
+        for part in parts:
+            assert part in text, part
+
+
 def test_summary_names_the_checkpoint_that_auto_has_found():
     recipe = read_recipe(["--resume=auto"])
     for resumed, words in ((None, "from scratch"), ("runs/a/last.ckpt", "resumed from runs/a/last.ckpt")):

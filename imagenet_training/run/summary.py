@@ -18,17 +18,9 @@ OF_ONE_COMMAND = ("training.dry_run", "training.preview", "training.report")
 
 
 def summary(recipe: Recipe, plan: RunPlan, size: str = "") -> str:
-    """Return a table of what a run will do.
-
-    Parameters
-    ----------
-    size : str
-        Parameters and cost of the model, in words.
-    """
+    """Return a table of what a run will do. `size` is the model's, in words."""
     batches = batch_arithmetic(plan.batch_size, plan.world_size, plan.accumulation)
     rows = [
-        ("recipe", ", then ".join(str(path) for path in recipe.files) or "no file: defaults"),
-        *(("  override", line) for line in recipe.overrides()),
         ("model", _model_line(recipe, plan)),
         *([("size", size)] if size else []),
         ("train", f"{recipe.data.train_dataset}, {plan.num_train:,} images, {recipe.data.order} order"),
@@ -41,29 +33,17 @@ def summary(recipe: Recipe, plan: RunPlan, size: str = "") -> str:
         ("lr", plan.lr_arithmetic),
         ("schedule", _schedule_line(recipe)),
         ("optimizer", _optimizer_line(recipe)),
-        ("length", f"{plan.epochs} epochs x {plan.steps_per_epoch:,} steps = {plan.total_steps:,} steps"),
+        ("length", f"{_count(plan.epochs, 'epoch')} x {plan.steps_per_epoch:,} steps = {plan.total_steps:,} steps"),
         ("precision", plan.precision + (", deterministic" if recipe.training.deterministic else "")),
     ]
-    return "\n".join(f"{name:<14}{line}" for name, line in rows)
+    return _table(recipe, rows)
 
 
 def evaluation_summary(recipe: Recipe, evaluated: str, size: str) -> str:
-    """Return a table of what an evaluation will do.
-
-    Parameters
-    ----------
-    recipe : Recipe
-        With the settings of the run that trained the weights.
-    evaluated : str
-        The weights, in words.
-    size : str
-        Parameters and cost of the model, in words.
-    """
+    """Return a table of what an evaluation will do. The weights, and the size of the model, are given in words."""
     model, blurpool = recipe.model, ", BlurPool" if recipe.training.use_blurpool else ""
     predicted = {"all": "of the model", "only": "of the validation file"}[recipe.validation.classes]
     rows = [
-        ("recipe", ", then ".join(str(path) for path in recipe.files) or "no file: defaults"),
-        *(("  override", line) for line in recipe.overrides()),
         ("weights", evaluated),
         ("model", f"{model.arch}, {model.num_classes} classes{blurpool}"),
         ("size", size),
@@ -72,24 +52,29 @@ def evaluation_summary(recipe: Recipe, evaluated: str, size: str) -> str:
         ("predicted", f"classes {predicted}"),
         ("precision", recipe.training.precision),
     ]
-    return "\n".join(f"{name:<14}{line}" for name, line in rows)
+    return _table(recipe, rows)
+
+
+def _table(recipe: Recipe, rows: Iterable[tuple[str, str]]) -> str:
+    """Return rows as text, below those of the recipe's files."""
+    files = ", then ".join(str(path) for path in recipe.files) or "no file: defaults"
+    overrides = [("  override", line) for line in recipe.overrides()]
+    return "\n".join(f"{name:<14}{line}" for name, line in [("recipe", files), *overrides, *rows])
 
 
 def resolved_recipe(recipe: Recipe) -> str:
     """Return all settings as YAML that reads back as the same recipe, with the source of each that is no default."""
-    return "\n".join(["# resolved recipe", *_resolved_lines(recipe)])
-
-
-def _resolved_lines(recipe: Recipe) -> Iterable[str]:
+    lines = ["# resolved recipe"]
     for section, values in recipe.to_dict().items():
-        yield f"{section}:"
+        lines.append(f"{section}:")
         for name, value in values.items():
             key = f"{section}.{name}"
             if key in OF_ONE_COMMAND:
                 continue
             text = yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n...\n").strip()
             source = recipe.source(key)
-            yield f"  {name}: {text}" if source == DEFAULT else f"  {f'{name}: {text}':<40}  # {source}"
+            lines.append(f"  {name}: {text}" if source == DEFAULT else f"  {f'{name}: {text}':<40}  # {source}")
+    return "\n".join(lines)
 
 
 def _model_line(recipe: Recipe, plan: RunPlan) -> str:
@@ -105,7 +90,7 @@ def _model_line(recipe: Recipe, plan: RunPlan) -> str:
     if model.drop_path:
         parts.append(f"drop path {show(model.drop_path)}")
     if training.ema_decay:
-        parts.append(f"moving average {plan.ema_decay:.6g} every {training.ema_every} steps")
+        parts.append(f"moving average {plan.ema_decay:.6g} every {_count(training.ema_every, 'step')}")
     return ", ".join(parts)
 
 
@@ -164,12 +149,16 @@ def _mixing_line(recipe: Recipe) -> str:
 
 def _schedule_line(recipe: Recipe) -> str:
     lr = recipe.lr
-    warmup = f" after {show(lr.warmup_epochs)} warm-up epochs" if lr.warmup_epochs else ""
+    warmup = f" after {_count(lr.warmup_epochs, 'warm-up epoch')}" if lr.warmup_epochs else ""
     return {
         "cosine": f"cosine{warmup}, to {show(lr.min_lr)}",
-        "step": f"step{warmup}, x {show(lr.step_ratio)} every {lr.step_length} epochs",
+        "step": f"step{warmup}, x {show(lr.step_ratio)} every {_count(lr.step_length, 'epoch')}",
         "cyclic": f"cyclic, peak at epoch {lr.lr_peak_epoch}, to 0",
     }[lr.lr_schedule_type]
+
+
+def _count(number: float, unit: str) -> str:
+    return f"{show(number)} {unit}{'s' * (number != 1)}"
 
 
 def _optimizer_line(recipe: Recipe) -> str:
