@@ -9,7 +9,7 @@ from imagenet_training.data.loaders import build_random_crop, build_train_loader
 from imagenet_training.data.normalization import pixel_statistics
 from imagenet_training.models.precision import DTYPES
 from imagenet_training.planning.recipe import Recipe
-from imagenet_training.planning.schedule import resolution_of
+from imagenet_training.planning.schedule import resolution_at
 
 
 def draw_preview(recipe: Recipe) -> None:
@@ -23,7 +23,7 @@ def draw_preview(recipe: Recipe) -> None:
     path, world = Path(recipe.training.preview or ""), distributed.start()
     data = open_train_file(recipe)
     batch_size = min(recipe.training.batch_size, data.num_samples // world.world_size)
-    crop = build_random_crop(recipe, resolution_of(recipe)(0))
+    crop = build_random_crop(recipe, resolution_at(recipe.resolution, 0))
     dtype = DTYPES[recipe.training.precision if world.device.type == "cuda" else "32"]
     with build_train_loader(recipe, data, world, dtype, crop, batch_size=batch_size) as loader:
         images, targets = take_images(loader.epoch(0), len(loader))

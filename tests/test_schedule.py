@@ -1,13 +1,16 @@
 """Learning rates and resolutions against ffcv-imagenet's formulas and numbers worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from ffcv_ops import UserError
 from imagenet_training.planning.plan import plan_run
 from imagenet_training.planning.recipe import read_recipe
+from imagenet_training.planning.schedule import build_lr
 
 NUM_TRAIN = 1280  # ten steps of 128
 
@@ -58,6 +61,12 @@ def test_step_is_ffcv_imagenets(ratio, length, epochs):
     )
     ours = [plan.lr_at(step) for step in range(plan.total_steps)]
     np.testing.assert_allclose(ours, per_step(get_step_lr, epochs, 10), rtol=1e-12, atol=1e-15)
+
+
+def test_a_schedule_without_a_function_is_named():
+    settings = replace(read_recipe([]).lr, lr_schedule_type="polynomial")  # as a checkpoint of a later version may have
+    with pytest.raises(UserError, match="lr.lr_schedule_type=polynomial is no schedule of this version"):
+        build_lr(settings, peak=1.0, epochs=3, steps_per_epoch=10)
 
 
 def test_step_falls_over_the_epoch_before_its_factor():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from ffcv_ops.loading.epoch_length import samples_per_rank
 from ffcv_ops.settings.fields import show
 from imagenet_training.planning.class_weights import effective_number_weights
 from imagenet_training.planning.recipe import Recipe
-from imagenet_training.planning.schedule import build_lr, resolution_of
+from imagenet_training.planning.schedule import build_lr, resolution_at
 from imagenet_training.planning.sections import LearningRate
 
 LR_BATCH_SIZE = 256
@@ -177,6 +178,9 @@ def plan_run(
         ema_decay = rescaled_ema_decay(
             ema_decay, every=training.ema_every, global_batch_size=global_batch_size, epochs=training.epochs
         )
+    class_weights = None
+    if training.class_weights == "auto" and class_counts is not None:
+        class_weights = effective_number_weights(class_counts)
     precision = training.precision
     if device_type == "cpu" and precision != "32":
         precision = "32"
@@ -201,17 +205,11 @@ def plan_run(
         save_every_steps=training.save_every_steps,
         evaluates_every_epoch=recipe.logging.log_level > 0,
         lr_at=build_lr(recipe.lr, peak=lr, epochs=training.epochs, steps_per_epoch=steps_per_epoch),
-        resolution=resolution_of(recipe),
-        class_weights=_class_weights(recipe, class_counts),
+        resolution=partial(resolution_at, recipe.resolution),
+        class_weights=class_weights,
         resumed_from=resumed_from,
         notices=tuple(notices),
     )
-
-
-def _class_weights(recipe: Recipe, counts: Sequence[int] | np.ndarray | None) -> tuple[float, ...] | None:
-    if recipe.training.class_weights == "none" or counts is None:
-        return None
-    return effective_number_weights(counts)
 
 
 def epoch_samples(num_train: int, world_size: int, repeats: int) -> int:

@@ -1,11 +1,11 @@
 """The schedules of a run: the learning rate by its place in the epochs, the training resolution by epoch."""
 
-import functools
 import math
 from collections.abc import Callable
+from functools import partial
 
-from imagenet_training.planning.recipe import Recipe
-from imagenet_training.planning.sections import LearningRate
+from ffcv_ops.errors import UserError
+from imagenet_training.planning.sections import LearningRate, Resolution
 
 
 def cyclic_lr(epoch: int, *, lr: float, peak_epoch: int, epochs: int) -> float:
@@ -37,30 +37,18 @@ def cosine_lr(progress: float, *, lr: float, min_lr: float) -> float:
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def resolution_at(epoch: int, *, min_res: int, max_res: int, start_ramp: int, end_ramp: int) -> int:
-    """Return the side of the training crops in px, as ffcv-imagenet's ``get_resolution``.
+def resolution_at(settings: Resolution, epoch: int) -> int:
+    """Return the side of the training crops in px at an epoch, counted from 0, as ffcv-imagenet's ``get_resolution``.
 
     It is ``min_res`` up to epoch ``start_ramp``, and ``max_res`` from epoch ``end_ramp`` on. Between the two it is the
     multiple of 32 nearest to the straight line; a half goes to the even multiple.
     """
-    if epoch <= start_ramp:
-        return min_res
-    if epoch >= end_ramp:
-        return max_res
-    on_line = min_res + (max_res - min_res) * (epoch - start_ramp) / (end_ramp - start_ramp)
-    return round(on_line / 32) * 32
-
-
-def resolution_of(recipe: Recipe) -> Callable[[int], int]:
-    """Return the side of the training crops in px as a function of the epoch, counted from 0; see `resolution_at`."""
-    resolution = recipe.resolution
-    return functools.partial(
-        resolution_at,
-        min_res=resolution.min_res,
-        max_res=resolution.max_res,
-        start_ramp=resolution.start_ramp,
-        end_ramp=resolution.end_ramp,
-    )
+    if epoch <= settings.start_ramp:
+        return settings.min_res
+    if epoch >= settings.end_ramp:
+        return settings.max_res
+    grown = (settings.max_res - settings.min_res) * (epoch - settings.start_ramp)
+    return round((settings.min_res + grown / (settings.end_ramp - settings.start_ramp)) / 32) * 32
 
 
 def build_lr(settings: LearningRate, *, peak: float, epochs: int, steps_per_epoch: int) -> Callable[[float], float]:
@@ -78,36 +66,30 @@ def build_lr(settings: LearningRate, *, peak: float, epochs: int, steps_per_epoc
     ----------
     peak : float
         Peak learning rate.
+
+    Raises
+    ------
+    UserError
+        If there is no function for ``lr.lr_schedule_type``.
     """
-    total_steps, warmup_steps = steps_per_epoch * epochs, settings.warmup_epochs * steps_per_epoch
-
-    def cyclic(step: float) -> float:
-        at_epoch = functools.partial(cyclic_lr, lr=peak, peak_epoch=settings.lr_peak_epoch, epochs=epochs)
-        return _on_line(at_epoch, step, steps_per_epoch)
-
-    def step_by_step(step: float) -> float:
-        at_epoch = functools.partial(
-            step_lr, lr=peak, ratio=settings.step_ratio, length=settings.step_length, epochs=epochs
-        )
-        return _on_line(at_epoch, step, steps_per_epoch)
-
-    def cosine(step: float) -> float:
-        progress = max(0.0, (step - warmup_steps) / (total_steps - warmup_steps))
-        return cosine_lr(progress, lr=peak, min_lr=settings.min_lr)
-
-    shape = {"cyclic": cyclic, "step": step_by_step, "cosine": cosine}[settings.lr_schedule_type]
+    kind, warmup_steps = settings.lr_schedule_type, settings.warmup_epochs * steps_per_epoch
+    by_epoch = {
+        "cyclic": partial(cyclic_lr, lr=peak, peak_epoch=settings.lr_peak_epoch, epochs=epochs),
+        "step": partial(step_lr, lr=peak, ratio=settings.step_ratio, length=settings.step_length, epochs=epochs),
+    }
+    if kind != "cosine" and kind not in by_epoch:
+        raise UserError(f"lr.lr_schedule_type={kind} is no schedule of this version")
 
     def lr_at(step: float) -> float:
-        lr = shape(step)
+        if kind == "cosine":
+            progress = max(0.0, (step - warmup_steps) / (steps_per_epoch * epochs - warmup_steps))
+            lr = cosine_lr(progress, lr=peak, min_lr=settings.min_lr)
+        else:
+            epoch, steps_done = divmod(step, steps_per_epoch)
+            start, end = by_epoch[kind](int(epoch)), by_epoch[kind](int(epoch) + 1)
+            lr = start + (end - start) * steps_done / steps_per_epoch
         if step < warmup_steps:
             lr *= settings.warmup_lr + (1 - settings.warmup_lr) * step / warmup_steps
         return lr
 
     return lr_at
-
-
-def _on_line(at_epoch: Callable[[int], float], step: float, steps_per_epoch: int) -> float:
-    """Return the value on the straight line between the values at the starts of this epoch and the next."""
-    epoch, steps_done = divmod(step, steps_per_epoch)
-    start, end = at_epoch(int(epoch)), at_epoch(int(epoch) + 1)
-    return start + (end - start) * steps_done / steps_per_epoch
