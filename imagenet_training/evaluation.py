@@ -39,6 +39,11 @@ _OUTSIDE_VALIDATION = (
     "model.arch", "model.library", "model.num_classes", "data.mean", "data.std", "training.use_blurpool",
     "training.precision", "training.tf32", "training.deterministic", "training.channels_last",
 )  # fmt: skip
+# Those outside `model`, `validation` and `dist` that an evaluation uses without a change of its result.
+_USED = (
+    "data.val_dataset", "data.num_workers", "data.in_memory", "logging.folder", "wandb.enable", "training.distributed",
+    "training.eval_only", "training.report", "training.dry_run", "training.resume",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ def choose_candidate(recipe: Recipe, world: World) -> Candidate:
             saved = {**saved, "training": {**saved["training"], "precision": content["card"]["precision"]}}
     else:
         card = read_weight_file(weights, f"model.weights={weights}").card if weights else None
-        saved = settings_of(card) if card is not None else {}
+        saved = card.settings() if card is not None else {}
     own = content.get("classes") if content is not None else card.classes if card is not None else None
     source, notices = point.path or weights, list(point.notices)
     classes = names_of_weights(recipe, own, str(source))
@@ -182,26 +187,6 @@ def _with_number_of(recipe: Recipe, classes: list[str] | None) -> Recipe:
             f"{recipe.shown('model.num_classes')}: pass --model.num_classes=auto"
         )
     return recipe.with_values({"model.num_classes": len(classes)}, "model.class_names")
-
-
-def settings_of(card: ModelCard) -> dict[str, dict[str, Any]]:
-    """Return the settings of a recipe that a card has, by section."""
-    return {
-        "model": {key: card.model[key] for key in ("arch", "library", "num_classes")},
-        "data": {"mean": list(card.mean), "std": list(card.std)},
-        "training": {
-            "use_blurpool": card.model["use_blurpool"],
-            "precision": card.precision,
-            "channels_last": card.channels_last,
-        },
-        "validation": {
-            "resolution": card.resolution,
-            "crop_ratio": card.crop_ratio,
-            "resize": card.resize,
-            "interpolation": card.interpolation,
-            "lr_tta": card.flip,
-        },
-    }
 
 
 def _check_one_source(recipe: Recipe) -> None:
@@ -337,7 +322,9 @@ def evaluation_notices(
     """Yield everything about an evaluation that the user should know though nothing is wrong."""
     recipe = candidate.recipe
     yield from run_notices(recipe, plan, data, world, ResumePoint(None, None, {}, candidate.notices), provenance)
-    if unused := [key for key in recipe.flat() if recipe.source(key) == COMMAND_LINE and not _has_effect(key)]:
+    others = [key for key in recipe.flat() if not key.startswith(("model.", "validation.", "dist."))]
+    unused = [key for key in others if key not in _OUTSIDE_VALIDATION + _USED and recipe.source(key) == COMMAND_LINE]
+    if unused:
         raw = "; --model.ema=0 evaluates the raw weights" if "training.ema_decay" in unused else ""
         yield f"an evaluation does not use {', '.join(unused)} of the command line{raw}"
     if candidate.content is not None:
@@ -347,25 +334,6 @@ def evaluation_notices(
                 yield f"{recipe.shown(key)} is not evaluated, since training.resume names a checkpoint"
     elif recipe.model.pretrained and (differing := differences_from_published(recipe)):
         yield f"the published accuracy of these weights is that of other settings: {', '.join(differing)}"
-
-
-def _has_effect(key: str) -> bool:
-    """Return True if a setting has an effect on an evaluation."""
-    section, name = key.split(".")
-    own = {
-        "val_dataset",
-        "num_workers",
-        "in_memory",
-        "folder",
-        "distributed",
-        "eval_only",
-        "report",
-        "dry_run",
-        "resume",
-    }
-    return (
-        key in _OUTSIDE_VALIDATION or section in ("model", "validation", "dist") or name in own or key == "wandb.enable"
-    )
 
 
 def differences_from_published(recipe: Recipe) -> list[str]:

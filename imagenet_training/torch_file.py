@@ -3,7 +3,6 @@
 import pickle
 import zipfile
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +78,9 @@ def _check_kind(path: str | Path) -> None:
         if start.isascii() and start.decode("ascii").replace("\n", " ").isprintable():
             raise UnreadableFile("it is text, such as a web page or a pointer of Git LFS; download the file itself")
         raise UnreadableFile("it is neither safetensors nor of torch.save")
-    names: Sequence[str] = ()
     if start[:2] == b"PK" and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        parts = {name.rpartition("/")[2] for name in names}
+            parts = {name.rpartition("/")[2] for name in archive.namelist()}
         if "constants.pkl" in parts:
             raise UnreadableFile("it is a TorchScript archive; save the model's state_dict() instead")
         if "data.pkl" not in parts:

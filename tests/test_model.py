@@ -17,7 +17,7 @@ from imagenet_training.models.architectures import (
     drop_path_notices,
     find_library,
     model_size,
-    pretrained_state,
+    pretrained_weights,
     recipe_meta_model,
 )
 from imagenet_training.planning.recipe import read_recipe
@@ -71,7 +71,7 @@ def test_state_dict_is_the_library_s_own(library):
 
 def test_weights_of_another_kind_are_named():
     with pytest.raises(ValueError, match="no IMAGENET1K_V1 weights of regnet_y_128gf, but IMAGENET1K_SWAG_E2E_V1"):
-        pretrained_state("regnet_y_128gf", "torchvision")
+        pretrained_weights("regnet_y_128gf", "torchvision")
 
 
 def test_drop_path_needs_timm():

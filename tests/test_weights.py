@@ -25,7 +25,6 @@ from imagenet_training.data.classes import head_notices
 from imagenet_training.data.normalization import settle_normalization
 from imagenet_training.distributed import World
 from imagenet_training.dry_run import planned_normalization
-from imagenet_training.evaluation import settings_of
 from imagenet_training.models.architectures import build_model, head_of, model_arguments
 from imagenet_training.models.card import CARD_KEY, IMAGENET_MEAN, IMAGENET_STD
 from imagenet_training.models.export import export_weights, use_of_weights
@@ -408,9 +407,9 @@ def card_of(**changed):
 def test_exported_weights_bring_the_settings_of_their_evaluation():
     # A batch changes no accuracy, and the classes are those of one file of images.
     names = {field.name for field in dataclasses.fields(Validation)} - {"batch_size", "classes"}
-    assert settings_of(card_of())["validation"].keys() == names, (
-        "add the setting to ModelCard and its _SETTINGS (imagenet_training/models/card.py), and to settings_of "
-        "(imagenet_training/evaluation.py): else exported weights are evaluated with its default"
+    assert card_of().settings()["validation"].keys() == names, (
+        "add the setting to ModelCard and to _SETTINGS_OF_EVALUATION (imagenet_training/models/card.py): else exported "
+        "weights are evaluated with its default"
     )
 
 
@@ -622,10 +621,10 @@ def test_every_recipe_exports_all_that_its_evaluation_needs():
     for path in RECIPES:
         recipe = settle_normalization(read_recipe(["--config-file", str(path), "--model.num_classes=10"]))
         card = ModelCard.of_recipe(recipe.to_dict(), model_arguments(recipe), None)
-        assert settings_of(ModelCard.from_dict(card.to_dict(), "x")) == {
+        assert ModelCard.from_dict(card.to_dict(), "x").settings() == {
             section: {name: recipe.to_dict()[section][name] for name in values}
-            for section, values in settings_of(card).items()
-        } | {"model": {key: card.model[key] for key in ("arch", "library", "num_classes")}}, path
+            for section, values in card.settings().items()
+        } | {"model": {key: card.model[key] for key in ("arch", "library", "num_classes", "drop_path")}}, path
         assert card.model["use_blurpool"] == recipe.training.use_blurpool, path
 
 

@@ -16,8 +16,8 @@ from torchvision.ops import StochasticDepth
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.settings.fields import show
-from imagenet_training.models.weight_file import WeightFile, read_weight_file
-from imagenet_training.models.weights import Fit, Head, load_state, load_weights
+from imagenet_training.models.weight_file import TensorGroup, WeightFile, read_weight_file
+from imagenet_training.models.weights import Fit, Head, load_weights
 from imagenet_training.planning.recipe import Recipe
 
 # Sections of the recipe's settings of a network that are not in ``model``.
@@ -110,26 +110,24 @@ def build_model(
         "drop_path": drop_path,
         "use_blurpool": use_blurpool,
     }
-    model, notes = _build_network(**network), list[str]()
-    head, fit = head_of(model, **network), None
+    model = _build_network(**network)
+    if not (pretrained or weights):
+        return model
     if pretrained:
-        fit = load_state(model, *pretrained_state(arch, network["library"]), head)
-        source = f"the pretrained {arch}"
-    elif weights:
-        file = read_weight_file(weights, f"model.weights={weights}")
-        fit, found = load_weights(model, file, head, ema=ema)
-        source = file.name
-        notes += found + _other_network(file, fit, network, whole)
-    if fit is not None and fit.new_head:
+        file, source, ema = pretrained_weights(arch, network["library"]), f"the pretrained {arch}", "auto"
+    else:
+        source = f"model.weights={weights}"
+        file = read_weight_file(str(weights), source)
+    fit, notes = load_weights(model, file, head_of(model, **network), ema=ema)
+    notes += _other_network(file, fit, network, whole)
+    if fit.new_head:
         had = f"a head of {fit.head_classes:,} classes" if fit.head_classes else "no head"
         had = "a head of other layers" if fit.other_head else had
-        left = (
-            f"{source} has {had}, and the model has {num_classes:,} classes: {', '.join(fit.new_head)} would be random"
-        )
+        left = f"{source} has {had}, and the model has {num_classes:,} classes: {', '.join(fit.new_head)}"
         if whole:
-            raise UserError(f"{left}. Evaluate with data of the same classes, or train the head first")
+            raise UserError(f"{left} would be random. Evaluate with data of the same classes, or train the head first")
         _make_small(model, fit.new_head)
-        notes.append(left.replace("would be random", "start from small random values"))
+        notes.append(f"{left} start from small random values")
     if notices is not None:
         notices += notes
     return model
@@ -181,20 +179,17 @@ def _build_network(arch: str, library: str, num_classes: int, drop_path: float, 
 
 def _library_model(arch: str, library: str, num_classes: int, drop_path: float) -> nn.Module:
     """Build an architecture with its library. A failure is the user's to correct: it is no code of this project."""
-
-    def build(**options: Any) -> nn.Module:
-        if library == "torchvision":
-            options = TORCHVISION_OPTIONS.get(arch, {})
-            return torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **options)
+    if library == "torchvision":
+        build = partial(torchvision.models.get_model, arch, weights=None, **TORCHVISION_OPTIONS.get(arch, {}))
+    else:
         import timm
 
-        return timm.create_model(arch, num_classes=num_classes, **options)
-
-    options = {"drop_path_rate": drop_path} if drop_path else {}
+        build = partial(timm.create_model, arch)
+    build = partial(build, num_classes=num_classes)
     try:
-        return build(**options)
+        return build(drop_path_rate=drop_path) if drop_path else build()
     except Exception as error:  # each architecture fails with its own kind of error
-        if drop_path and _succeeds(build) and not _succeeds(partial(build, **options)):
+        if drop_path and _succeeds(build):
             raise UserError(
                 f"model.drop_path={drop_path}: {library}'s {arch} has no drop path; pass --model.drop_path=0"
             ) from error
@@ -215,13 +210,13 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
-def head_of(model: nn.Module, *, num_classes: int = 1000, **network: Any) -> Head:
+def head_of(model: nn.Module, *, num_classes: int, **network: Any) -> Head:
     """Return the head of a model that `build_model` has built with the same arguments."""
-    return Head(model, lambda number: build_model(**network, num_classes=number), num_classes)
+    return Head(model, lambda number: build_meta_model(**network, num_classes=number), num_classes)
 
 
-def pretrained_state(arch: str, library: str) -> tuple[dict[str, torch.Tensor], str]:
-    """Fetch the library's ImageNet weights of an architecture: a state dict, and its source in words.
+def pretrained_weights(arch: str, library: str) -> WeightFile:
+    """Fetch the library's ImageNet weights of an architecture.
 
     Raises
     ------
@@ -229,7 +224,8 @@ def pretrained_state(arch: str, library: str) -> tuple[dict[str, torch.Tensor], 
         If there are none, or they can be neither downloaded nor found in the library's cache.
     """
     try:
-        return _timm_state(arch) if library == "timm" else _torchvision_state(arch)
+        state, name = _timm_state(arch) if library == "timm" else _torchvision_state(arch)
+        return WeightFile(name, [TensorGroup("", dict(state), getattr(state, "_metadata", None))], card=None)
     except OSError as error:
         raise UserError(
             f"{library}'s weights of {arch} could not be downloaded ({reason_of(error)}): download them on another "

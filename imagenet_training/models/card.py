@@ -23,7 +23,7 @@ _SETTINGS_OF_MODEL = {
     "arch": "model.arch", "library": "model.library", "num_classes": "model.num_classes",
     "drop_path": "model.drop_path", "use_blurpool": "training.use_blurpool",
 }  # fmt: skip
-_SETTINGS = {
+_SETTINGS_OF_EVALUATION = {
     "mean": "data.mean", "std": "data.std", "resolution": "validation.resolution",
     "crop_ratio": "validation.crop_ratio", "resize": "validation.resize",
     "interpolation": "validation.interpolation", "flip": "validation.lr_tta", "precision": "training.precision",
@@ -107,20 +107,21 @@ class ModelCard:
     @classmethod
     def of_recipe(cls, recipe: Mapping[str, Any], model: Mapping[str, Any], classes: list[str] | None) -> "ModelCard":
         """Build the card of a run from its resolved recipe, by section, and the arguments of its model."""
-        validation, data = recipe["validation"], recipe["data"]
-        return cls(
-            model=dict(model),
-            mean=tuple(data.get("mean", IMAGENET_MEAN)),
-            std=tuple(data.get("std", IMAGENET_STD)),
-            resolution=validation["resolution"],
-            crop_ratio=validation["crop_ratio"],
-            resize=validation["resize"],
-            interpolation=validation["interpolation"],
-            flip=validation["lr_tta"],
-            precision=recipe["training"]["precision"],
-            channels_last=recipe["training"]["channels_last"],
-            classes=classes,
-        )
+        places = {fact: key.split(".") for fact, key in _SETTINGS_OF_EVALUATION.items()}
+        # A setting that the version of the recipe does not have yet had the present default.
+        facts = {fact: recipe[section][name] for fact, (section, name) in places.items() if name in recipe[section]}
+        for statistic in facts.keys() & {"mean", "std"}:
+            facts[statistic] = tuple(facts[statistic])
+        return cls(model=dict(model), classes=classes, **facts)
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Return the settings of a recipe that the card has, by section, with the types of JSON."""
+        facts, found = self.to_dict(), dict[str, dict[str, Any]]()
+        for values, settings in ((facts["model"], _SETTINGS_OF_MODEL), (facts, _SETTINGS_OF_EVALUATION)):
+            for fact, key in settings.items():
+                section, name = key.split(".")
+                found.setdefault(section, {})[name] = values[fact]
+        return found
 
     @classmethod
     def of_checkpoint(cls, content: Mapping[str, Any], name: str) -> "ModelCard | None":
@@ -196,7 +197,7 @@ def _problem_of(facts: Mapping[str, Any]) -> str:
     if not all(isinstance(model.get(key, ""), str) for key in ("arch", "library")):
         return "arch and library must be text"
     parameters = parameters_of(Recipe)
-    for values, settings in ((model, _SETTINGS_OF_MODEL), (facts, _SETTINGS)):
+    for values, settings in ((model, _SETTINGS_OF_MODEL), (facts, _SETTINGS_OF_EVALUATION)):
         for key in settings.keys() & values.keys():
             checker, value = parameters[settings[key]].checker, values[key]
             if value is None and key == "resize":

@@ -55,19 +55,15 @@ def lr_scales(model: nn.Module, layer_decay: float, head: Collection[str]) -> di
         By the name of the parameter.
     """
     if hasattr(model, "group_matcher"):
-        layers = _layers_of_timm(model)
+        from timm.models import group_parameters  # here, because importing timm takes two seconds
+
+        # timm counts from the input too, and its last layer has the head.
+        layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
         last = max(layers.values())
     else:
         layers = _layers_by_depth(model)
         last = 1 + max((layer for name, layer in layers.items() if name not in head), default=-1)
     return {name: 1.0 if name in head else layer_decay ** (last - layer) for name, layer in layers.items()}
-
-
-def _layers_of_timm(model: nn.Module) -> dict[str, int]:
-    """Return the layer of each parameter as timm groups them, from 0 at the input. The head is in the last one."""
-    from timm.models import group_parameters  # here, because importing timm takes two seconds
-
-    return group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
 
 
 def _layers_by_depth(model: nn.Module) -> dict[str, int]:

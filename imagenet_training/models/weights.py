@@ -6,14 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ffcv_ops.errors import UserError
-from imagenet_training.models.weight_file import TensorGroup, WeightFile, is_averaged, read_weight_file
+from imagenet_training.models.weight_file import TensorGroup, WeightFile, is_averaged
 
 NUM_SHOWN = 3
 # Names in published files of torchvision's DenseNets and vision transformers, and the present names. torchvision
@@ -31,7 +30,7 @@ class Head:
     Parameters
     ----------
     build : callable
-        Builds the same architecture with another number of classes.
+        Builds the same architecture with another number of classes, on the meta device.
     num_classes : int
         Of the model.
     """
@@ -43,11 +42,7 @@ class Head:
     @cached_property
     def class_dims(self) -> dict[str, list[int]]:
         """The dimensions of each of these tensors that grow with the number of classes, by the tensor's name."""
-        try:
-            with torch.device("meta"):
-                other = self._build(self.num_classes + 1).state_dict()
-        except Exception:  # some architectures compute with values when they are built
-            other = self._build(self.num_classes + 1).state_dict()
+        other = self._build(self.num_classes + 1).state_dict()
         return {
             name: [dim for dim, (a, b) in enumerate(zip(shape, other[name].shape, strict=True)) if a != b]
             for name, shape in self._shapes.items()
@@ -109,7 +104,7 @@ class Fit:
 
 
 def load_weights(
-    model: nn.Module, source: str | Path | WeightFile, head: Head, *, ema: bool | Literal["auto"] = "auto"
+    model: nn.Module, file: WeightFile, head: Head, *, ema: bool | Literal["auto"]
 ) -> tuple[Fit, list[str]]:
     """Load a file of weights into a model, in place.
 
@@ -134,9 +129,8 @@ def load_weights(
     Raises
     ------
     UserError
-        If the file is missing or unreadable, its tensors do not fit or are not finite, or several groups of them fit.
+        If its tensors do not fit or are not finite, or several groups of them fit.
     """
-    file = source if isinstance(source, WeightFile) else read_weight_file(source, f"model.weights={source}")
     fits = [fit for group in file.groups for fit in _fits(group, model, head)]
     if file.card is not None and file.card.averaged:
         for fit in fits:
@@ -167,15 +161,7 @@ def _has_the_shapes(file: WeightFile, model: nn.Module) -> bool:
     return any([tensor.shape for tensor in group.tensors.values()] == own for group in file.groups)
 
 
-def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str, head: Head) -> Fit:
-    """Load a state dict into a model, in place, as `load_weights` does."""
-    group = TensorGroup("", dict(state), getattr(state, "_metadata", None))
-    fit, _ = _choose(_fits(group, model, head), "auto", source)
-    _load(model, fit, source)
-    return fit
-
-
-def _choose(fits: list[Fit], ema: bool | Literal["auto"], source: str, remedy: str = "") -> tuple[Fit, list[str]]:
+def _choose(fits: list[Fit], ema: bool | Literal["auto"], source: str, remedy: str) -> tuple[Fit, list[str]]:
     """Choose the tensors to load among all groups of a file."""
     whole = [fit for fit in fits if not fit.problems]
     if not whole:
