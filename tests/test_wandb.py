@@ -130,7 +130,7 @@ def test_a_folder_that_wandb_cannot_name_ends_no_run(tmp_path):
         folder.mkdir()
         provenance = {"recipe": {"wandb": {"enable": True, "project": "p", "name": None}}}
         lines = []
-        assert start_wandb(TrainState(run_name="train_x"), provenance, folder, lines.append) is None
+        assert start_wandb(TrainState(run_name="train_x"), provenance, folder, lines.append, []) is None
         print(ascii(lines[-1]))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), tmp_path], capture_output=True)
@@ -144,7 +144,7 @@ SURVIVOR = textwrap.dedent("""
     from imagenet_training.reports.wandb import start_wandb
 
     provenance = {"recipe": {"wandb": {"enable": True, "project": "p", "name": None}}}
-    run = start_wandb(TrainState(run_name="train_x"), provenance, pathlib.Path(sys.argv[1]), print)
+    run = start_wandb(TrainState(run_name="train_x"), provenance, pathlib.Path(sys.argv[1]), print, [])
     cores = [p for p in psutil.Process().children(recursive=True) if "wandb-core" in " ".join(p.cmdline())]
     for process in cores:
         process.kill()

@@ -6,30 +6,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 
-class BackgroundTask:
-    """One task at a time, beside the thread that starts it."""
-
-    def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="background")
-        self._task: Future[None] | None = None
-
-    def start(self, work: Callable[[], None]) -> None:
-        """Start a task, once the one before has ended. Raise what the one before raised."""
-        self.finish()
-        self._task = self._executor.submit(work)
-
-    def finish(self) -> None:
-        """Wait until the task has ended. Raise what it raised."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.result()
-
-
 class BackgroundQueue:
     """Short tasks that one thread does in order, such as writes to slow storage. Any thread may add one."""
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="background queue")
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="background")
         self._tasks: deque[Future[None]] = deque()
         self._lock = threading.Lock()
 
@@ -48,3 +29,12 @@ class BackgroundQueue:
     def _raise_errors(self) -> None:
         while self._tasks and self._tasks[0].done():
             self._tasks.popleft().result()
+
+
+class BackgroundTask(BackgroundQueue):
+    """One task at a time, beside the thread that starts it."""
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Start a task, once the one before has ended. Raise what the one before raised."""
+        self.finish()
+        self.put(work)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 from ffcv_ops.files import replacing
 from imagenet_training.reports.metrics import METRICS, ExpectedAccuracy, Records, best_record
@@ -134,8 +135,6 @@ def draw_svg(chart: Chart) -> str:
 
     Equal charts give equal text. The colours are variables of the page's style sheet.
     """
-    from xml.etree import ElementTree
-
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -159,17 +158,7 @@ def draw_svg(chart: Chart) -> str:
 
 
 def draw_curve(records: Records, path: Path, expected_accuracy: ExpectedAccuracy) -> None:
-    """Draw loss and accuracies over the epochs into a PNG.
-
-    Parameters
-    ----------
-    records : sequence of dict
-        One for each epoch: ``epoch`` and some of ``train/loss``, ``val/acc1``, ...
-    path : Path
-        The PNG. An earlier one is replaced whole.
-    expected_accuracy : dict
-        The expected accuracies, drawn as crosses.
-    """
+    """Draw loss and accuracies over the epochs into a PNG. An earlier one is replaced whole."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.8), layout="constrained")

@@ -20,6 +20,7 @@ from ffcv_ops.units import show_duration
 from imagenet_training.reports.background import BackgroundQueue
 from imagenet_training.reports.charts import draw_curve
 from imagenet_training.reports.metrics import ExpectedAccuracy, Records, finite_values, pace
+from imagenet_training.reports.wandb import WandbRun, copy_parts, start_wandb
 from imagenet_training.state import TrainState
 
 if TYPE_CHECKING:  # reading a run's record does not need torch
@@ -61,16 +62,11 @@ class RunLog:
         eta: "EtaEstimator | None" = None,
         log_every: int = 0,
     ):
-        self.folder, self.is_main, self.expected_accuracy, self.log_every = (
-            folder,
-            is_main,
-            expected_accuracy or {},
-            log_every,
-        )
-        self._eta = eta
+        self.folder, self.is_main = folder, is_main
+        self.expected_accuracy, self.log_every, self._eta = expected_accuracy or {}, log_every, eta
         self._file: TextIO | None = None
         self._run_name = ""
-        self._wandb: Any = None
+        self._wandb: WandbRun | None = None
         self._unwritten: list[str] = []
         self._writes = BackgroundQueue()
         self._records: list[dict[str, Any]] = []
@@ -109,15 +105,7 @@ class RunLog:
             self.print(f"error: the run ends, because rank {rank} has failed: {message}")
 
     def track(self, batches: Iterable[Batch], what: str, *, total: int, done: int = 0) -> Iterator[Batch]:
-        """Yield the batches; on a terminal, show a bar that counts them.
-
-        Parameters
-        ----------
-        what : str
-            Text before the bar.
-        total, done : int
-            Number of all batches, and of those that an interrupted run has done.
-        """
+        """Yield the batches. On a terminal, show a bar that counts from `done` to `total`, behind the text `what`."""
         if not (self.is_main and sys.stderr.isatty()):
             yield from batches
             return
@@ -172,7 +160,7 @@ class RunLog:
         Parameters
         ----------
         provenance : dict
-            From `provenance.describe_run`.
+            From `imagenet_training.run.provenance.describe_run`.
         earlier : Path, optional
             The folder of the logs of the run that is resumed. If it is another folder, its records are copied.
 
@@ -200,10 +188,7 @@ class RunLog:
         self._records = [record for record in self._read_records() if record["epoch"] < state.epoch]
         self._write_records(self.records())
         replace_text(self.folder / f"{state.run_name}.recipe.json", json.dumps(provenance, indent=1) + "\n")
-        if provenance["recipe"]["wandb"]["enable"]:
-            from imagenet_training.reports.wandb import start_wandb
-
-            self._wandb = start_wandb(state, provenance, self.folder, self.print, self._records)
+        self._wandb = start_wandb(state, provenance, self.folder, self.print, self._records)
 
     def _copy_records(self, earlier: Path, state: TrainState) -> None:
         """Copy what another folder holds of the run's finished epochs, so that report and W&B have all of them."""
@@ -214,8 +199,6 @@ class RunLog:
                         shutil.copyfile(earlier / name, temporary)
             num_parts = 0
             if state.wandb_id and (earlier / "wandb").is_dir():
-                from imagenet_training.reports.wandb import copy_parts
-
                 num_parts = copy_parts(earlier / "wandb", self.folder / "wandb", state.wandb_id)
         except OSError as error:
             self.print(f"note: the records in {earlier} were not all copied: {error}")
@@ -259,14 +242,9 @@ class RunLog:
                 print(f"note: {message}. The run goes on", flush=True)
 
     def epoch(self, state: TrainState, values: Mapping[str, float]) -> None:
-        """Print and record an epoch that has just been finished: a line, a JSONL record, W&B.
+        """Print and record the metrics of an epoch that has just been finished: a line, a JSONL record, W&B.
 
-        Parameters
-        ----------
-        state : TrainState
-            At the start of the next epoch.
-        values : mapping
-            Metrics of the finished epoch.
+        The state is at the start of the next epoch.
         """
         if not self.is_main:
             return

@@ -8,14 +8,13 @@ import io
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from ffcv_ops.files import replace_text
 from ffcv_ops.units import show_duration
 from imagenet_training.reports import charts
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
@@ -47,7 +46,7 @@ def show_setting(value: Any) -> str:
     return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
-def image_url(image: "np.ndarray") -> str:
+def image_url(image: np.ndarray) -> str:
     """Return an image, uint8 (H, W, 3) in RGB, as the URL of a JPEG inside the page."""
     from PIL import Image
 

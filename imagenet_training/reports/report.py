@@ -3,16 +3,14 @@
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from imagenet_training.reports.charts import draw_charts
 from imagenet_training.reports.metrics import ExpectedAccuracy, Records, best_record, finite_values
 from imagenet_training.reports.page import write_page
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from imagenet_training.reports.predictions import Predictions
+from imagenet_training.reports.predictions import Predictions
 
 NUM_CLASSES_SHOWN = 20
 NUM_MISTAKES_SHOWN = 24
@@ -26,28 +24,20 @@ def write_report(
     provenance: Mapping[str, Any],
     expected_accuracy: ExpectedAccuracy,
     files: Mapping[str, str] | None = None,
-    predictions: "Predictions | None" = None,
+    predictions: Predictions | None = None,
     names: Sequence[str] = (),
-    mistakes: "np.ndarray | None" = None,
+    mistakes: np.ndarray | None = None,
 ) -> None:
     """Write a run's report. An earlier report is replaced whole.
 
     Parameters
     ----------
-    path : Path
-        The page.
-    name : str
-        Name of the run.
     records : sequence of dict
         The records of the run's epochs. Empty for an evaluation without training.
     provenance : dict
         The provenance stored with the run: ``recipe``, ``recipe_history``, ``versions``, ``data``, ...
-    expected_accuracy : dict
-        The expected accuracies.
     files : dict of str to str, optional
         The paths of the run's files by description.
-    predictions : Predictions, optional
-        The predictions for the validation split.
     names : sequence of str
         Names of the classes.
     mistakes : ndarray of uint8, shape (M, H, W, 3), optional

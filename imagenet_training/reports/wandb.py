@@ -31,7 +31,6 @@ class Part:
     ----------
     path : Path
         The folder of the part.
-    is_offline : bool
     has_run : bool
         False if W&B was killed before it wrote anything. ``wandb sync`` refuses all parts if one is empty.
     last_step, last_epoch : int
@@ -46,15 +45,7 @@ class Part:
 
 
 def read_parts(folder: Path, wandb_id: str) -> list[Part]:
-    """Return the parts of a run in their order.
-
-    Parameters
-    ----------
-    folder : Path
-        Holds the parts.
-    wandb_id : str
-        Id of the W&B run.
-    """
+    """Return the parts of a W&B run in a folder, in their order."""
     logs = [
         path for kind in ("offline-run", "run") for path in folder.glob(f"{kind}-*-{wandb_id}/run-{wandb_id}.wandb")
     ]
@@ -105,13 +96,9 @@ def cut_torn_end(path: Path) -> None:
     from google.protobuf.message import DecodeError
 
     with suppress(DecodeError, ValueError, OSError):
-        _cut_torn_end(path)
-
-
-def _cut_torn_end(path: Path) -> None:
-    end = max((end for _, end in _read_log(path)), default=_HEADER_BYTES)
-    if end < path.stat().st_size:
-        os.truncate(path, end)
+        end = max((end for _, end in _read_log(path)), default=_HEADER_BYTES)
+        if end < path.stat().st_size:
+            os.truncate(path, end)
 
 
 def copy_parts(earlier: Path, folder: Path, wandb_id: str) -> int:
@@ -133,14 +120,9 @@ class WandbRun:
     Parameters
     ----------
     earlier : sequence of Part
-        The earlier parts of an offline run.
+        The earlier parts of an offline run. What they have is not recorded again.
     log : callable
         Gets a line of text for what the user should know.
-
-    Attributes
-    ----------
-    last_step : int
-        The last step of the earlier parts; -1 without one.
     """
 
     def __init__(self, run: Any, earlier: Sequence[Part], log: Callable[[str], None]):
@@ -201,7 +183,7 @@ def start_wandb(
     provenance: dict[str, Any],
     folder: Path,
     log: Callable[[str], None],
-    records: Sequence[Mapping[str, Any]] = (),
+    records: Sequence[Mapping[str, Any]],
 ) -> WandbRun | None:
     """Start the W&B run of a recipe, or continue the one that ``state`` names.
 
@@ -210,7 +192,7 @@ def start_wandb(
     state : TrainState
         Gets the id of the W&B run.
     provenance : dict
-        The run's origin; its ``recipe`` has the ``wandb`` settings.
+        Its ``recipe`` has the ``wandb`` settings.
     folder : Path
         W&B's own files go below it.
     log : callable
