@@ -47,17 +47,14 @@ def check_whole(path: str | Path) -> None:
         If the file is empty, cut, or damaged anywhere.
     """
     try:
+        if not Path(path).stat().st_size:
+            raise UnreadableFile("the file is empty")
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
-        raise UnreadableFile("the file is empty" if is_empty(path) else str(error)) from error
+        raise UnreadableFile(str(error)) from error
     if damaged is not None:
         raise UnreadableFile(f"the checksum of {damaged} in it is wrong")
-
-
-def is_empty(path: str | Path) -> bool:
-    """Return True if there is a file without a byte."""
-    return Path(path).exists() and not Path(path).stat().st_size
 
 
 def unknown_classes(path: str | Path) -> list[Any]:

@@ -2,7 +2,7 @@
 
 A position is counted in epochs and samples, so a run can continue with another batch size, number of processes, number
 of epochs or file. At the end of an epoch anything may change. Within an epoch, the rest must have the samples that are
-left, each once.
+left, each once. `content` is that of the checkpoint.
 """
 
 import math
@@ -27,11 +27,6 @@ def check_rest_of_epoch(content: Mapping[str, Any], recipe: Recipe, plan: RunPla
 
     Samples are dealt to the ranks one by one, so any batch size and number of ranks will do that shares what is left.
     In quasi-random order each rank has its own pages, so the number of ranks and the pages must be the same too.
-
-    Parameters
-    ----------
-    content : mapping
-        The checkpoint.
 
     Raises
     ------
@@ -68,11 +63,6 @@ def check_rest_of_epoch(content: Mapping[str, Any], recipe: Recipe, plan: RunPla
 
 def check_classes(content: Mapping[str, Any], data: TrainingData) -> None:
     """Check that each output of the model still stands for the same class.
-
-    Parameters
-    ----------
-    content : mapping
-        The checkpoint.
 
     Raises
     ------
@@ -111,13 +101,7 @@ def best_notices(content: Mapping[str, Any], recipe: Recipe, data: TrainingData)
 
 
 def position_notices(content: Mapping[str, Any], recipe: Recipe, plan: RunPlan) -> Iterator[str]:
-    """Yield what changed settings do to the schedules of a resumed run at its position.
-
-    Parameters
-    ----------
-    content : mapping
-        The checkpoint.
-    """
+    """Yield what changed settings do to the schedules of a resumed run at its position."""
     state = TrainState.of(content)
     if state.epoch >= plan.epochs:
         yield (

@@ -16,7 +16,7 @@ from ffcv_ops.files import replacing
 from imagenet_training.models.card import ModelCard
 from imagenet_training.models.export import export_weights
 from imagenet_training.state import TrainState
-from imagenet_training.torch_file import UnreadableFile, check_whole, is_empty, load_file
+from imagenet_training.torch_file import UnreadableFile, check_whole, load_file
 from imagenet_training.training.trainer import Trainer, unwrapped
 
 FORMAT = 2
@@ -97,7 +97,7 @@ def checkpoint_content(
 ) -> dict[str, Any]:
     """Return everything a run needs to continue, of types that ``torch.load(weights_only=True)`` admits.
 
-    Besides position, tensors and the facts of the model, it has the keys of `provenance.describe_run`.
+    Besides position, tensors and the facts of the model, it has the keys of `describe_run`.
     """
     ema = trainer.ema
     return {
@@ -173,39 +173,37 @@ class CheckpointFolder:
         UserError
             If a newer version has written one of the files: an earlier checkpoint would replace it.
         """
-        found, notices = [], []
+        found, notices = [], list[str]()
+
+        def pass_over(path: Path, error: Exception) -> None:
+            if path.exists():
+                notices.append(f"{path} is damaged and was passed over: {error}")
+
         for path in self.paths():
             try:
                 content = load_file(path, mmap=True)
                 _refuse_newer_format(path, content)
                 state = TrainState.of(content)
-                found.append((state.epoch, state.samples, path.name == "last.ckpt", path, state.run_name))
             except (UnreadableFile, TypeError, KeyError) as error:
-                if path.exists():
-                    reason = "the file is empty" if is_empty(path) else error
-                    notices.append(f"{path} is damaged and was passed over: {reason}")
-        for *_, path, name in sorted(found, reverse=True):
-            if run_name not in ("", name):
-                continue
+                pass_over(path, error)
+            else:
+                if run_name in ("", state.run_name):
+                    found.append((state.epoch, state.samples, path.name == "last.ckpt", path))
+        for *_, path in sorted(found, reverse=True):
             try:
                 check_whole(path)
             except UnreadableFile as error:
-                if path.exists():
-                    notices.append(f"{path} is damaged and was passed over: {error}")
+                pass_over(path, error)
             else:
                 return path, notices
         return None, notices
 
     def save(self, content: dict[str, Any], *, is_best: bool = False) -> None:
-        """Write ``last.ckpt``; for the best epoch so far its own checkpoint and the exported weights too.
+        """Write ``last.ckpt`` with the content of `checkpoint_content`, or a copy of it.
 
-        A run may be killed between any two files. The files that a checkpoint names are written before the checkpoint,
-        so that the run can continue.
-
-        Parameters
-        ----------
-        content : dict
-            From `checkpoint_content`, or a copy of it.
+        For the best epoch so far, write its own checkpoint and the exported weights too. A run may be killed between
+        any two files. The files that a checkpoint names are written before the checkpoint, so that the run can
+        continue.
         """
         state = TrainState.of(content)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -227,19 +225,14 @@ class CheckpointFolder:
             path.unlink()
 
     def keep_earlier_run(self, *others: Path) -> list[Path]:
-        """Move the checkpoints of an earlier run, and other files of it, out of the way of a new run.
-
-        Returns
-        -------
-        list of Path
-            The new paths, in a folder ``earlier-N``.
-        """
+        """Move the checkpoints and other files of an earlier run out of the way of a new run. Return the new paths."""
         return self._keep([*self.paths(), self.weights, self.older_weights, *others])
 
     def keep_abandoned(self, resumed: Path, state: TrainState) -> list[Path]:
         """Move the checkpoints that are further than the resumed one out of the way of the run that goes on from it.
 
-        Otherwise ``--resume auto`` would return to the part of the run that was abandoned.
+        Otherwise ``--resume auto`` would return to the part of the run that was abandoned. Exported weights move with
+        their checkpoint.
 
         Parameters
         ----------
@@ -251,7 +244,7 @@ class CheckpointFolder:
         Returns
         -------
         list of Path
-            The new paths, in a folder ``earlier-N``. Exported weights move with their checkpoint.
+            The new paths.
         """
         further = []
         for path in self.paths():

@@ -1,7 +1,7 @@
 """Continue a run: choose the checkpoint, and restore its state into the trainer."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import nn
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.settings.fields import show
+from ffcv_ops.units import show_names
 from imagenet_training.distributed import World, decided_by_main
 from imagenet_training.models.weights import fault_of
 from imagenet_training.planning.plan import RunPlan
@@ -104,15 +105,6 @@ def _choose_path(recipe: Recipe, restarted_run: str) -> tuple[str | None, list[s
 def restore(trainer: Trainer, point: ResumePoint, recipe: Recipe, plan: RunPlan) -> TrainState:
     """Load a checkpoint into the trainer, and return the position of the run.
 
-    Parameters
-    ----------
-    trainer : Trainer
-        Changed in place.
-
-    Returns
-    -------
-    TrainState
-
     Raises
     ------
     UserError
@@ -137,14 +129,7 @@ def restore(trainer: Trainer, point: ResumePoint, recipe: Recipe, plan: RunPlan)
 
 
 def load_whole(model: nn.Module, state: Mapping[str, torch.Tensor], path: str, recipe: Mapping[str, Any]) -> None:
-    """Load all tensors of a checkpoint's model, in place.
-
-    Parameters
-    ----------
-    path : str
-        The checkpoint.
-    recipe : mapping
-        The resolved recipe of its run, by section.
+    """Load all tensors of a checkpoint's model, in place. The path and the resolved recipe of its run are for messages.
 
     Raises
     ------
@@ -158,16 +143,12 @@ def load_whole(model: nn.Module, state: Mapping[str, torch.Tensor], path: str, r
         saved = {f"{section}.{name}": recipe.get(section, {}).get(name) for section, name in _OF_THE_MODEL}
         settings = " ".join(f"--{key}={show(value)}" for key, value in saved.items() if value is not None)
         raise UserError(
-            f"{path} is of another model than the recipe's: {_some(differing)} differ; pass the settings of its run: "
-            f"{settings}"
+            f"{path} is of another model than the recipe's: {len(differing)} tensors ({show_names(differing)}) differ; "
+            f"pass the settings of its run: {settings}"
         )
     if fault := fault_of(state, own):
         raise UserError(f"{path} has {fault}: its run failed; use an earlier checkpoint")
     model.load_state_dict(state)
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, content: Mapping[str, Any], name: str) -> None:

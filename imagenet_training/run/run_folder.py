@@ -100,9 +100,8 @@ class RunFolder:
             log.print(f"note: {notice}")
         if self.world.is_main:
             self._make_room()
-        if self.plan.resumed_from:
+        if resumed := self.plan.resumed_from:
             log.print(f"resuming at {state}")
-        resumed = self.plan.resumed_from
         log.open(state, self.provenance, Path(resumed).absolute().parent.parent / "logs" if resumed else None)
         if self.world.is_main:
             names = {"run_name": state.run_name, "wandb_id": state.wandb_id, LOCK_NOTE: self.lock.token}
@@ -169,12 +168,8 @@ class RunFolder:
     def save_epoch(self, state: TrainState, predictions: Predictions | None) -> None:
         """Save the run after an epoch and write its report, while training goes on.
 
-        Parameters
-        ----------
-        state : TrainState
-            At the start of the next epoch.
-        predictions : Predictions or None
-            Of the finished epoch, if it was evaluated.
+        The state is at the start of the next epoch. The predictions are those of the finished epoch, if it was
+        evaluated.
         """
         if self.world.is_main:
             content = self._content(state)
