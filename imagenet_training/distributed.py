@@ -43,7 +43,7 @@ class RankStore:
     """
 
     def __init__(self, store: dist.Store | None = None, start_name: str = ""):
-        self._store = dist.HashStore() if store is None else dist.PrefixStore("board", store)
+        self._store = dist.HashStore() if store is None else dist.PrefixStore("notes of ranks", store)
         self._failure = f"failure in {start_name}"
 
     def read(self, key: str) -> str:
@@ -156,7 +156,8 @@ def start() -> World:
                 f"start torchrun with --nproc_per_node={torch.cuda.device_count()}"
             )
         torch.cuda.set_device(device)
-    store = _launcher_store() if _has_agent_store() else None
+    # torchrun shares its store with its workers.
+    store = _launcher_store() if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
     start_name = ""
     if machine.is_launched() and world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -168,11 +169,6 @@ def start() -> World:
             dist.init_process_group(backend)
             store = _launcher_store()
     return World(rank, local_rank, world_size, machine.local_world_size(), device, RankStore(store, start_name))
-
-
-def _has_agent_store() -> bool:
-    """Return True if torchrun shares its store with its workers."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _launcher_store() -> dist.TCPStore:

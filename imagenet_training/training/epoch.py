@@ -35,12 +35,7 @@ Batch = TypeVar("Batch")
 
 
 class EpochMeters:
-    """The measurements of one epoch of training.
-
-    Parameters
-    ----------
-    state : TrainState
-        Its totals and its pace are those of the batches before an interruption.
+    """The measurements of one epoch of training. They continue those that the state has from before an interruption.
 
     Attributes
     ----------
@@ -212,31 +207,23 @@ def evaluate(
     stop: StopRequest | None = None,
     begin_next: Callable[[], None] | None = None,
 ) -> Evaluation:
-    """Evaluate the trainer's model on the whole validation split.
+    """Evaluate the trainer's model on the whole validation split; see `measure`.
 
     Parameters
     ----------
-    loader : Loader
-        This rank's share of the split: images, float (N, 3, H, W), and labels, int64 (N,).
     epoch : int
         Number of the epoch that the weights are of; -1 if they are of no epoch of the run.
-    settings : Validation
-        The recipe's settings of evaluations.
     classes : ClassMatch
         The model's numbers for the classes of the split.
-    stop : StopRequest, optional
-        Leave the evaluation with `Stopped` if the ranks agree to.
     begin_next : callable, optional
         Called when the last batch has come.
-
-    Returns
-    -------
-    Evaluation
 
     Raises
     ------
     RunError
         If memory ran out, or the ranks together did not see each sample once.
+    Stopped
+        If the ranks have agreed to stop.
     """
     world, beton = trainer.world, loader.beton
     recorder = PredictionRecorder(world.device, loader.next_traversal_order(), beton.num_samples)

@@ -123,15 +123,7 @@ def build_loss(
 def recipe_loss(
     recipe: Recipe, class_weights: Sequence[float] | None = None, device: torch.device | None = None
 ) -> Loss:
-    """Return the loss of a recipe as a function of its model's outputs and targets.
-
-    Parameters
-    ----------
-    class_weights : sequence of float, optional
-        Weight of each class. None: all images count alike.
-    device : torch.device, optional
-        Of the outputs and targets. None: the CPU.
-    """
+    """Return the loss of a recipe on a device, by default the CPU; see `build_loss`."""
     training = recipe.training
     return build_loss(
         training.loss,

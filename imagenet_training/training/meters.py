@@ -155,10 +155,7 @@ class StepClock:
     def watch(self, batches: Iterable[Any], loader: Any) -> Iterator[Any]:
         """Yield the batches as they come, and mark the waits for them.
 
-        Parameters
-        ----------
-        loader : Loader
-            Its ``storage_wait_s`` shows which part of the host's waits was for storage. The other part was for the CPU.
+        The loader's ``storage_wait_s`` shows which part of the host's waits was for storage. The rest was for the CPU.
         """
         iterator = iter(batches)
         while True:

@@ -20,7 +20,7 @@ def parameter_groups(
         For parameters with two dimensions and more: the weights of convolutions and linear layers.
     bn_wd : float, optional
         For one-dimensional parameters: scales and shifts of normalisation layers, biases. None: as ``weight_decay``.
-
+        ffcv-imagenet recognises normalisation layers by "bn" in their names, and so misses those of ResNet's shortcuts.
     scales : mapping of str to float, optional
         The factor of the learning rate of each parameter, by its name; see `imagenet_training.models.layers.lr_scales`.
 
@@ -28,8 +28,6 @@ def parameter_groups(
     -------
     list of dict
         Groups for a torch optimizer, without empty ones. If there are scales, each group has its own as ``lr_scale``.
-        ffcv-imagenet recognises normalisation layers by "bn" in
-        their names, and so misses those of ResNet's shortcuts. The number of dimensions misses none.
     """
     groups: dict[tuple[float, float | None], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

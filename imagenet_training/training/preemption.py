@@ -33,15 +33,7 @@ _SAME_S = 1.0
 
 
 class Stopped(Exception):
-    """All ranks stop here, because one of them has received a signal.
-
-    Parameters
-    ----------
-    exit_status : int
-        For the process: `INTERRUPTED` after Ctrl-C, else `PREEMPTED`.
-    reason : str
-        The cause, as text after "stopped".
-    """
+    """All ranks stop here, because one of them has received a signal. The reason is text after "stopped"."""
 
     def __init__(self, exit_status: int, reason: str = "by a signal"):
         super().__init__(exit_status, reason)

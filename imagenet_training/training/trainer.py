@@ -192,14 +192,14 @@ class Trainer:
         return loss.detach(), logits.detach()
 
     def optimizer_step(self, lr: float, *, step: int) -> None:
-        """Change the weights by the gradient of the last batches.
+        """Change the weights by the gradient of the last batches, and after some steps the moving average.
 
         Parameters
         ----------
         lr : float
             Learning rate of the head. Other layers may have a share of it.
         step : int
-            Optimizer steps that the run has taken. It decides if the moving average is updated.
+            Optimizer steps that the run has taken.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -251,17 +251,9 @@ class Trainer:
         return bool(torch.stack(norms).isfinite().all())
 
     def warm_up(self, shape: tuple[int, int, int, int]) -> Exception | None:
-        """Pass a batch of zeros forward and back, and leave no trace. A compiled model is compiled here.
+        """Pass a batch of zeros of a shape (N, 3, H, W) forward and back, and leave no trace. Return an error.
 
-        Parameters
-        ----------
-        shape : tuple of int
-            Shape of a batch's images, (N, 3, H, W).
-
-        Returns
-        -------
-        Exception or None
-            The error, if there was one.
+        A compiled model is compiled here.
 
         Raises
         ------
@@ -270,7 +262,7 @@ class Trainer:
         """
         self.train_mode()
         kept = [buffer.clone() for buffer in self.model.buffers()]
-        images = self.to_memory_format(torch.zeros(shape, dtype=DTYPES[self.precision], device=self.world.device))
+        images = self.to_memory_format(torch.zeros(shape, dtype=self.image_dtype, device=self.world.device))
         try:
             with self._no_exchange(True):  # a rank that fails here leaves no other rank waiting
                 with autocast(self.world.device, self.precision):
