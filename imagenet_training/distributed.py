@@ -33,13 +33,9 @@ class Failure:
 class RankStore:
     """Notes that the ranks of a job leave each other.
 
-    The notes are kept in the store that torchrun shares with its workers, so they outlive a restart of the workers. A
-    single process keeps its notes to itself.
-
-    Parameters
-    ----------
-    start_name : str
-        Name of this start of the ranks; see `_agree_on_start`.
+    The notes are kept in the store that torchrun shares with its workers, so they outlive a restart of the workers.
+    Only the failure belongs to one start of the ranks; see `_agree_on_start`. A single process keeps its notes to
+    itself.
     """
 
     def __init__(self, store: dist.Store | None = None, start_name: str = ""):
@@ -70,18 +66,9 @@ class RankStore:
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process among the processes of the run.
+    """The place of this process among the processes of the run and of its node, as torchrun counts them.
 
-    Attributes
-    ----------
-    rank, local_rank : int
-        Number of this process in the run and on its node.
-    world_size, local_world_size : int
-        Number of processes in the run and on this node.
-    device : torch.device
-        The GPU of this process, or the CPU if there is no GPU.
-    store : RankStore
-        Notes that the ranks leave each other.
+    The device is the GPU of this process, or the CPU if there is no GPU.
     """
 
     rank: int
@@ -137,10 +124,7 @@ def _relaunch(world_size: int, address: str, port: int) -> None:
 def start() -> World:
     """Join the run that torchrun's environment describes; without torchrun, be the only process.
 
-    Returns
-    -------
-    World
-        If there are several processes, the process group uses NCCL on GPUs and Gloo on CPUs.
+    If there are several processes, the process group uses NCCL on GPUs and Gloo on CPUs.
 
     Raises
     ------

@@ -54,16 +54,12 @@ class Candidate:
     ----------
     recipe : Recipe
         With the settings of the run that trained the weights, unless the command line has others.
-    path : str or None
+    path, content : str and dict, or None
         The checkpoint; None for other weights.
-    content : dict or None
-        The content of the checkpoint.
     card : ModelCard or None
         The facts beside the weights of ``model.weights``, if this project wrote the file.
     classes : list of str or None
         Names of the model's classes, by number. None if they are not known.
-    notices : tuple of str
-        Settings that were chosen or that differ from those of the run.
     as_in_run : bool
         The settings of the evaluation are those of the run.
     """
@@ -197,15 +193,10 @@ def _check_one_source(recipe: Recipe) -> None:
 
 
 def with_settings_of(recipe: Recipe, saved: Mapping[str, Mapping[str, Any]]) -> tuple[Recipe, list[str], list[str]]:
-    """Return a recipe with the settings of another run that change the result of an evaluation.
+    """Return a recipe with the settings of another run, by section, that change the result of an evaluation.
 
     The command line wins over the run, and the run wins over files and defaults. The run's validation file is only
     taken if the recipe names none.
-
-    Parameters
-    ----------
-    saved : mapping
-        The resolved recipe of the run, by section.
 
     Returns
     -------

@@ -43,8 +43,6 @@ def match_classes(file: Beton, names: Sequence[str] | None, num_classes: int, *,
     ----------
     names : sequence of str or None
         Names of the model's classes, by number. None if they are not known.
-    num_classes : int
-        Number of the model's classes.
     model : str
         What the model's classes are from, for messages.
 
@@ -96,12 +94,7 @@ def _match_by_name(file: Beton, classes: list[str], names: list[str], model: str
 def names_of_weights(recipe: Recipe, own: list[str] | None, source: str) -> list[str] | None:
     """Return the names of the classes of weights, by number: their own, or those of ``model.class_names``, if any.
 
-    Parameters
-    ----------
-    own : list of str or None
-        The names that are stored with the weights.
-    source : str
-        The weights, for messages.
+    The source of the weights is for messages.
 
     Raises
     ------

@@ -79,21 +79,10 @@ def draw_contact_sheet(
     title: str,
     histograms: Mapping[str, tuple[np.ndarray, np.ndarray]] = MappingProxyType({}),
 ) -> None:
-    """Draw images in rows of eight, each with its caption. Small images are enlarged by a whole number.
+    """Draw images, uint8 (N, H, W, 3), in rows of eight into a PNG, with captions of at most two lines.
 
-    A character that Matplotlib's font does not have is drawn as a box.
-
-    Parameters
-    ----------
-    images : ndarray of uint8, shape (N, H, W, 3)
-    captions : sequence of str
-        At most two lines each.
-    path : Path
-        The PNG. An earlier one is replaced whole.
-    title : str
-        Lines above the images.
-    histograms : dict of str to tuple of ndarray, optional
-        Histograms below the images, by title: counts (B,), and the edges of the bins (B + 1,).
+    Small images are enlarged by a whole number. A character that Matplotlib's font does not have is drawn as a box. The
+    title stands above the images. The histograms stand below, by title: counts (B,), and the edges of bins (B + 1,).
     """
     from matplotlib.figure import Figure
 

@@ -37,14 +37,9 @@ from imagenet_training.planning.recipe import Recipe
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The two files of a run. A run that only evaluates has no training file.
+    """The two files of a run, and the match of the classes of `val` with the model's.
 
-    Attributes
-    ----------
-    val : Beton
-    classes : ClassMatch
-        The model's classes, and its numbers for those of `val`.
-    train : Beton or None
+    A run that only evaluates has no training file.
     """
 
     val: Beton
@@ -167,8 +162,6 @@ def open_evaluation_data(recipe: Recipe, names: Sequence[str] | None, val_digest
 
     Parameters
     ----------
-    recipe : Recipe
-        Of the model that is evaluated.
     names : sequence of str or None
         Names of the model's classes, by number. None if they are not known.
     val_digest : str or None
@@ -347,18 +340,9 @@ def build_val_loader(
 
 
 def validation_images(recipe: Recipe, file: Beton, world: World, ids: np.ndarray) -> np.ndarray:
-    """Return validation images as the model gets them, but in 8 bits.
+    """Return images of the validation split as the model gets them, but in 8 bits: uint8 (N, H, W, 3).
 
-    Parameters
-    ----------
-    file : Beton
-        The validation split.
-    ids : ndarray of int64, shape (N,)
-        Sample ids in any order.
-
-    Returns
-    -------
-    ndarray of uint8, shape (N, H, W, 3)
+    The ids of the samples, int64 (N,), may be in any order.
     """
     only_rank = replace(world, rank=0, world_size=1)
     with build_val_loader(

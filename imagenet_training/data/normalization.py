@@ -28,13 +28,8 @@ class Expected:
 def settle_normalization(recipe: Recipe, resumed: Mapping[str, Any] | None = None) -> Recipe:
     """Return a recipe with numbers for ``data.mean`` and ``data.std``, and a notice if they are not the weights' own.
 
-    A setting that is not ``auto`` is kept. Otherwise the numbers are those of the checkpoint, of the file of weights,
-    or of the pretrained weights. If none of them has numbers, they are ImageNet's.
-
-    Parameters
-    ----------
-    resumed : mapping, optional
-        The content of the checkpoint that the run continues from.
+    A setting that is not ``auto`` is kept. Otherwise the numbers are those of the checkpoint that the run continues
+    from, of the file of weights, or of the pretrained weights. If none of them has numbers, they are ImageNet's.
     """
     expected = _of_checkpoint(resumed) if resumed is not None else _of_weights(recipe)
     taken: dict[str, Any] = {}

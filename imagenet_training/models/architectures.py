@@ -35,12 +35,7 @@ TORCHVISION_OPTIONS: dict[str, dict[str, Any]] = {
 def find_library(arch: str, library: str = "auto") -> str:
     """Return the library that builds an architecture: ``"torchvision"`` or ``"timm"``.
 
-    Parameters
-    ----------
-    arch : str
-        As in ``torchvision.models.list_models()`` or ``timm.list_models()``.
-    library : {"auto", "torchvision", "timm"}
-        The library to search. ``"auto"`` prefers torchvision, whose names ffcv-imagenet's recipes use.
+    ``"auto"`` prefers torchvision, whose names ffcv-imagenet's recipes use.
 
     Raises
     ------
@@ -81,8 +76,8 @@ def build_model(
     arch, library : str
         As for `find_library`.
     num_classes : int
-        Size of the head. If pretrained weights have another head size, all but the head are loaded. The head starts
-        from small random weights.
+        Size of the head. If weights have another head size, all but the head are loaded. The head starts from small
+        random weights.
     pretrained : bool
         Fetch the library's ImageNet weights: timm's default ones, torchvision's ``IMAGENET1K_V1``.
     weights : path, optional
@@ -92,7 +87,7 @@ def build_model(
     drop_path : float
         Rate of stochastic depth, for timm architectures only.
     use_blurpool : bool
-        Blur the input of every strided convolution with at least 16 input channels; see `apply_blurpool`.
+        Blur the input of strided convolutions; see `apply_blurpool`.
     whole : bool
         Refuse weights that do not make a trained model: without a head, or of a network that computes something else.
     notices : list of str, optional
@@ -314,14 +309,8 @@ def build_meta_model(**arguments: Any) -> nn.Module:
 def model_size(model: nn.Module, resolution: int) -> str:
     """Return a model's size in words: its parameters, and the cost of one image in a forward pass.
 
-    Convolutions, matrix products and attention are counted. A multiply-add is two floating-point operations.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        On the meta device, so that nothing is computed.
-    resolution : int
-        Side of the image, px.
+    The model is on the meta device, so that nothing is computed. Convolutions, matrix products and attention are
+    counted. A multiply-add is two floating-point operations.
     """
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -38,21 +38,11 @@ def _evaluate_frozen_parts(module: nn.Module) -> None:
 
 
 def lr_scales(model: nn.Module, layer_decay: float, head: Collection[str]) -> dict[str, float]:
-    """Return the factor of each parameter's learning rate: ``layer_decay`` to the power of its distance to the head.
+    """Return the factor of each parameter's learning rate, by its name.
 
-    The head has the factor 1, the layer before it ``layer_decay``, and so on, as in BEiT (arXiv 2106.08254) and timm.
-
-    Parameters
-    ----------
-    layer_decay : float
-        In (0, 1].
-    head : collection of str
-        Names of the parameters whose shapes depend on the number of classes. They are in the last layer.
-
-    Returns
-    -------
-    dict of str to float
-        By the name of the parameter.
+    It is ``layer_decay`` to the power of the layer's distance to the last layer, which has the head and the factor 1,
+    as in BEiT (arXiv 2106.08254) and timm. `head` has the names of the parameters whose shapes depend on the number of
+    classes.
     """
     if hasattr(model, "group_matcher"):
         from timm.models import group_parameters  # here, because importing timm takes two seconds

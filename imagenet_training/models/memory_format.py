@@ -43,17 +43,7 @@ def layer_without_channels_last(model: nn.Module, device: torch.device) -> str |
 def set_memory_format(model: nn.Module, channels_last: bool, device: torch.device) -> bool:
     """Store a new model's weights in channels_last format, in place, if that is wanted and `device` can train it.
 
-    Parameters
-    ----------
-    channels_last : bool
-        The setting ``training.channels_last``.
-    device : torch.device
-        Where the model trains.
-
-    Returns
-    -------
-    bool
-        True if the weights are in channels_last format.
+    Return True if the weights are in that format.
     """
     if not channels_last or layer_without_channels_last(model, device) is not None:
         return False

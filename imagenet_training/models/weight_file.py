@@ -66,10 +66,7 @@ class WeightFile:
 def read_weight_file(path: str | Path, name: str) -> WeightFile:
     """Read a file of weights to the CPU: safetensors, or anything that ``torch.save`` writes of tensors.
 
-    Parameters
-    ----------
-    name : str
-        The file, in words for messages.
+    `name` is the file in words, for messages.
 
     Raises
     ------

@@ -27,12 +27,7 @@ OLDER_NAMES = (
 class Head:
     """The tensors of a model whose shapes depend on its number of classes.
 
-    Parameters
-    ----------
-    build : callable
-        Builds the same architecture with another number of classes, on the meta device.
-    num_classes : int
-        Of the model.
+    `build` makes the same architecture on the meta device, with another number of classes.
     """
 
     def __init__(self, model: nn.Module, build: Callable[[int], nn.Module], num_classes: int):
@@ -70,8 +65,6 @@ class Fit:
     ----------
     label : str
         Place and prefix of the tensors in the file.
-    averaged : bool
-        The tensors are averaged weights.
     state : dict of str to torch.Tensor
         The tensors, by the names of the model.
     problems : list of str
@@ -110,14 +103,8 @@ def load_weights(
 
     The file may hold a state dict of PyTorch or safetensors, a checkpoint or an export of this project, or a checkpoint
     of other projects: of timm, torchvision, Lightning or ffcv-imagenet, for example. The tensors are found by their
-    structure: anywhere in nested mappings, under any prefix. Only a head of another size keeps its initial values.
-
-    Parameters
-    ----------
-    head : Head
-        Of the model.
-    ema : bool or "auto"
-        Take the averaged or the raw weights. ``"auto"``: the averaged ones, if there are any.
+    structure: anywhere in nested mappings, under any prefix. Only a head of another size keeps its initial values. If
+    `ema` is ``"auto"``, averaged weights are taken if there are any.
 
     Returns
     -------
@@ -211,13 +198,8 @@ def _load(model: nn.Module, fit: Fit, source: str) -> None:
 def fault_of(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
     """Return the values in tensors that no trained model has, in words; "" if there are none.
 
-    Parameters
-    ----------
-    state : mapping of str to torch.Tensor
-        On the CPU.
-    own : mapping of str to torch.Tensor
-        The tensors of a new model by the same names. Values are judged in their type. Masks are not finite from the
-        beginning.
+    The tensors are on the CPU. They are compared with those of a new model by the same names: values are judged in
+    their type, and masks are not finite from the beginning.
     """
     cast = {name: tensor.to(own[name].dtype) for name, tensor in state.items() if tensor.is_floating_point()}
     if bad := [name for name, tensor in cast.items() if not _is_finite(tensor, own[name])]:

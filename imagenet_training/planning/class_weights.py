@@ -14,19 +14,7 @@ def effective_number_weights(counts: Sequence[int] | np.ndarray, beta: float = B
     The effective number of n images is ``(1 - beta^n) / (1 - beta)``: close to n for rare classes, and at most
     ``1 / (1 - beta)``. Follows "Class-Balanced Loss Based on Effective Number of Samples" (Cui et al. 2019, arXiv
     1901.05555), equation 4. There, the weights have a mean of 1 over the classes. Here, the mean loss of an epoch keeps
-    its size, and with it the meaning of a learning rate.
-
-    Parameters
-    ----------
-    counts : sequence of int
-        Images of each class, at least one in all.
-    beta : float
-        In [0, 1).
-
-    Returns
-    -------
-    tuple of float
-        0 for a class without images.
+    its size, and with it the meaning of a learning rate. A class without images has the weight 0.
     """
     images = np.asarray(counts, np.float64)
     effective = (1 - beta**images) / (1 - beta)

@@ -95,15 +95,7 @@ class RunPlan:
     def step_at(self, epoch: int, samples: int) -> float:
         """Return the place of a position in the schedule: the steps that an undisturbed run of this plan takes to it.
 
-        Parameters
-        ----------
-        epoch, samples : int
-            Epochs finished, and samples of the current epoch that are done.
-
-        Returns
-        -------
-        float
-            An int, unless another global batch led to a position between two steps.
+        It is an int, unless another global batch led to a position between two steps.
         """
         steps, rest = divmod(samples, self.global_batch_size)
         return epoch * self.steps_per_epoch + (steps + rest / self.global_batch_size if rest else steps)
@@ -136,18 +128,14 @@ def plan_run(
 
     Parameters
     ----------
-    world_size : int
-        Number of processes that train.
     num_train, num_val : int
         Images of the two splits.
     class_counts : sequence of int, optional
         Training images of each class, for ``training.class_weights``.
     device_type : {"cuda", "cpu"}
         Mixed precision needs a GPU.
-    resumed : mapping, optional
-        The content of the checkpoint that the run continues from, whose global batch is kept.
-    resumed_from : str, optional
-        The path of that checkpoint.
+    resumed, resumed_from : mapping and str, optional
+        Content and path of the checkpoint that the run continues from, whose global batch is kept.
 
     Raises
     ------
@@ -234,22 +222,10 @@ def _explained_lr(recipe: Recipe, global_batch_size: int) -> tuple[float, str]:
 
 
 def _kept_global_batch(recipe: Recipe, resumed: Mapping[str, Any], world_size: int) -> tuple[int, int, list[str]]:
-    """Keep the global batch of a resumed run, if the number of processes has changed.
+    """Return batch size and accumulation that keep the global batch of a resumed run, with a notice of a change.
 
     The recipe's batch size per process is kept if it divides this rank's share, and is never exceeded. A batch size or
     an accumulation that was changed since the checkpoint is the user's choice, and is not touched.
-
-    Parameters
-    ----------
-    resumed : mapping
-        The checkpoint's ``recipe``, ``asked_batch`` (its recipe's batch size and accumulation), ``world_size`` and
-        ``global_batch_size``.
-
-    Returns
-    -------
-    batch_size, accumulation : int
-    notices : list of str
-        The arithmetic, if something was changed.
 
     Raises
     ------

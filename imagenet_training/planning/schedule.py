@@ -11,14 +11,7 @@ from imagenet_training.planning.sections import LearningRate, Resolution
 def cyclic_lr(epoch: int, *, lr: float, peak_epoch: int, epochs: int) -> float:
     """Return ffcv-imagenet's ``get_cyclic_lr``: linear from 1e-4 of the peak at epoch 0 to the peak, then to 0.
 
-    Parameters
-    ----------
-    epoch : int
-        Epochs done, 0 to ``epochs``.
-    lr : float
-        The peak.
-    peak_epoch, epochs : int
-        Epochs of the peak and of 0. If the peak is beyond the end, the rate only rises.
+    If the peak is beyond the end, the rate only rises.
     """
     if epoch < peak_epoch:
         return lr * (1e-4 + (1 - 1e-4) * epoch / peak_epoch)
@@ -61,11 +54,6 @@ def build_lr(settings: LearningRate, *, peak: float, epochs: int, steps_per_epoc
     ``step`` falls over the epoch before a factor applies. ``cosine`` and ``step`` may start with a warm-up: over
     ``lr.warmup_epochs`` the rate rises linearly, from ``lr.warmup_lr`` times its value to all of it. The cosine begins
     after the warm-up, while ``step`` counts its epochs from the first.
-
-    Parameters
-    ----------
-    peak : float
-        Peak learning rate.
 
     Raises
     ------

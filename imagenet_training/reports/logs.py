@@ -155,19 +155,13 @@ class RunLog:
     def open(self, state: TrainState, provenance: dict[str, Any], earlier: Path | None = None) -> None:
         """Start the run's files, or continue those of a resumed run. The state gets the name of the files.
 
-        Records of epochs that the resumed run repeats are dropped, so that each epoch is recorded once.
-
-        Parameters
-        ----------
-        provenance : dict
-            From `imagenet_training.run.provenance.describe_run`.
-        earlier : Path, optional
-            The folder of the logs of the run that is resumed. If it is another folder, its records are copied.
+        Records of epochs that the resumed run repeats are dropped, so that each epoch is recorded once. If its logs
+        were in another folder, `earlier`, its records are copied. Later, a file that cannot be written gets a note.
 
         Raises
         ------
         SaveError
-            If a file cannot be made. Later, a file that cannot be written gets a note.
+            If a file cannot be made.
         """
         state.run_name = state.run_name or time.strftime("train_%Y-%m-%d_%H-%M-%S")
         self._run_name = state.run_name

@@ -25,24 +25,11 @@ def best_record(records: Records) -> Mapping[str, Any] | None:
 
 
 def pace(values: Mapping[str, float], expected_accuracy: ExpectedAccuracy, num_epochs: int) -> str:
-    """Return how far accuracies are from the expected ones, in percent points, as text.
+    """Return how far accuracies are from the expected ones, in percent points, as text; "" if nothing is expected.
 
     Between two stated epochs, the expected accuracy lies on the straight line that joins them. Before the first stated
-    epoch, the text only names what is expected then.
-
-    Parameters
-    ----------
-    values : dict of str to float
-        Accuracies in [0, 1] by metric, such as ``val/acc1``.
-    expected_accuracy : dict
-        Accuracies in percent by epochs finished, by metric.
-    num_epochs : int
-        Epochs finished.
-
-    Returns
-    -------
-    str
-        Empty if nothing is expected.
+    epoch, the text only names what is expected then. The values are accuracies in [0, 1] by metric, such as
+    ``val/acc1``. `num_epochs` epochs are finished.
     """
     parts = []
     for metric, course in expected_accuracy.items():

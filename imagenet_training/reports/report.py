@@ -35,7 +35,7 @@ def write_report(
     records : sequence of dict
         The records of the run's epochs. Empty for an evaluation without training.
     provenance : dict
-        The provenance stored with the run: ``recipe``, ``recipe_history``, ``versions``, ``data``, ...
+        The provenance stored with the run.
     files : dict of str to str, optional
         The paths of the run's files by description.
     names : sequence of str

@@ -117,12 +117,8 @@ def copy_parts(earlier: Path, folder: Path, wandb_id: str) -> int:
 class WandbRun:
     """The W&B run of a training run. An error of W&B ends the recording, and never the training.
 
-    Parameters
-    ----------
-    earlier : sequence of Part
-        The earlier parts of an offline run. What they have is not recorded again.
-    log : callable
-        Gets a line of text for what the user should know.
+    What the earlier parts of an offline run have is not recorded again. `log` gets a line of text for what the user
+    should know.
     """
 
     def __init__(self, run: Any, earlier: Sequence[Part], log: Callable[[str], None]):
@@ -185,14 +181,10 @@ def start_wandb(
     log: Callable[[str], None],
     records: Sequence[Mapping[str, Any]],
 ) -> WandbRun | None:
-    """Start the W&B run of a recipe, or continue the one that ``state`` names.
+    """Start the W&B run of a recipe, or continue the one that ``state`` names. The state gets the id of the W&B run.
 
     Parameters
     ----------
-    state : TrainState
-        Gets the id of the W&B run.
-    provenance : dict
-        Its ``recipe`` has the ``wandb`` settings.
     folder : Path
         W&B's own files go below it.
     log : callable

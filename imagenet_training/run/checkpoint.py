@@ -114,14 +114,9 @@ def checkpoint_content(
 
 
 class CheckpointFolder:
-    """The checkpoints of the runs of one architecture in one folder.
+    """The checkpoints of the runs of one architecture in one folder, which the first save makes.
 
-    Parameters
-    ----------
-    folder : Path
-        Made by the first save.
-    arch : str
-        The names of the best checkpoint and the exported weights begin with it.
+    The names of the best checkpoint and the exported weights begin with the architecture.
     """
 
     def __init__(self, folder: Path, arch: str):
@@ -151,22 +146,10 @@ class CheckpointFolder:
         return [path for path in paths if path.name == "last.ckpt" or best.fullmatch(path.name)]
 
     def newest(self, run_name: str = "") -> tuple[Path | None, list[str]]:
-        """Find the checkpoint that is furthest, by epochs and then by samples, and pass over damaged ones.
+        """Return the checkpoint that is furthest, by epochs and then by samples, and a notice for each damaged one.
 
         Of each file only the description is read, and the whole file only if it may be the answer. A file that a
-        running run has just removed is left out.
-
-        Parameters
-        ----------
-        run_name : str
-            Only checkpoints of the run of this name count; "" for those of any run.
-
-        Returns
-        -------
-        path : Path or None
-            None if there is no checkpoint.
-        notices : list of str
-            One for each damaged file, with the damage.
+        running run has just removed is left out. If a run is named, only its checkpoints count.
 
         Raises
         ------
@@ -229,22 +212,10 @@ class CheckpointFolder:
         return self._keep([*self.paths(), self.weights, self.older_weights, *others])
 
     def keep_abandoned(self, resumed: Path, state: TrainState) -> list[Path]:
-        """Move the checkpoints that are further than the resumed one out of the way of the run that goes on from it.
+        """Move the checkpoints that are further than the resumed one out of the way. Return the new paths.
 
-        Otherwise ``--resume auto`` would return to the part of the run that was abandoned. Exported weights move with
-        their checkpoint.
-
-        Parameters
-        ----------
-        resumed : Path
-            The checkpoint in this folder that is resumed.
-        state : TrainState
-            Its position.
-
-        Returns
-        -------
-        list of Path
-            The new paths.
+        Otherwise ``--resume auto`` would return to the part of the run that was abandoned. The state is the position of
+        the resumed checkpoint. Exported weights move with their checkpoint.
         """
         further = []
         for path in self.paths():

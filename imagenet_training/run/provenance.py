@@ -56,12 +56,8 @@ def describe_run(recipe: Recipe, plan: RunPlan, data: TrainingData, world: World
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, evaluates: bool = False) -> list[str]:
     """Return a notice for everything in which a run differs from the run that saved its checkpoint.
 
-    Parameters
-    ----------
-    before, now : mapping
-        As `describe_run` returns.
-    evaluates : bool
-        The checkpoint is only evaluated. Then settings, and versions that change no result, are left out.
+    Both are given as `describe_run` returns them. If the checkpoint is only evaluated, settings, and versions that
+    change no result, are left out.
     """
     earlier, current = _flat(before), _flat(now)
     which = "evaluated" if evaluates else "resumed"

@@ -49,14 +49,8 @@ class RunFolder:
     As a context manager it prints the summary and starts the files. At the end it waits for the last save. If the run
     is stopped by a signal, it saves the run first. If the run fails, the files stay open for the error.
 
-    Parameters
-    ----------
-    state : TrainState
-        The position of the run, which the caller moves on.
-    meta_model : torch.nn.Module
-        The model on the meta device, for its size in the summary.
-    lock : OwnerLock
-        The lock of the folder; see `locked_folder`.
+    The caller moves the state on. The model on the meta device is for its size in the summary. The lock is that of the
+    folder; see `locked_folder`.
     """
 
     def __init__(

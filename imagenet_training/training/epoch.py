@@ -179,15 +179,7 @@ def non_finite_message(state: TrainState, lr: float, precision: str) -> str:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of an evaluation; empty if there was none.
-
-    Attributes
-    ----------
-    values : dict
-        ``val/loss``, ``val/acc1``, ``val/acc5``; see `measure`.
-    predictions : Predictions or None
-        For every sample of the split.
-    """
+    """The values of `measure`, and the predictions for every sample of the split. Empty if there was no evaluation."""
 
     values: dict[str, float] = field(default_factory=dict)
     predictions: Predictions | None = None

@@ -17,20 +17,12 @@ AUXILIARY_WEIGHTS = {"googlenet": 0.3, "inception_v3": 0.4}
 
 
 def mean_over_images(losses: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """Return the mean (scalar) of the losses of images, each times the weight of its classes.
+    """Return the mean (scalar) of the losses of images (N,), each times the weight of its classes.
 
-    The weight of an image is the mean of the weights of all classes, each by its share in the target. A mixed image has
-    the weights of its two classes, by their shares. Label smoothing moves each weight a little towards their mean.
-    PyTorch's ``weight`` multiplies the term of each class instead, which would change the smoothed target itself.
-
-    Parameters
-    ----------
-    losses : torch.Tensor
-        Float (N,).
-    targets : torch.Tensor
-        Float (N, K).
-    weights : torch.Tensor or None
-        Weight of each class, float32 (K,). None: all images count alike.
+    The weight of an image is the mean of the weights of all classes (K,), each by its share in the target (N, K). A
+    mixed image has the weights of its two classes, by their shares. Label smoothing moves each weight a little towards
+    their mean. PyTorch's ``weight`` multiplies the term of each class instead, which would change the smoothed target
+    itself.
     """
     return losses.mean() if weights is None else (losses * (targets.float() @ weights)).mean()
 
@@ -52,19 +44,9 @@ def binary_cross_entropy(
 ) -> torch.Tensor:
     """Return the binary cross entropy (scalar): the mean over images and classes, computed in float32.
 
-    Parameters
-    ----------
-    logits, targets : torch.Tensor
-        Float (N, K).
-    threshold : float, optional
-        Targets above the threshold become 1, all others 0, as with timm's ``target_threshold``. Each class in a mixed
-        image then counts fully. None: targets stay as they are.
-    weights : torch.Tensor, optional
-        Weight of each class, float32 (K,); see `mean_over_images`. The threshold does not change an image's weight.
-
-    Notes
-    -----
-    Follows "ResNet Strikes Back" (arXiv 2110.00476), section 3, and timm's ``BinaryCrossEntropy`` on dense targets.
+    Targets (N, K) above the threshold become 1, all others 0, as with timm's ``target_threshold``. Each class in a
+    mixed image then counts fully. The threshold does not change the weight of an image; see `mean_over_images`. Follows
+    "ResNet Strikes Back" (arXiv 2110.00476), section 3, and timm's ``BinaryCrossEntropy`` on dense targets.
     """
     wanted = targets if threshold is None else (targets > threshold).to(logits.dtype)
     if weights is None:
@@ -76,16 +58,8 @@ def binary_cross_entropy(
 def loss_of_outputs(loss: Loss, auxiliary_weight: float | None, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
     """Return the loss (scalar) of a model's outputs: that of the main head, and the share of each auxiliary head.
 
-    Parameters
-    ----------
-    loss : callable
-        Loss of one head.
-    auxiliary_weight : float or None
-        Weight of the loss of each auxiliary head.
-    outputs : torch.Tensor or tuple of torch.Tensor
-        Logits (N, K), first those of the main head.
-    targets : torch.Tensor
-        Float (N, K).
+    The outputs are logits (N, K), or a tuple of them that begins with those of the main head. The targets, too, are
+    (N, K).
 
     Raises
     ------

@@ -63,12 +63,7 @@ class AccuracyMeter:
 class PredictionRecorder:
     """Loss, prediction and confidence of every sample of a split, kept on the device until the evaluation ends.
 
-    Parameters
-    ----------
-    order : ndarray of int64
-        Ids of this rank's samples, in the order in which they come.
-    num_samples : int
-        Size of the split.
+    `order` has the ids of this rank's samples, int64, in the order in which they come. The split has `num_samples`.
     """
 
     def __init__(self, device: torch.device, order: np.ndarray, num_samples: int):

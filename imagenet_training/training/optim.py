@@ -51,22 +51,12 @@ def build_optimizer(
     bn_wd: float | None = None,
     scales: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """Build an optimizer over `parameter_groups`.
+    """Build an optimizer over `parameter_groups`: SGD with momentum, AdamW, or timm's LAMB.
 
-    Parameters
-    ----------
-    name : {"sgd", "lamb", "adamw"}
-        SGD with momentum; AdamW; timm's LAMB, which bounds the norm of the whole gradient by 1, as in "ResNet Strikes
-        Back". SGD and AdamW are fused if the parameters are on a GPU.
-    momentum, nesterov
-        For SGD only.
-    scales : mapping of str to float, optional
-        The factor of the learning rate of each parameter. `Trainer.optimizer_step` applies it in every step.
-
-    Notes
-    -----
-    If a gradient overflows under a gradient scaler, fused optimizers skip the step on the GPU itself. LAMB makes the
-    host wait for the result of that check in every step.
+    LAMB bounds the norm of the whole gradient by 1, as in "ResNet Strikes Back". SGD and AdamW are fused if the
+    parameters are on a GPU. If a gradient overflows under a gradient scaler, fused optimizers skip the step on the GPU
+    itself. LAMB makes the host wait for the result of that check in every step. `Trainer.optimizer_step` applies the
+    scales of the learning rate in every step.
     """
     groups = parameter_groups(model, weight_decay, bn_wd, scales)
     fused = all(parameter.is_cuda for parameter in model.parameters())
@@ -91,11 +81,6 @@ class MovingAverage(AveragedModel):
 
     The first update copies. Each later one does ``ema = decay ema + (1 - decay) model``, as torchvision's references.
     The update of `AveragedModel` copies its count to the GPU, and the host waits for the copy. This update does not.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        On its device.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):

@@ -41,14 +41,9 @@ if "forward_sync_buffers" not in inspect.signature(DistributedDataParallel).para
 
 
 def make_deterministic(wanted: bool, modes: Iterable[StepMode]) -> None:
-    """Have PyTorch take only kernels that give the same bits in every run, or whichever are fastest.
+    """Have PyTorch take only kernels that give the same bits in every run, or those that cuDNN finds fastest by timing.
 
-    Parameters
-    ----------
-    wanted : bool
-        If it is false, cuDNN chooses its kernels by timing them.
-    modes : iterable of StepMode
-        The modes that a run may use.
+    `modes` are those that the run may use.
 
     Raises
     ------
@@ -87,7 +82,6 @@ class Trainer:
         Scalar loss of the model's outputs and dense targets (N, K); see `loss_of_outputs`.
     lr : callable
         Learning rate at a place of the schedule; see `imagenet_training.planning.plan.RunPlan.step_at`.
-    precision : {"16-mixed", "bf16-mixed", "32"}
     accumulation : int
         Batches per optimizer step.
     grad_clip, agc : float
@@ -110,8 +104,7 @@ class Trainer:
     prepared_px : int
         Side of the images that the step is prepared for; 0 for none yet.
     notices : tuple of str
-        Everything that was chosen, left out or not loaded of the weights that the model starts from, what the
-        architecture does without a setting, and the modes.
+        What was chosen or left out of the weights and the modes, and what the architecture does without a setting.
     """
 
     model: nn.Module
@@ -194,12 +187,8 @@ class Trainer:
     def optimizer_step(self, lr: float, *, step: int) -> None:
         """Change the weights by the gradient of the last batches, and after some steps the moving average.
 
-        Parameters
-        ----------
-        lr : float
-            Learning rate of the head. Other layers may have a share of it.
-        step : int
-            Optimizer steps that the run has taken.
+        `lr` is the learning rate of the head. Other layers may have a share of it. `step` is the number of optimizer
+        steps that the run has taken.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -293,14 +282,8 @@ def batch_place(state: TrainState, plan: RunPlan, number: int) -> tuple[int, ...
     """Return the place of a batch in the run: its epoch, and the samples of the epoch before it.
 
     No two batches of a run have the same place, though its batch size may change when it is resumed. A run that an
-    earlier version began keeps the place of that version, the number of the batch over the run.
-
-    Parameters
-    ----------
-    state : TrainState
-        The position before the optimizer step of the batch.
-    number : int
-        The number of the batch in its optimizer step, from 0.
+    earlier version began keeps the place of that version, the number of the batch over the run. The state is that
+    before the optimizer step, and `number` is that of the batch in the step, from 0.
     """
     if state.numbered_batches:
         return (state.step * plan.accumulation + number,)
@@ -319,12 +302,8 @@ def infinite_buffers(model: nn.Module) -> frozenset[str]:
 def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoint: bool = False) -> Trainer:
     """Build model, optimizer, moving average and loss of a recipe, on this rank's device.
 
-    This also sets PyTorch's global seed, TF32 and the choice of kernels.
-
-    Parameters
-    ----------
-    from_checkpoint : bool
-        A checkpoint will be restored, so pretrained or local weights are not loaded first.
+    This also sets PyTorch's global seed, TF32 and the choice of kernels. If a checkpoint will be restored, pretrained
+    or local weights are not loaded first.
 
     Raises
     ------

@@ -33,17 +33,9 @@ SMALL_PX = 64
 
 @dataclass(frozen=True)
 class Need:
-    """A pass that the run will make.
+    """A pass that the run will make in training or else in evaluation mode, forward only or back too.
 
-    Attributes
-    ----------
-    key : str
-        The setting of its size; "" for a size that only the ramp between two settings reaches.
-    size_px : int
-    trains : bool
-        In training mode, or else in evaluation mode.
-    backward : bool
-        Pass the gradient back too.
+    `key` is the setting of its size; "" for a size that only the ramp between two settings reaches.
     """
 
     key: str
@@ -56,13 +48,7 @@ class Need:
 class Trial:
     """A copy of a model that passes images, so that the model itself is not changed.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Without a distributed wrapper. On the meta device only shapes are tried.
-    loss : callable
-        Scalar loss of the model's outputs and dense targets.
-    precision : {"16-mixed", "bf16-mixed", "32"}
+    The model has no distributed wrapper. On the meta device only shapes are tried.
     """
 
     model: nn.Module
@@ -164,10 +150,7 @@ def needs_of(recipe: Recipe, plan: RunPlan) -> list[Need]:
 def try_model(recipe: Recipe, plan: RunPlan, model: nn.Module, loss: Loss) -> None:
     """Pass a batch of at most two images of each size of the run through a copy of its model, with the run's loss.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-        On the device of the run, or on the meta device.
+    The model is on the device of the run, or on the meta device.
 
     Raises
     ------
