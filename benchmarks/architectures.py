@@ -45,7 +45,7 @@ from imagenet_training.planning.plan import plan_run  # noqa: E402
 from imagenet_training.planning.recipe import Recipe, read_recipe  # noqa: E402
 from imagenet_training.training.loss import recipe_loss  # noqa: E402
 from imagenet_training.training.trainer import build_trainer  # noqa: E402
-from imagenet_training.training.trial import Trial, candidates, check_drop_path, try_model  # noqa: E402
+from imagenet_training.training.trial import Need, Trial, candidates, check_drop_path, try_model  # noqa: E402
 
 NUM_CLASSES, OTHER_NUM_CLASSES, BATCH_SIZE = 10, 7, 2
 WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
@@ -102,7 +102,8 @@ def smallest_size(recipe: Recipe, meta_model: torch.nn.Module) -> int | None:
         model = meta_model if on_meta else build_model(**model_arguments(recipe))
         trial = Trial(model, recipe_loss(recipe), NUM_CLASSES, "32")
         for size in sorted(candidates(model)):
-            if trial.train(size, BATCH_SIZE, backward=False) is None and trial.evaluate(size, BATCH_SIZE) is None:
+            needs = [Need("", size, trains=True), Need("", size, trains=False)]
+            if all(trial.error_of(need, size, BATCH_SIZE) is None for need in needs):
                 return size
     return None
 

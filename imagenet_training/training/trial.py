@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,12 +62,6 @@ class Trial:
         if self.device.type != "cuda":
             self.precision = "32"
 
-    def error_of(self, need: Need, size_px: int, batch_size: int) -> Exception | None:
-        """Pass a batch as a need says, but of the given size. Return the error, if there is one."""
-        if need.trains:
-            return self.train(size_px, batch_size, backward=need.backward)
-        return self.evaluate(size_px, batch_size)
-
     def errors_of(self, needs: Iterable[Need], batch_size: int, on_meta: "Trial | None") -> dict[Need, Exception]:
         """Pass a batch for each need. Return the errors.
 
@@ -87,27 +81,40 @@ class Trial:
                 errors[need] = error
         return errors
 
-    def train(self, size_px: int, batch_size: int, *, backward: bool = True) -> Exception | None:
-        """Pass a batch forward and back in training mode. Return the error, if there is one."""
+    def error_of(self, need: Need, size_px: int, batch_size: int) -> Exception | None:
+        """Pass a batch as a need describes, but of the given size. Return the error, if there is one.
 
-        def step() -> None:
-            outputs = self._forward(size_px, batch_size)
-            targets = torch.full((batch_size, self.num_classes), 1 / self.num_classes, device=self.device)
-            self._check_shape(main_logits(outputs), batch_size)
-            loss = self.loss(outputs, targets)
-            if backward and self.device.type != "meta":
+        The pass leaves no trace in PyTorch's settings and generators.
+        """
+        benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # not for these few images
+        python_state = random.getstate()
+        gpus = [self.device] if self.device.type == "cuda" else []
+        try:
+            # Without a gradient, the pass is cheaper.
+            with torch.random.fork_rng(gpus), torch.set_grad_enabled(need.backward):
+                self._pass(need, size_px, batch_size)
+        except Exception as error:  # each architecture fails with its own kind of error
+            return error
+        finally:
+            torch.backends.cudnn.benchmark = benchmark
+            random.setstate(python_state)
+        return None
+
+    def _pass(self, need: Need, size_px: int, batch_size: int) -> None:
+        if need.trains:
+            set_training_mode(self.model)
+        else:
+            self.model.eval()
+        outputs = self._forward(size_px, batch_size)
+        logits = main_logits(outputs) if need.trains else outputs
+        shape, wanted = tuple(getattr(logits, "shape", ())), (batch_size, self.num_classes)
+        if shape != wanted:
+            raise TypeError(f"the model's output is a {type(logits).__name__} of shape {shape}, not {wanted}")
+        if need.trains:
+            loss = self.loss(outputs, torch.full(wanted, 1 / self.num_classes, device=self.device))
+            if need.backward and self.device.type != "meta":
                 loss.backward()
                 self.model.zero_grad(set_to_none=True)
-
-        set_training_mode(self.model)
-        with torch.set_grad_enabled(backward):  # without a gradient, the pass is cheaper
-            return self._error_of(step)
-
-    def evaluate(self, size_px: int, batch_size: int) -> Exception | None:
-        """Pass a batch forward in evaluation mode. Return the error, if there is one."""
-        self.model.eval()
-        with torch.no_grad():
-            return self._error_of(lambda: self._check_shape(self._forward(size_px, batch_size), batch_size))
 
     def _forward(self, size_px: int, batch_size: int) -> torch.Tensor:
         images = torch.randn(batch_size, 3, size_px, size_px, device=self.device)
@@ -115,25 +122,6 @@ class Trial:
             return self.model(images)
         with autocast(self.device, self.precision):
             return self.model(images)
-
-    def _check_shape(self, logits: torch.Tensor, batch_size: int) -> None:
-        shape, wanted = tuple(getattr(logits, "shape", ())), (batch_size, self.num_classes)
-        if shape != wanted:
-            raise TypeError(f"the model's output is a {type(logits).__name__} of shape {shape}, not {wanted}")
-
-    def _error_of(self, attempt: Callable[[], None]) -> Exception | None:
-        """Return the error of an attempt, which leaves no trace in PyTorch's settings and generators."""
-        benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # not for these few images
-        python_state = random.getstate()
-        try:
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                attempt()
-        except Exception as error:  # each architecture fails with its own kind of error
-            return error
-        finally:
-            torch.backends.cudnn.benchmark = benchmark
-            random.setstate(python_state)
-        return None
 
 
 def needs_of(recipe: Recipe, plan: RunPlan) -> list[Need]:
