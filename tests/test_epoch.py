@@ -20,7 +20,7 @@ from imagenet_training.planning.recipe import read_recipe
 from imagenet_training.reports.logs import RunLog
 from imagenet_training.state import TrainState
 from imagenet_training.training.epoch import calling_at_last, evaluate, measure, train_epoch
-from imagenet_training.training.failures import RunError
+from imagenet_training.training.failures import RunError, out_of_memory_message
 from imagenet_training.training.loss import soft_target_cross_entropy
 from imagenet_training.training.meters import (
     AccuracyMeter,
@@ -277,6 +277,13 @@ class Split(list):
 
     def next_traversal_order(self):
         return np.arange(self.batch_size)
+
+
+def test_memory_that_runs_out_in_training_names_a_smaller_batch_if_there_is_one():
+    plan = make_plan(batch_size=6, global_batch_size=12, world_size=2)
+    assert "Try --batch_size 3: its linearly scaled learning rate is 0.05" in out_of_memory_message(plan)
+    assert "--batch_size 3 --training.accumulation=2" in out_of_memory_message(plan)
+    assert "end what else uses it" in out_of_memory_message(make_plan(batch_size=1, global_batch_size=1))
 
 
 def test_memory_that_runs_out_in_an_evaluation_names_its_own_batch_size(data, tmp_path):

@@ -101,7 +101,9 @@ def _report_first_failure(error: Exception, message: str, world: World, log: Run
 
 def out_of_memory_message(plan: RunPlan) -> str:
     """Return the batch size to try after the GPU's memory ran out, and the learning rate that goes with it."""
-    batch_size = max(1, plan.batch_size // 2)
+    if plan.batch_size == 1:
+        return "out of GPU memory at a batch size of 1: end what else uses it, or choose a smaller --model.arch"
+    batch_size = plan.batch_size // 2
     global_batch_size = plan.global_batch_size // plan.batch_size * batch_size
     lr = plan.lr * global_batch_size / plan.global_batch_size
     advice = (
