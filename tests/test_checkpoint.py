@@ -31,7 +31,7 @@ from imagenet_training.run.checkpoint import (
     save_atomically,
 )
 from imagenet_training.run.resume import ResumePoint, restore
-from imagenet_training.run.run_folder import check_folder
+from imagenet_training.run.run_folder import check_folder, how_it_ended
 from imagenet_training.state import TrainState
 from imagenet_training.training.loss import soft_target_cross_entropy
 from imagenet_training.training.optim import build_ema, build_optimizer
@@ -121,6 +121,14 @@ def test_a_copy_stays_as_it_is_while_training_goes_on(tmp_path):
         )
         assert int(first["optimizer"]["state"][number]["step"]) == 1 and int(values["step"]) == 2
     assert content["model"]._metadata == live["model"]._metadata
+
+
+def test_a_run_without_a_comparable_evaluation_names_no_best_accuracy():
+    state = TrainState(epoch=3, best_acc1=0.5, best_epoch=1)
+    assert how_it_ended(state, 0.4) == "best top-1 50.000% in epoch 1, last 40.000%"
+    assert how_it_ended(state, None) == "best top-1 50.000% in epoch 1"
+    state.forget_best()
+    assert how_it_ended(state, None) == "no epoch was evaluated with the present validation settings"
 
 
 def test_tasks_beside_training_run_in_order_and_their_errors_are_raised():

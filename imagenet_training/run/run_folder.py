@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -217,11 +217,8 @@ class RunFolder:
         """Print how the run ended, where its files are, and what is usually done next."""
         self.finish()
         state, log, checkpoints = self.state, self.log, self.checkpoints
-        best, last = checkpoints.best(state), log.last.get("val/acc1")
-        log.print(
-            f"done: best top-1 {state.best_acc1:.3%} in epoch {state.best_epoch}"
-            + (f", last {last:.3%}" if last is not None else "")
-        )
+        best = checkpoints.best(state)
+        log.print(f"done: {how_it_ended(state, log.last.get('val/acc1'))}")
         if best.exists():  # else the best epoch was in another folder, before the run was resumed
             log.print(f"  best checkpoint   {best}")
         log.print(f"  last checkpoint   {checkpoints.last}")
@@ -232,13 +229,22 @@ class RunFolder:
         if advice := data_wait_advice(log.records()):
             log.print(f"note: {advice}")
         log.print("next")
-        train_on = {"training.resume": str(checkpoints.last), "training.epochs": str(2 * self.plan.epochs)}
+        settings = {"training.resume": str(checkpoints.last), "training.epochs": str(2 * self.plan.epochs)}
+        train_on = ["python", sys.argv[0], *replace_settings(sys.argv[1:], FLAGS, settings)]
         evaluated = best if best.exists() else checkpoints.last  # it brings the settings of the run
         log.print(f"  evaluate     {shlex.join(['python', sys.argv[0], '--eval_only', '--resume', str(evaluated)])}")
-        log.print(f"  train on     {_command(train_on)}")
+        log.print(f"  train on     {shlex.join(train_on)}")
         if checkpoints.weights.exists():
             for line in use_of_weights(checkpoints.weights, self.card):
                 log.print(f"  use weights  {line}")
+
+
+def how_it_ended(state: TrainState, last_acc1: float | None) -> str:
+    """Return the best top-1 of a run, and the last one if an epoch has been evaluated since its start."""
+    if state.best_epoch < 0:  # the run has nothing left to train, and its settings of evaluations have changed
+        return "no epoch was evaluated with the present validation settings"
+    last = "" if last_acc1 is None else f", last {last_acc1:.3%}"
+    return f"best top-1 {state.best_acc1:.3%} in epoch {state.best_epoch}{last}"
 
 
 def check_folder(recipe: Recipe, trainer: Trainer, state: TrainState) -> None:
@@ -252,12 +258,9 @@ def check_folder(recipe: Recipe, trainer: Trainer, state: TrainState) -> None:
 
     def check() -> None:
         folder = Path(recipe.logging.folder)
-        try:
-            check_writable(folder)
-            check_writable(folder / "checkpoints")
-            check_writable(folder / "logs", f"{state.run_name}.log")
-        except UserError as error:
-            raise UserError(f"{recipe.shown('logging.folder')}: {error}") from error
+        _check_writable(recipe, folder)
+        _check_writable(recipe, folder / "checkpoints")
+        _check_writable(recipe, folder / "logs", f"{state.run_name}.log")
         needed_bytes = size_bytes(checkpoint_content(state, trainer, {}, ModelCard({})))
         free_bytes = shutil.disk_usage(nearest_folder(folder / "checkpoints")).free
         if free_bytes < needed_bytes:
@@ -267,6 +270,14 @@ def check_folder(recipe: Recipe, trainer: Trainer, state: TrainState) -> None:
             )
 
     decided_by_main(check)
+
+
+def _check_writable(recipe: Recipe, folder: Path, *names: str) -> None:
+    """Check a folder, and files in it, below ``logging.folder``; see `ffcv_ops.files.check_writable`."""
+    try:
+        check_writable(folder, *names)
+    except UserError as error:
+        raise UserError(f"{recipe.shown('logging.folder')}: {error}") from error
 
 
 @contextmanager
@@ -287,10 +298,7 @@ def locked_folder(recipe: Recipe, world: World) -> Iterator[OwnerLock]:
     predecessor = json.loads(world.store.read(RUN_NOTE) or "{}").get(LOCK_NOTE, "")
 
     def take() -> None:
-        try:
-            check_writable(folder)
-        except UserError as error:
-            raise UserError(f"{recipe.shown('logging.folder')}: {error}") from error
+        _check_writable(recipe, folder)
         lock.acquire(predecessor)
 
     decided_by_main(take)
@@ -347,8 +355,3 @@ def report_evaluation(
 def names_of(data: TrainingData) -> list[str]:
     """Return the names of the model's classes by number, in words if they are numbers of ImageNet's WordNet."""
     return class_names(data.classes.names, data.val.num_classes)
-
-
-def _command(settings: Mapping[str, str]) -> str:
-    """Return the command of this run with some settings replaced."""
-    return shlex.join(["python", sys.argv[0], *replace_settings(sys.argv[1:], FLAGS, settings)])
