@@ -1,7 +1,5 @@
 """Print the plan of a run without starting it."""
 
-from dataclasses import replace
-
 import torch
 
 from imagenet_training.data.augmentation import build_augmentations
@@ -21,7 +19,8 @@ def show_plan(recipe: Recipe) -> None:
     """Print the resolved recipe and its arithmetic. This needs no GPU and no data, but checks data that exist."""
     build_augmentations(recipe)  # an operation that does not exist is an error
     data = planned_data(recipe)
-    recipe = planned_normalization(recipe)
+    point = choose_checkpoint(recipe, World(0, 0, 1, 1, torch.device("cpu")))
+    recipe = settle_normalization(recipe, point.content)
     plan = plan_run(
         recipe,
         world_size=planned_world_size(recipe),
@@ -33,12 +32,5 @@ def show_plan(recipe: Recipe) -> None:
     try_model(recipe, plan, model, recipe_loss(recipe))
     print(summary(recipe, plan, model_size(model, recipe.validation.resolution)))
     print(f"\n{resolved_recipe(recipe)}")
-    for line in [*recipe.notices, *plan.notices, *data.notices, *drop_path_notices(recipe, model)]:
+    for line in [*recipe.notices, *point.notices, *plan.notices, *data.notices, *drop_path_notices(recipe, model)]:
         print(f"note: {line}")
-
-
-def planned_normalization(recipe: Recipe) -> Recipe:
-    """Return a recipe with the numbers that a run would take. Nothing is created."""
-    point = choose_checkpoint(recipe, World(0, 0, 1, 1, torch.device("cpu")))
-    settled = settle_normalization(recipe, point.content)
-    return replace(settled, notices=(*settled.notices, *point.notices))

@@ -24,7 +24,7 @@ from imagenet_training import ModelCard, load_model
 from imagenet_training.data.classes import head_notices
 from imagenet_training.data.normalization import settle_normalization
 from imagenet_training.distributed import World
-from imagenet_training.dry_run import planned_normalization
+from imagenet_training.dry_run import show_plan
 from imagenet_training.models.architectures import build_model, head_of, model_arguments
 from imagenet_training.models.card import CARD_KEY, IMAGENET_MEAN, IMAGENET_STD
 from imagenet_training.models.export import export_weights, use_of_weights
@@ -408,7 +408,7 @@ def test_exported_weights_bring_the_settings_of_their_evaluation():
     # A batch changes no accuracy, and the classes are those of one file of images.
     names = {field.name for field in dataclasses.fields(Validation)} - {"batch_size", "classes"}
     assert card_of().settings()["validation"].keys() == names, (
-        "add the setting to ModelCard and to _SETTINGS_OF_EVALUATION (imagenet_training/models/card.py): else exported "
+        "add the setting to ModelCard and to _SETTINGS (imagenet_training/models/card.py): else exported "
         "weights are evaluated with its default"
     )
 
@@ -570,11 +570,18 @@ def test_another_normalisation_than_that_of_the_weights_is_noted(tmp_path):
     assert settled(*foreign, *both) == (HALF, HALF, ())
 
 
-def test_a_plan_has_the_numbers_that_a_run_would_take(tmp_path):
+def test_a_plan_has_the_numbers_that_a_run_would_take(tmp_path, capsys):
     path = tmp_path / "x.safetensors"
     export_weights(path, trained().state_dict(), ModelCard(**{**vars(card_of()), "mean": HALF, "std": HALF}))
-    assert planned_normalization(read_recipe([f"--model.weights={path}"])).data.mean == HALF
-    assert planned_normalization(read_recipe([])).data.std == IMAGENET_STD
+    small = [
+        "--model.arch=resnet18",
+        "--resolution.max_res=32",
+        "--resolution.min_res=32",
+        "--validation.resolution=32",
+    ]
+    for argv, mean in (([f"--model.weights={path}"], HALF), ([], IMAGENET_MEAN)):
+        show_plan(read_recipe([*small, *argv]))
+        assert f"\n  mean: [{', '.join(map(str, mean))}] " in capsys.readouterr().out
 
 
 def test_a_head_of_other_classes_of_the_same_number_is_noted():
