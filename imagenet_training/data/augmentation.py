@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ffcv_ops.errors import UserError
+from ffcv_ops import RandAugment, RandomErasing, TrivialAugmentWide, UserError
 from imagenet_training.planning.recipe import Recipe
 
 
@@ -14,9 +14,6 @@ def build_augmentations(recipe: Recipe) -> list[Any]:
     UserError
         If ``augmentation.auto_augment`` names an operation that does not exist.
     """
-    # Imported here, because the summary needs no kernels.
-    from ffcv_ops import RandAugment, RandomErasing, TrivialAugmentWide
-
     augmentation = recipe.augmentation
     operations: list[Any] = []
     if augmentation.auto_augment == "trivial":

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ffcv_ops.beton import layout as beton
 from ffcv_ops.beton.describe import Description, read_stored, spread
@@ -11,7 +12,7 @@ from ffcv_ops.beton.reading import Beton
 from ffcv_ops.codec import jpeg
 from imagenet_training.data.contact_sheet import MIN_CELL_PX, NUM_IMAGES, class_names, draw_contact_sheet
 
-_WHITE, _GREY = 255, 128
+_GREY = 128
 _NAME_LENGTH = 24
 
 
@@ -71,23 +72,15 @@ def decode_samples(found: Beton, samples: np.ndarray) -> list[np.ndarray | Excep
 
 
 def fit_into_squares(images: Sequence[np.ndarray], most_px: int) -> np.ndarray:
-    """Shrink images (H, W, 3) to fit into squares and centre them on white.
+    """Shrink images (H, W, 3) to fit into squares and centre them on white: uint8 (N, S, S, 3).
 
-    Returns
-    -------
-    ndarray of uint8, shape (N, S, S, 3)
-        S is the longest side of all images, at most `most_px`.
+    S is the longest side of all images, at most `most_px`.
     """
-    import cv2
-
     side = min(most_px, max(max(image.shape[:2]) for image in images))
-    squares = np.full((len(images), side, side, 3), _WHITE, np.uint8)
-    for square, image in zip(squares, images, strict=True):
-        height, width = image.shape[:2]
-        ratio = min(1.0, side / max(height, width))
-        size = max(1, round(width * ratio)), max(1, round(height * ratio))
-        if ratio < 1:
-            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        top, left = (side - size[1]) // 2, (side - size[0]) // 2
-        square[top : top + size[1], left : left + size[0]] = image
-    return squares
+    squares = []
+    for image in images:
+        picture, square = Image.fromarray(image), Image.new("RGB", (side, side), "white")
+        picture.thumbnail((side, side), Image.Resampling.BOX)
+        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        squares.append(np.asarray(square))
+    return np.stack(squares)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import StochasticDepth
 
 from ffcv_ops.errors import UserError
@@ -312,8 +313,6 @@ def model_size(model: nn.Module, resolution: int) -> str:
     The model is on the meta device, so that nothing is computed. Convolutions, matrix products and attention are
     counted. A multiply-add is two floating-point operations.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     parameters = f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:,.2f} M parameters"
     training = model.training
     try:

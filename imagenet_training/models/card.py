@@ -3,16 +3,16 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image, Resampling, fromarray
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.settings.declare import parameters_of
 from imagenet_training.planning.recipe import Recipe
 from imagenet_training.state import TrainState
-
-if TYPE_CHECKING:
-    import torch
-    from PIL.Image import Image
 
 # The key of the facts in the metadata of a safetensors file.
 CARD_KEY = "imagenet_training"
@@ -23,7 +23,7 @@ _SETTINGS_OF_MODEL = {
     "arch": "model.arch", "library": "model.library", "num_classes": "model.num_classes",
     "drop_path": "model.drop_path", "use_blurpool": "training.use_blurpool",
 }  # fmt: skip
-_SETTINGS_OF_EVALUATION = {
+_SETTINGS = {
     "mean": "data.mean", "std": "data.std", "resolution": "validation.resolution",
     "crop_ratio": "validation.crop_ratio", "resize": "validation.resize",
     "interpolation": "validation.interpolation", "flip": "validation.lr_tta", "precision": "training.precision",
@@ -107,7 +107,7 @@ class ModelCard:
     @classmethod
     def of_recipe(cls, recipe: Mapping[str, Any], model: Mapping[str, Any], classes: list[str] | None) -> "ModelCard":
         """Build the card of a run from its resolved recipe, by section, and the arguments of its model."""
-        places = {fact: key.split(".") for fact, key in _SETTINGS_OF_EVALUATION.items()}
+        places = {fact: key.split(".") for fact, key in _SETTINGS.items()}
         # A setting that the version of the recipe does not have yet had the present default.
         facts = {fact: recipe[section][name] for fact, (section, name) in places.items() if name in recipe[section]}
         for statistic in facts.keys() & {"mean", "std"}:
@@ -117,7 +117,7 @@ class ModelCard:
     def settings(self) -> dict[str, dict[str, Any]]:
         """Return the settings of a recipe that the card has, by section, with the types of JSON."""
         facts, found = self.to_dict(), dict[str, dict[str, Any]]()
-        for values, settings in ((facts["model"], _SETTINGS_OF_MODEL), (facts, _SETTINGS_OF_EVALUATION)):
+        for values, settings in ((facts["model"], _SETTINGS_OF_MODEL), (facts, _SETTINGS)):
             for fact, key in settings.items():
                 section, name = key.split(".")
                 found.setdefault(section, {})[name] = values[fact]
@@ -150,7 +150,7 @@ class ModelCard:
             run_name=state.run_name,
         )
 
-    def transform(self, image: "Image") -> "torch.Tensor":
+    def transform(self, image: Image) -> torch.Tensor:
         """Return an image as the model takes it: cropped, resized and normalised as in the evaluation.
 
         Parameters
@@ -162,7 +162,7 @@ class ModelCard:
         -------
         torch.Tensor
             Float32 (3, resolution, resolution). Pillow resizes the image. The pixels differ a little from those of
-            the evaluation: the images of a ``.beton`` file are encoded again, and large ones shrunk. Where the crop
+            the evaluation: the images of a ``.beton`` file are encoded again, and large ones shrunk. If the crop
             is large, the JPEG decoder also halves the image first.
 
         Raises
@@ -170,10 +170,7 @@ class ModelCard:
         UserError
             If the pixels are numbers of unknown range, such as floating-point numbers.
         """
-        import numpy as np
-        import torch
-        from PIL.Image import Resampling, fromarray
-
+        # Here, because importing the kernels takes seconds.
         from ffcv_ops.operations.crops import center_crops
         from ffcv_ops.sources.image import rgb_pixels
 
@@ -197,7 +194,7 @@ def _problem_of(facts: Mapping[str, Any]) -> str:
     if not all(isinstance(model.get(key, ""), str) for key in ("arch", "library")):
         return "arch and library must be text"
     parameters = parameters_of(Recipe)
-    for values, settings in ((model, _SETTINGS_OF_MODEL), (facts, _SETTINGS_OF_EVALUATION)):
+    for values, settings in ((model, _SETTINGS_OF_MODEL), (facts, _SETTINGS)):
         for key in settings.keys() & values.keys():
             checker, value = parameters[settings[key]].checker, values[key]
             if value is None and key == "resize":

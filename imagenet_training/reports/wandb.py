@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from imagenet_training.state import TrainState
 
 # The transaction log consists of blocks, as LevelDB's log does, behind a header of 7 bytes.
@@ -55,8 +57,6 @@ def read_parts(folder: Path, wandb_id: str) -> list[Part]:
 
 def _read_part(path: Path) -> Part:
     """Read a part up to its end, or to the first record that is damaged."""
-    from google.protobuf.message import DecodeError
-
     has_run, step, epoch = False, -1, -1
     with suppress(DecodeError, ValueError, OSError):
         for record, _ in _read_log(path):
@@ -93,8 +93,6 @@ def cut_torn_end(path: Path) -> None:
 
     If a record is damaged, rows may follow, and nothing is cut.
     """
-    from google.protobuf.message import DecodeError
-
     with suppress(DecodeError, ValueError, OSError):
         end = max((end for _, end in _read_log(path)), default=_HEADER_BYTES)
         if end < path.stat().st_size:
@@ -183,19 +181,9 @@ def start_wandb(
 ) -> WandbRun | None:
     """Start the W&B run of a recipe, or continue the one that ``state`` names. The state gets the id of the W&B run.
 
-    Parameters
-    ----------
-    folder : Path
-        W&B's own files go below it.
-    log : callable
-        Gets a line of text for each decision made for the user.
-    records : sequence of dict
-        The run's finished epochs. An offline part that was killed may have lost some; they are recorded again.
-
-    Returns
-    -------
-    WandbRun or None
-        None if the recipe turns W&B off, or W&B cannot start.
+    W&B's own files go below the folder. `log` gets a line of text for each decision made for the user. An offline part
+    that was killed may have lost some of the finished epochs in `records`, which are recorded again. Return None if the
+    recipe turns W&B off, or if W&B cannot start.
     """
     if not provenance["recipe"]["wandb"]["enable"]:
         return None
