@@ -147,14 +147,15 @@ def choose_candidate(recipe: Recipe, world: World) -> Candidate:
     _check_one_source(recipe)
     point = choose_checkpoint(recipe, world)
     content, weights, card = point.content, recipe.model.weights, None
+    own, saved = None, dict[str, Any]()
     if content is not None:
-        saved = content["recipe"]
+        own, saved = content.get("classes"), content["recipe"]
         if "card" in content:  # a run on a CPU may have had another precision than its recipe
             saved = {**saved, "training": {**saved["training"], "precision": content["card"]["precision"]}}
-    else:
-        card = read_weight_file(weights, f"model.weights={weights}").card if weights else None
-        saved = card.settings() if card is not None else {}
-    own = content.get("classes") if content is not None else card.classes if card is not None else None
+    elif weights:
+        card = read_weight_file(weights, f"model.weights={weights}").card
+        if card is not None:
+            own, saved = card.classes, card.settings()
     source, notices = point.path or weights, list(point.notices)
     classes = names_of_weights(recipe, own, str(source))
     settled, lost, kept = with_settings_of(recipe, saved)
@@ -167,13 +168,7 @@ def choose_candidate(recipe: Recipe, world: World) -> Candidate:
 
 
 def _with_number_of(recipe: Recipe, classes: list[str] | None) -> Recipe:
-    """Return a recipe with the number of the classes of ``model.class_names``, if it names them.
-
-    Raises
-    ------
-    UserError
-        If the recipe has another number.
-    """
+    """Return a recipe with the number of the classes of ``model.class_names``, if it names them and has no other."""
     model = recipe.model
     if model.class_names is None or classes is None:
         return recipe
@@ -225,13 +220,7 @@ def with_settings_of(recipe: Recipe, saved: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def build_evaluated(candidate: Candidate, plan: RunPlan, world: World) -> Trainer:
-    """Build the model of an evaluation on this rank's device, with its weights.
-
-    Raises
-    ------
-    UserError
-        If the weights are of another model, or not finite.
-    """
+    """Build the model of an evaluation on this rank's device, with weights that must be its own, and finite."""
     content = candidate.content
     plan = replace(plan, ema_decay=0.0)  # averaged weights are loaded into the model itself
     trainer = build_trainer(candidate.recipe, plan, world, from_checkpoint=content is not None)
@@ -243,7 +232,7 @@ def build_evaluated(candidate: Candidate, plan: RunPlan, world: World) -> Traine
 
 
 def evaluate_only(recipe: Recipe) -> None:
-    """Evaluate the weights at hand on the validation split. Create only the report, if one was asked for.
+    """Evaluate the weights at hand on the validation split. Create only the report, if the recipe names one.
 
     Raises
     ------

@@ -17,11 +17,11 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Expected:
-    """The normalisation that weights expect, in units of 0 to 1, and where this is known from."""
+    """The normalisation that weights expect, in units of 0 to 1, and the source of it; "" if ImageNet's is assumed."""
 
-    mean: Triple
-    std: Triple
-    source: str
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+    source: str = ""
     notices: tuple[str, ...] = ()
 
 
@@ -65,20 +65,19 @@ def _of_checkpoint(content: Mapping[str, Any]) -> Expected:
 
 def _of_weights(recipe: Recipe) -> Expected:
     model = recipe.model
-    if model.weights:
-        card = read_card(model.weights)
-        if card is not None:
-            return Expected(card.mean, card.std, f"the weights of {model.weights}")
-        published = _published(recipe) if "auto" in (recipe.data.mean, recipe.data.std) else None
-        if published is not None and (published.mean, published.std) != (IMAGENET_MEAN, IMAGENET_STD):
-            notice = (
-                f"{model.weights} does not say its normalisation: ImageNet's is assumed. {published.source} expect "
-                f"--data.mean={show(published.mean)} --data.std={show(published.std)}"
-            )
-            return Expected(IMAGENET_MEAN, IMAGENET_STD, "", (notice,))
-    elif model.pretrained:
-        return _published(recipe) or Expected(IMAGENET_MEAN, IMAGENET_STD, "")
-    return Expected(IMAGENET_MEAN, IMAGENET_STD, "")
+    if not model.weights:
+        return (_published(recipe) if model.pretrained else None) or Expected()
+    card = read_card(model.weights)
+    if card is not None:
+        return Expected(card.mean, card.std, f"the weights of {model.weights}")
+    published = _published(recipe) if "auto" in (recipe.data.mean, recipe.data.std) else None
+    if published is None or (published.mean, published.std) == (IMAGENET_MEAN, IMAGENET_STD):
+        return Expected()
+    notice = (
+        f"{model.weights} does not say its normalisation: ImageNet's is assumed. {published.source} expect "
+        f"--data.mean={show(published.mean)} --data.std={show(published.std)}"
+    )
+    return Expected(notices=(notice,))
 
 
 def _published(recipe: Recipe) -> Expected | None:
