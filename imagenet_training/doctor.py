@@ -77,7 +77,7 @@ def examine(options: argparse.Namespace) -> Iterator[Finding]:
     with ThreadPoolExecutor(_NUM_AT_ONCE) as threads:
         for findings in threads.map(lambda name: run_check(name, options), others):
             yield from findings
-    # The check of the data runs alone, because it measures the CPUs and the disk.
+    # The check of the data runs after all others, because it measures the CPUs and the disk.
     yield from run_check(last, options)
 
 

@@ -31,7 +31,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 _MIN_OPEN_FILES = 1024
 _MIN_MEMORY_BYTES = 4e9
 _MIN_SHARED_BYTES_PER_GPU = 1 << 28
-# The rate of a smaller file says nothing about a disk.
+# The rate of a smaller file is not that of a disk.
 _MIN_MEASURED_BYTES = 1 << 26
 # The loader reads ahead with at most this many threads. If a file does not fit into memory, it reads pages of this size
 # with this many threads.

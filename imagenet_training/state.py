@@ -10,7 +10,7 @@ class TrainState:
     """The position of a run, as stored with every checkpoint.
 
     A position is counted in epochs and samples, which mean the same for every batch size and number of processes. The
-    plan of a run tells the steps that belong to a position; see `imagenet_training.planning.plan.RunPlan.step_at`.
+    plan of a run has the steps that belong to a position; see `imagenet_training.planning.plan.RunPlan.step_at`.
 
     Attributes
     ----------
@@ -56,13 +56,7 @@ class TrainState:
         return cls(**state)
 
     def finish_epoch(self, values: Mapping[str, float]) -> None:
-        """Note the result of the epoch if it is the best so far, and move to the start of the next epoch.
-
-        Parameters
-        ----------
-        values : mapping
-            Metrics of the evaluation, with ``val/acc1``; empty if there was none.
-        """
+        """Move to the start of the next epoch. Note the metrics of an evaluation, if any, if they are the best."""
         if values.get("val/acc1", -1.0) > self.best_acc1:
             self.best_acc1, self.best_epoch = values["val/acc1"], self.epoch
         self.epoch, self.samples, self.totals, self.pace = self.epoch + 1, 0, [], []

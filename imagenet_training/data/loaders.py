@@ -133,14 +133,14 @@ def open_training_data(recipe: Recipe) -> TrainingData:
 def match_splits(train: Beton, val: Beton) -> ClassMatch:
     """Match the classes of the validation file with those of the training file, which are the model's.
 
-    The notices also tell if the run would be validated on images that it trains on.
+    The notices also name files that would have the run validated on images that it trains on.
     """
     match = match_classes(val, train.classes, train.num_classes, model=str(train.path))
     return replace(match, notices=(*match.notices, *shared_image_notices(train, val)))
 
 
 def shared_image_notices(train: Beton, val: Beton) -> list[str]:
-    """Return a notice if both files hold the same images, as far as their manifests tell.
+    """Return a notice if both files hold the same images, as far as their manifests show.
 
     An archive or a folder of shards may have several splits, so the manifests of both files may name it. A folder of
     images has one, unless a share of it was held out.
@@ -158,7 +158,7 @@ def shared_image_notices(train: Beton, val: Beton) -> list[str]:
 
 
 def open_evaluation_data(recipe: Recipe, names: Sequence[str] | None, val_digest: str | None = None) -> TrainingData:
-    """Open the validation file alone, and match its classes with those of the model by name.
+    """Open only the validation file, and match its classes with those of the model by name.
 
     Parameters
     ----------
@@ -216,10 +216,7 @@ class PlannedData(NamedTuple):
 
 
 def planned_data(recipe: Recipe) -> PlannedData:
-    """Return the sizes of the data for a plan. The files are checked if they exist.
-
-    For a file that does not exist, the number of ImageNet's images is returned.
-    """
+    """Return the sizes of the data for a plan: of files, which are checked, or of ImageNet for missing files."""
     paths, notices = [Path(path) for path in (recipe.data.train_dataset, recipe.data.val_dataset)], list[str]()
     for path, size in zip(paths, (IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL), strict=True):
         if not path.exists():

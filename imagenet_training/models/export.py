@@ -29,10 +29,7 @@ class LoadedModel(NamedTuple):
 def export_weights(path: Path, state: Mapping[str, torch.Tensor], card: ModelCard) -> None:
     """Write a safetensors file with the tensors and the facts of a model. It appears whole or not at all.
 
-    Parameters
-    ----------
-    state : mapping of str to torch.Tensor
-        From ``state_dict()``. Its ``_metadata``, the versions of the modules, is stored too.
+    The ``_metadata`` of a ``state_dict()``, the versions of the modules, is stored too.
     """
     versions = getattr(state, "_metadata", {})
     tensors: dict[str, torch.Tensor] = {}

@@ -6,13 +6,7 @@ from torch import nn
 
 
 def freeze_body(model: nn.Module, head: Collection[str]) -> None:
-    """Let only the head of a model train, in place.
-
-    Parameters
-    ----------
-    head : collection of str
-        Names of the parameters that train: those whose shapes depend on the number of classes.
-    """
+    """Let only the head of a model train, in place: the parameters of these names."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in head)
 

@@ -212,5 +212,5 @@ def _unnamed_averages(content: Any, place: str = "", depth: int = 0) -> Iterator
 
 
 def is_averaged(place: str) -> bool:
-    """Return True if the keys that lead to tensors say that they are averaged weights."""
+    """Return True if the keys that lead to tensors name averaged weights."""
     return bool(AVERAGED_WORDS & set(re.split(r"[^a-z]+", place.lower())))

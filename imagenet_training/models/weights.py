@@ -109,7 +109,7 @@ def load_weights(
     Returns
     -------
     fit : Fit
-        What was loaded.
+        The tensors that were loaded.
     notices : list of str
         Everything that was chosen, left out or not loaded.
 
@@ -258,7 +258,7 @@ def _counter(prefix: str) -> str | None:
 
 
 def _without_blur(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], bool]:
-    """Return tensors without the blur filters that ffcv-imagenet stores, and whether there were any."""
+    """Return tensors without the blur filters that ffcv-imagenet stores, and True if there were any."""
     blurred = {name.removesuffix("blur_filter") for name in tensors if name.endswith(".blur_filter")}
     if not blurred:
         return dict(tensors), False
@@ -279,16 +279,17 @@ def _fit(group: TensorGroup, tensors: Mapping[str, torch.Tensor], prefix: str, m
     averaged = is_averaged(label) or (counter is not None and counter in tensors)
     fit = Fit(label, averaged, state, group.metadata if not prefix else _metadata_below(group.metadata, start))
     fit.left_out = sorted(name for name in tensors if not name.startswith(start) and name not in beside)
-    fit.num_matched = len(state.keys() & own.keys())
+    matched = sorted(state.keys() & own.keys())
+    fit.num_matched = len(matched)
     unexpected = sorted(state.keys() - own.keys())
-    misshapen = sorted(name for name in state.keys() & own.keys() if state[name].shape != own[name].shape)
-    others = sorted(
+    misshapen = [name for name in matched if state[name].shape != own[name].shape]
+    others = [
         name
-        for name in state.keys() & own.keys()
+        for name in matched
         if state[name].is_floating_point() != own[name].is_floating_point()
         or state[name].is_meta
         or state[name].layout != torch.strided
-    )
+    ]
     missing = sorted(own.keys() - state.keys() - _batch_counts(model))
     if misshapen or missing:
         misshapen, missing = _leave_new_head(fit, misshapen, missing, own, head)

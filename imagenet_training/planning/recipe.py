@@ -231,7 +231,7 @@ def _stated_accuracy(recipe: Recipe) -> dict[str, dict[int, float]]:
         "val/acc1": recipe.expected.val_acc1,
         "val/acc5": recipe.expected.val_acc5,
     }
-    return {name: course for name, course in stated.items() if course}
+    return {name: accuracies for name, accuracies in stated.items() if accuracies}
 
 
 def expected_accuracy(recipe: Recipe) -> dict[str, dict[int, float]]:
@@ -241,7 +241,7 @@ def expected_accuracy(recipe: Recipe) -> dict[str, dict[int, float]]:
     passes through other values.
     """
     stated = _stated_accuracy(recipe)
-    return {} if any(max(course) > recipe.training.epochs for course in stated.values()) else stated
+    return {} if any(max(accuracies) > recipe.training.epochs for accuracies in stated.values()) else stated
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What a run writes for people to read: lines, records, curves, pages."""
+"""The reports of a run for people to read: lines, records, curves, pages."""

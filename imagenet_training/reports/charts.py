@@ -89,8 +89,8 @@ def _metric_charts(runs: Mapping[str, Records], expected_accuracy: ExpectedAccur
                     color = int(split == "train") if is_alone else number
                     lines.append(Line(f"{run} {split}".strip(), _points(records, f"{split}/{metric}"), color, style))
         for color, split in enumerate(("val", "train")):
-            course = expected_accuracy.get(f"{split}/{metric}", {})
-            points = [(epochs, percent / 100) for epochs, percent in course.items()]
+            expected = expected_accuracy.get(f"{split}/{metric}", {})
+            points = [(epochs, percent / 100) for epochs, percent in expected.items()]
             lines.append(Line(f"{split}, expected", points, color, "crosses"))
         yield Chart(title.capitalize(), lines, is_share=metric != "loss")
 

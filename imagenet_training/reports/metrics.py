@@ -32,13 +32,13 @@ def pace(values: Mapping[str, float], expected_accuracy: ExpectedAccuracy, num_e
     ``val/acc1``. `num_epochs` epochs are finished.
     """
     parts = []
-    for metric, course in expected_accuracy.items():
+    for metric, accuracies in expected_accuracy.items():
         split, name = metric.split("/")
         label = f"{split} {METRICS[name]}"
-        epochs = list(course)
+        epochs = list(accuracies)
         if num_epochs < epochs[0]:
-            parts.append(f"{label} {course[epochs[0]]:g} % after {epochs[0]} epochs")
+            parts.append(f"{label} {accuracies[epochs[0]]:g} % after {epochs[0]} epochs")
         elif num_epochs <= epochs[-1] and metric in values:
-            expected = float(np.interp(num_epochs, epochs, list(course.values())))
+            expected = float(np.interp(num_epochs, epochs, list(accuracies.values())))
             parts.append(f"{label} {expected:.1f} % ({100 * values[metric] - expected:+.1f})")
     return f"expected {', '.join(parts)}" if parts else ""

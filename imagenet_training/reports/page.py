@@ -1,4 +1,4 @@
-"""Pages that stand alone: HTML with style, charts and images inside. A page has no script and loads nothing.
+"""Pages that need no other file: HTML with style, charts and images inside. A page has no script and loads nothing.
 
 The templates are in ``templates/``. Jinja escapes all text.
 """

@@ -35,13 +35,7 @@ Batch = TypeVar("Batch")
 
 
 class EpochMeters:
-    """The measurements of one epoch of training. They continue those that the state has from before an interruption.
-
-    Attributes
-    ----------
-    lr : float
-        Learning rate of the last step.
-    """
+    """The measurements of one epoch of training. They continue those that the state has from before an interruption."""
 
     def __init__(self, trainer: Trainer, plan: RunPlan, state: TrainState):
         self.trainer, self.plan, self.state = trainer, plan, state
@@ -93,6 +87,8 @@ def train_epoch(
 ) -> dict[str, float]:
     """Train one epoch, or the rest of an epoch that was interrupted.
 
+    Progress lines are the only moments, beside saves, at which the host waits for the device.
+
     Parameters
     ----------
     loader : Loader
@@ -100,10 +96,6 @@ def train_epoch(
         device.
     state : TrainState
         Moved on with every step. The caller finishes the epoch after its evaluation.
-    log : RunLog
-        Progress lines are the only moments, beside saves, at which the host waits for the device.
-    stop : StopRequest
-        ``stop.agreed()`` is called after every step.
     save : callable
         Called with the state every ``plan.save_every_steps`` steps, on all ranks.
     begin_next : callable, optional

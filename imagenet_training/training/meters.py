@@ -32,13 +32,7 @@ def accuracy_metrics(totals: Sequence[float], split: str) -> dict[str, float]:
 
 
 class AccuracyMeter:
-    """Sums of loss and hits, kept on the device.
-
-    Attributes
-    ----------
-    sums : torch.Tensor
-        Float64 (4,): loss times images, top-1 hits, top-5 hits, images.
-    """
+    """Sums kept on the device, float64 (4,): loss times images, top-1 hits, top-5 hits, images."""
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)

@@ -12,7 +12,9 @@ def parameter_groups(
     bn_wd: float | None = None,
     scales: Mapping[str, float] | None = None,
 ) -> list[dict]:
-    """Split a model's parameters by the weight decay they get, and by the share of the learning rate.
+    """Split a model's parameters into groups by the weight decay they get, and by the share of the learning rate.
+
+    If there are scales, each group has its own as ``lr_scale``.
 
     Parameters
     ----------
@@ -23,11 +25,6 @@ def parameter_groups(
         ffcv-imagenet recognises normalisation layers by "bn" in their names, and so misses those of ResNet's shortcuts.
     scales : mapping of str to float, optional
         The factor of the learning rate of each parameter, by its name; see `imagenet_training.models.layers.lr_scales`.
-
-    Returns
-    -------
-    list of dict
-        Groups for a torch optimizer, without empty ones. If there are scales, each group has its own as ``lr_scale``.
     """
     groups: dict[tuple[float, float | None], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -47,21 +47,12 @@ class StopRequest:
     Instead `agreed` returns True on all ranks, at the same call of each. A second signal ends the process at once,
     except SIGHUP. A signal that is ignored, as by ``nohup``, stays ignored. A thread watches for signals, because the
     main thread may be waiting for a rank that is gone. If another rank has failed, the thread passes the failure to
-    `on_failure` and ends the process.
+    `on_failure` and ends the process. It passes each line that it prints on stderr to `on_notice`.
 
     If the reader of rank 0's output is gone, the run stops as after SIGHUP. If SIGHUP is ignored, the run goes on.
 
     No step waits for another rank: about once a second, the ranks start a reduction of two integers, and read its
     result at the next reduction. The run stops within about two seconds and a step.
-
-    Parameters
-    ----------
-    world : World
-        Its store is where failures are announced.
-    on_failure : callable
-        Called in the watching thread with the rank and the message of another rank's failure.
-    on_notice : callable
-        Called in the watching thread with each line that it prints on stderr.
 
     Attributes
     ----------
@@ -113,10 +104,7 @@ class StopRequest:
     def agreed(self, *, now: bool = False) -> bool:
         """Return True if the run stops here. All ranks must call this at the same places.
 
-        Parameters
-        ----------
-        now : bool
-            Wait for the present answer of the other ranks, at a place where the run waits for them anyway.
+        With `now`, wait for the present answer of the other ranks, at a place where the run waits for them anyway.
         """
         if self.world.world_size == 1:
             self.exit_status = self._signal_status

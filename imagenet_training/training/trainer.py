@@ -104,7 +104,7 @@ class Trainer:
     prepared_px : int
         Side of the images that the step is prepared for; 0 for none yet.
     notices : tuple of str
-        What was chosen or left out of the weights and the modes, and what the architecture does without a setting.
+        Choices of weights and modes, what was left out of them, and what the architecture does without a setting.
     """
 
     model: nn.Module
@@ -155,10 +155,8 @@ class Trainer:
 
         Parameters
         ----------
-        images : torch.Tensor
-            Float (N, 3, H, W).
-        targets : torch.Tensor
-            Float (N, K).
+        images, targets : torch.Tensor
+            Float (N, 3, H, W), and float (N, K).
         number : int
             The number of the batch in its optimizer step, from 0.
         place : tuple of int
