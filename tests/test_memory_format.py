@@ -92,5 +92,5 @@ def test_such_a_model_trains_on_a_cpu_in_the_other_format_and_a_note_says_so(tmp
 
 def test_only_what_is_wanted_is_changed():
     model = build_model("resnet18", num_classes=5)
-    assert not set_memory_format(model, False, CPU) and not is_channels_last(model)
-    assert set_memory_format(model, True, CPU) and is_channels_last(model)
+    assert set_memory_format(model, False, CPU) == (False, []) and not is_channels_last(model)
+    assert set_memory_format(model, True, CPU) == (True, []) and is_channels_last(model)

@@ -40,23 +40,18 @@ def layer_without_channels_last(model: nn.Module, device: torch.device) -> str |
     return None
 
 
-def set_memory_format(model: nn.Module, channels_last: bool, device: torch.device) -> bool:
+def set_memory_format(model: nn.Module, channels_last: bool, device: torch.device) -> tuple[bool, list[str]]:
     """Store a new model's weights in channels_last format, in place, if that is wanted and `device` can train it.
 
-    Return True if the weights are in that format.
+    Return True if they are in that format, and a notice if they are not though that is wanted.
     """
-    if not channels_last or layer_without_channels_last(model, device) is not None:
-        return False
-    to_channels_last(model)
-    return True
-
-
-def memory_format_notices(model: nn.Module, channels_last: bool, device: torch.device) -> list[str]:
-    """Return a notice if `set_memory_format` does not use the wanted format."""
+    if not channels_last:
+        return False, []
     layer = layer_without_channels_last(model, device)
-    if not channels_last or layer is None:
-        return []
-    return [
-        f"training.channels_last=1 is not used on the CPU: PyTorch cannot compute the gradient of the layer {layer} in "
-        "that memory format there"
-    ]
+    if layer is not None:
+        return False, [
+            "training.channels_last=1 is not used on the CPU: PyTorch cannot compute the gradient of the layer "
+            f"{layer} in that memory format there"
+        ]
+    to_channels_last(model)
+    return True, []

@@ -23,7 +23,7 @@ from imagenet_training.models.architectures import (
     unwrapped,
 )
 from imagenet_training.models.layers import freeze_body, lr_scales, set_training_mode
-from imagenet_training.models.memory_format import memory_format_notices, set_memory_format
+from imagenet_training.models.memory_format import set_memory_format
 from imagenet_training.models.precision import DTYPES, allow_tf32, autocast
 from imagenet_training.models.stem import replace_stem
 from imagenet_training.planning.plan import RunPlan
@@ -327,10 +327,9 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
     head = frozenset(head_of(model, **model_arguments(recipe)).class_dims) if _needs_head(recipe) else frozenset()
     if head and recipe.model.freeze == "body":
         freeze_body(model, head)
+    channels_last, format_notices = set_memory_format(model, training.channels_last, world.device)
     if not training.eval_only:
-        notices += drop_path_notices(recipe, model)
-        notices += memory_format_notices(model, training.channels_last, world.device)
-    channels_last = set_memory_format(model, training.channels_last, world.device)
+        notices += drop_path_notices(recipe, model) + format_notices
     if channels_last and world.device.type == "cuda":
         replace_stem(model)
     trainer = Trainer(
