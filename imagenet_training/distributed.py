@@ -91,13 +91,7 @@ def planned_world_size(recipe: Recipe) -> int:
 
 
 def join(recipe: Recipe) -> World:
-    """Become one rank of the run. If no launcher runs and the recipe asks for several processes, start a launcher.
-
-    Raises
-    ------
-    UserError
-        If the node has GPUs, but fewer than processes.
-    """
+    """Become one rank of the run. If no launcher runs and the recipe asks for several processes, start a launcher."""
     if not machine.is_launched() and planned_world_size(recipe) > 1:
         _relaunch(recipe.dist.world_size, recipe.dist.address, recipe.dist.port)
     return start()

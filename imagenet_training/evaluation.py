@@ -79,13 +79,7 @@ class Candidate:
 
     @property
     def averaged(self) -> bool:
-        """True if the moving average of the checkpoint is evaluated, and not its raw weights.
-
-        Raises
-        ------
-        UserError
-            If the moving average is asked for, and the checkpoint has none.
-        """
+        """True if the moving average of the checkpoint is evaluated. If one is wanted, the checkpoint must have it."""
         assert self.content is not None
         wanted, stored = self.recipe.model.ema, self.content["ema"] is not None
         if wanted is True and not stored:

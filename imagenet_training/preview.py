@@ -13,13 +13,7 @@ from imagenet_training.planning.schedule import resolution_at
 
 
 def draw_preview(recipe: Recipe) -> None:
-    """Draw the first training images of epoch 0 as the model gets them. This needs data, and trains nothing.
-
-    Raises
-    ------
-    UserError
-        If the data cannot be used.
-    """
+    """Draw the first training images of epoch 0 as the model gets them. This needs data, and trains nothing."""
     path, world = Path(recipe.training.preview or ""), distributed.start()
     data = open_train_file(recipe)
     batch_size = min(recipe.training.batch_size, data.num_samples // world.world_size)

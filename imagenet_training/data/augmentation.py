@@ -7,13 +7,7 @@ from imagenet_training.planning.recipe import Recipe
 
 
 def build_augmentations(recipe: Recipe) -> list[Any]:
-    """Build the operations, which change 8-bit images in place.
-
-    Raises
-    ------
-    UserError
-        If ``augmentation.auto_augment`` names an operation that does not exist.
-    """
+    """Build the operations, which change 8-bit images in place. ``augmentation.auto_augment`` must name real ones."""
     augmentation = recipe.augmentation
     operations: list[Any] = []
     if augmentation.auto_augment == "trivial":

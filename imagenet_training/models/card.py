@@ -49,10 +49,8 @@ class ModelCard:
     interpolation : {"bilinear", "bicubic"}
     flip : bool
         The evaluation averaged the logits of each image and its mirror image.
-    precision : {"16-mixed", "bf16-mixed", "32"}
-        Numbers of the evaluation.
-    channels_last : bool
-        Memory format of the weights in the evaluation.
+    precision, channels_last : {"16-mixed", "bf16-mixed", "32"}, bool
+        Numbers, and memory format of the weights, in the evaluation.
     classes : list of str or None
         Names of the classes, in the order of the logits; None if they are not known.
     averaged : bool or None
@@ -62,7 +60,6 @@ class ModelCard:
     acc1 : float or None
         Top-1 on the validation split, in [0, 1]; None if these tensors were not evaluated.
     run_name : str
-        Name of the run.
     """
 
     model: dict[str, Any]

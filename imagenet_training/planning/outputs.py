@@ -11,13 +11,7 @@ LOCK_NAME = "run.lock"
 
 
 def check_own_output(path: Path, kind: str) -> None:
-    """Check that a page or picture that a user names can be written, and replaces no file of a training run.
-
-    Raises
-    ------
-    UserError
-        If the file cannot be written, has other content, or is a file of a run; see `ffcv_ops.files.check_output`.
-    """
+    """Check that a page or picture that a user names can be written, and replaces no file of a training run."""
     if _is_file_of_run(path):
         raise UserError("a training run writes this file; choose another name")
     check_output(path, kind)

@@ -41,7 +41,6 @@ class RunPlan:
         Images of the two splits.
     ema_decay : float
         Decay of the moving average at each of its updates; 0 for none.
-    precision : {"16-mixed", "bf16-mixed", "32"}
     save_every_steps : int
         Steps between saves within an epoch; 0 for none.
     evaluates_every_epoch : bool
@@ -54,8 +53,6 @@ class RunPlan:
         Weight of each class in the loss. None: all images count alike.
     resumed_from : str or None
         The checkpoint that the run continues from.
-    notices : tuple of str
-        Facts that the user should know though nothing is wrong.
     """
 
     world_size: int

@@ -99,13 +99,7 @@ def _replaces_pretrained(recipe: Recipe) -> bool:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Check what takes several settings, and that the files named in the recipe exist.
-
-    Raises
-    ------
-    UserError
-        Names the settings that do not fit together, with their sources.
-    """
+    """Check that settings fit together, and that the files named in the recipe exist."""
     _check_schedule(recipe)
     _check_optimisation(recipe)
     _check_class_names(recipe)

@@ -62,14 +62,7 @@ def check_rest_of_epoch(content: Mapping[str, Any], recipe: Recipe, plan: RunPla
 
 
 def check_classes(content: Mapping[str, Any], data: TrainingData) -> None:
-    """Check that each output of the model still stands for the same class.
-
-    Raises
-    ------
-    UserError
-        If the training file has a class under another number, or other classes. Names that are not known are not
-        compared.
-    """
+    """Check that each output of the model still stands for the same class, as far as the names are known."""
     before, now = content.get("classes"), data.train.classes if data.train is not None else None
     if data.train is None or before is None or now is None or list(before) == list(now):
         return

@@ -248,13 +248,7 @@ def how_it_ended(state: TrainState, last_acc1: float | None) -> str:
 
 
 def check_folder(recipe: Recipe, trainer: Trainer, state: TrainState) -> None:
-    """Check that a run can write its files and one checkpoint. Create and move nothing.
-
-    Raises
-    ------
-    UserError
-        On every rank, if a folder cannot be written to or the disk is full.
-    """
+    """Check for all ranks that a run can write its files and one checkpoint. Create and move nothing."""
 
     def check() -> None:
         folder = Path(recipe.logging.folder)
@@ -282,13 +276,7 @@ def _check_writable(recipe: Recipe, folder: Path, *names: str) -> None:
 
 @contextmanager
 def locked_folder(recipe: Recipe, world: World) -> Iterator[OwnerLock]:
-    """Lock ``logging.folder`` for this run, so that no other run writes there. Rank 0 has the lock.
-
-    Raises
-    ------
-    UserError
-        On every rank, if another run has the folder.
-    """
+    """Lock ``logging.folder`` for this run. Rank 0 has the lock. All ranks raise UserError if another run has it."""
     folder = Path(recipe.logging.folder)
     conflict = f"logging.folder={folder}: another run writes into this folder"
     lock = OwnerLock(

@@ -218,13 +218,7 @@ class DrawCounter(TorchDispatchMode):
 
 
 def check_drop_path(recipe: Recipe, plan: RunPlan) -> None:
-    """Check that a model with a drop path draws more random numbers in training than a model without one.
-
-    Raises
-    ------
-    UserError
-        If the architecture ignores ``model.drop_path``.
-    """
+    """Check that a model with ``model.drop_path`` draws more random numbers in training than a model without."""
     if not recipe.model.drop_path or recipe.training.eval_only:
         return
     arguments, counts = model_arguments(recipe), []
