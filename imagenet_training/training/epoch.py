@@ -60,12 +60,12 @@ class EpochMeters:
         self.lr = lr
         self.clock.num_steps += 1
         if self.guard.fails(loss):
-            raise RunError(non_finite_message(self.state, lr, self.plan.precision))
+            raise RunError(non_finite_message(self.state, lr, self.plan))
 
     def store(self) -> None:
         """Make the state ready to be saved. Raise RunError if rank 0's weights are not worth saving."""
         if self.trainer.world.is_main and not self.trainer.is_finite():
-            raise RunError(non_finite_message(self.state, self.lr, self.plan.precision))
+            raise RunError(non_finite_message(self.state, self.lr, self.plan))
         self.state.totals, self.state.pace = self.accuracy.totals(), self.clock.sums()
 
     def values(self, totals: list[float] | None = None) -> dict[str, float]:
@@ -158,10 +158,10 @@ def calling_at_last(batches: Iterable[Batch], num_batches: int, action: Callable
         yield batch
 
 
-def non_finite_message(state: TrainState, lr: float, precision: str) -> str:
-    """Return what to do about a loss or weights that are no longer finite."""
-    remedies = [f"a lower learning rate (--lr {lr / 2:.3g})", "gradient clipping (--training.grad_clip=1)"]
-    if precision != "32":
+def non_finite_message(state: TrainState, lr: float, plan: RunPlan) -> str:
+    """Return what to do about a loss or weights that are no longer finite. ``--lr`` is the peak of the schedule."""
+    remedies = [f"a lower learning rate (--lr {plan.lr / 2:.3g})", "gradient clipping (--training.grad_clip=1)"]
+    if plan.precision != "32":
         remedies.insert(1, "--precision 32")
     return (
         f"the loss or a weight is not finite since about step {state.step} (epoch {state.epoch}, lr {lr:.4g}); the run "
