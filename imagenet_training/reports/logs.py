@@ -23,7 +23,7 @@ from imagenet_training.reports.metrics import ExpectedAccuracy, Records, finite_
 from imagenet_training.reports.wandb import WandbRun, copy_parts, start_wandb
 from imagenet_training.state import TrainState
 
-if TYPE_CHECKING:  # reading a run's record does not need torch
+if TYPE_CHECKING:  # the package `training` stands above this one
     from imagenet_training.training.epoch import EpochMeters
     from imagenet_training.training.meters import EtaEstimator
 
