@@ -777,6 +777,30 @@ def test_torchvision_s_moving_average():
 
 
 @pytest.mark.parametrize(
+    ("argv", "updates_and_share", "is_advised"),
+    [
+        (["--training.ema_decay=0.99"], None, False),  # 0.99 ** 559 is 0.4 %
+        (["--training.ema_decay=0.999"], "560 updates, .* 57%", True),
+        (["--training.ema_decay=0.99998", "--training.ema_every=32", "--training.ema_rescale=1"], "17 updates", True),
+        (["--training.ema_decay=0.9", "--training.ema_every=1000"], "0 updates, .* 100%", False),
+        (["--training.ema_decay=0.999", "--eval_only", "--model.pretrained=1"], None, False),
+    ],
+)
+def test_an_average_that_stays_near_the_first_weights_is_noticed(argv, updates_and_share, is_advised):
+    def notices(*more):
+        recipe = read_recipe(["--epochs=8", "--batch_size=64", "--lr.warmup_epochs=0", *argv, *more])
+        planned = plan_run(recipe, world_size=1, num_train=70 * 64, num_val=64)
+        return [notice for notice in planned.notices if "moving average" in notice]
+
+    assert len(notices()) == (updates_and_share is not None)
+    if updates_and_share is not None:
+        assert re.search(updates_and_share, notices()[0]) and "--training.ema_decay=0 evaluates" in notices()[0]
+    if is_advised:
+        (taken,) = re.findall(r"(--training.ema_decay=\S+) leaves 1%", notices()[0])
+        assert not notices(taken)
+
+
+@pytest.mark.parametrize(
     ("argv", "world_size", "notice"),
     [
         ([], 8, None),

@@ -120,15 +120,19 @@ def names_in_file(recipe: Recipe) -> list[str] | None:
 
 def order_notices(file: Beton) -> list[str]:
     """Return a notice if timm would number the classes of a file in another way, which weights do not show."""
-    from timm.utils import natural_key  # here, because importing timm takes seconds
-
-    names = sorted(file.classes or [], key=natural_key)
+    names = sorted(file.classes or [], key=_natural_key)
     if names == (file.classes or []):
         return []
     return [
         f"timm numbers classes of these names in another order: {show_names(names)}. If it has trained the weights, "
         "pass a file with the names in that order as --model.class_names"
     ]
+
+
+def _natural_key(name: str) -> list[int | str]:
+    """Return the key by which timm 1.0.31 sorts names: lower case, with digits as numbers."""
+    # To import timm's function would take seconds.
+    return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"(\d+)", name.lower()))]
 
 
 def head_notices(path: str, of_weights: Sequence[str] | None, of_data: Sequence[str] | None) -> list[str]:

@@ -16,6 +16,8 @@ from imagenet_training.planning.schedule import build_lr, resolution_at
 from imagenet_training.planning.sections import LearningRate
 
 LR_BATCH_SIZE = 256
+# The share of the first weights in a moving average that is worth a notice, and the share that the notice aims at.
+_MUCH_OF_THE_START, _LITTLE_OF_THE_START = 0.05, 0.01
 IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL, IMAGENET_NUM_CLASSES = 1_281_167, 50_000, 1000
 
 
@@ -173,6 +175,7 @@ def plan_run(
         notices.append(f"no GPU is visible: {does} on the CPU, in 32-bit instead of {training.precision}")
     notices += _batch_notices(recipe, world_size, global_batch_size, batch_size, accumulation)
     notices += _precision_notices(recipe, precision, device_type)
+    notices += _average_notices(recipe, ema_decay, global_batch_size, steps_per_epoch * training.epochs)
     return RunPlan(
         world_size=world_size,
         batch_size=batch_size,
@@ -287,6 +290,27 @@ def _batch_notices(
     elif fitting_batch_size and not rest:
         remedy = f"; --batch_size {fitting_batch_size} makes it the same"
     yield f"the global batch is {global_batch_size}, and the recipe was published with {published}{remedy}"
+
+
+def _average_notices(recipe: Recipe, decay: float, global_batch_size: int, num_steps: int) -> Iterable[str]:
+    """Yield a notice if the run is so short that its moving average stays near the weights of the first steps."""
+    training = recipe.training
+    if not decay or training.eval_only:
+        return
+    num_moves = num_steps // training.ema_every - 1  # the first update copies the weights
+    share = decay ** max(num_moves, 0)
+    if share < _MUCH_OF_THE_START:
+        return
+    remedy = "--training.ema_decay=0 evaluates the weights themselves"
+    if num_moves > 0:
+        fitting = _LITTLE_OF_THE_START ** (1 / num_moves)
+        if training.ema_rescale:
+            fitting = max(0.0, 1 - (1 - fitting) * training.epochs / (global_batch_size * training.ema_every))
+        remedy = f"--training.ema_decay={fitting:.6g} leaves {_LITTLE_OF_THE_START:.0%}, {remedy}"
+    yield (
+        f"after {num_moves + 1} updates, the moving average, which is evaluated, still holds {share:.0%} of the "
+        f"weights of the first steps; {remedy}"
+    )
 
 
 def _precision_notices(recipe: Recipe, precision: str, device_type: str) -> Iterable[str]:
