@@ -127,6 +127,7 @@ def train_epochs(recipe: Recipe, run: Run, loaders: "Loaders", lock: "OwnerLock"
     folder = RunFolder(recipe, plan, run.data, trainer, state, run.point, run.meta_model, lock)
     log = folder.log
     stopping = StopRequest(run.world, log.failure, log.keep)
+    # From the inside out: the folder saves a run that stops, the signals get their old meaning, the process ends.
     with ending_with_status(plan, run.world, log, folder.finish_failed), stopping as stop, folder:
         for epoch in range(state.epoch, plan.epochs):
             loaders.set_resolution(plan.resolution(epoch))

@@ -13,7 +13,8 @@ import cv2
 import pytest
 from terminals import run_on_terminal, screen
 
-from imagenet_training.reports.logs import RunLog, data_wait, data_wait_advice, draw_curve, pace
+from imagenet_training.reports.logs import RunLog, data_wait, data_wait_advice, draw_curve
+from imagenet_training.reports.metrics import compare_with_expected
 from imagenet_training.state import TrainState
 from imagenet_training.training.meters import EtaEstimator
 
@@ -31,12 +32,12 @@ EXPECTED = {"train/acc1": {10: 35.0, 25: 55.0}, "val/acc1": {10: 30.0, 25: 60.0,
     ],
 )
 def test_pace_is_interpolated_between_stated_epochs(num_epochs, expected):
-    assert pace({"train/acc1": 0.40, "val/acc1": 0.312}, EXPECTED, num_epochs) == expected
+    assert compare_with_expected({"train/acc1": 0.40, "val/acc1": 0.312}, EXPECTED, num_epochs) == expected
 
 
 def test_pace_speaks_only_of_what_was_measured():
-    assert pace({"train/acc1": 0.40}, EXPECTED, 10) == "expected train top-1 35.0 % (+5.0)"
-    assert pace({"train/acc1": 0.40}, {}, 10) == ""
+    assert compare_with_expected({"train/acc1": 0.40}, EXPECTED, 10) == "expected train top-1 35.0 % (+5.0)"
+    assert compare_with_expected({"train/acc1": 0.40}, {}, 10) == ""
 
 
 def test_the_curve_draws_what_is_expected(tmp_path):

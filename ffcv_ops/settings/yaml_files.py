@@ -53,7 +53,9 @@ def read_file(parameters: Mapping[str, Param], path: Path, shipped: ShippedFiles
         return list(_Sections(parameters, path, loader).walk(root))
     except FileNotFoundError:
         raise UserError(f"--config-file {path}: no such file{shipped.hint(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise UserError(f"--config-file {path}: cannot be read: it is no text in UTF-8, so no recipe") from None
+    except OSError as error:
         raise UserError(f"--config-file {path}: cannot be read: {error}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1

@@ -17,7 +17,7 @@ from ffcv_ops.sources.source import PackedKeys
 
 FLAT = (
     "holds images but no class folders; name their classes with --labels FILE, for ILSVRC's validation images "
-    "ILSVRC2012_devkit_t12.tar.gz or LOC_val_solution.csv"
+    "ILSVRC2012_devkit_t12.tar.gz or LOC_val_solution.csv. If the folder is one class, pass the one above it"
 )
 DEVKITS = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12.tar", "ILSVRC2012_devkit_t12")
 KAGGLE_FILE = "LOC_val_solution.csv"

@@ -65,13 +65,14 @@ def build_lr(settings: LearningRate, *, peak: float, epochs: int, steps_per_epoc
         "cyclic": partial(cyclic_lr, lr=peak, peak_epoch=settings.lr_peak_epoch, epochs=epochs),
         "step": partial(step_lr, lr=peak, ratio=settings.step_ratio, length=settings.step_length, epochs=epochs),
     }
-    if kind != "cosine" and kind not in by_epoch:
+    by_progress = {"cosine": partial(cosine_lr, lr=peak, min_lr=settings.min_lr)}
+    if kind not in by_epoch.keys() | by_progress.keys():
         raise UserError(f"lr.lr_schedule_type={kind} is no schedule of this version")
 
     def lr_at(step: float) -> float:
-        if kind == "cosine":
+        if kind in by_progress:
             progress = max(0.0, (step - warmup_steps) / (steps_per_epoch * epochs - warmup_steps))
-            lr = cosine_lr(progress, lr=peak, min_lr=settings.min_lr)
+            lr = by_progress[kind](progress)
         else:
             epoch, steps_done = divmod(step, steps_per_epoch)
             start, end = by_epoch[kind](int(epoch)), by_epoch[kind](int(epoch) + 1)

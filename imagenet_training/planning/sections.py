@@ -1,8 +1,7 @@
 """The settings of a recipe, by section.
 
 To add a setting, add a field with a docstring to a section below, then use it, such as ``recipe.training.epochs``. The
-key, its place in ``--help`` and the check of its value follow from the field. ``PYTHONPATH=. python
-tests/test_recipe.py`` updates the table in ``docs/RECIPES.md``.
+key, its place in ``--help`` and the check of its value follow from the field. CONTRIBUTING.md tells the other steps.
 """
 
 import re

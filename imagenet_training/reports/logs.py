@@ -19,7 +19,7 @@ from ffcv_ops.files import SaveError, replace_text, replacing
 from ffcv_ops.units import show_duration
 from imagenet_training.reports.background import BackgroundQueue
 from imagenet_training.reports.charts import draw_curve
-from imagenet_training.reports.metrics import ExpectedAccuracy, Records, finite_values, pace
+from imagenet_training.reports.metrics import ExpectedAccuracy, Records, compare_with_expected, finite_values
 from imagenet_training.reports.wandb import WandbRun, copy_parts, start_wandb
 from imagenet_training.state import TrainState
 
@@ -247,7 +247,7 @@ class RunLog:
         if "step_s" in values:
             left_s = self.eta.remaining_s(epoch, self.eta.steps_per_epoch, values["step_s"])
             values = {**values, "remaining_s": left_s - (self.eta.pause_s or 0.0)}
-        expected = pace(values, self.expected_accuracy, epoch + 1)
+        expected = compare_with_expected(values, self.expected_accuracy, epoch + 1)
         self.print(epoch_line(values, epoch, len(resolutions), resolutions[epoch], expected))
         self.last = {"epoch": epoch, **values, "resolution": resolutions[epoch]}
         self._records.append({**self.last, "step": state.step, "time": time.time()})

@@ -1,4 +1,7 @@
-"""The metrics of an epoch: their names, and the accuracies that a recipe's source reports."""
+"""The records of epochs: names of metrics, the best epoch, the distance from the accuracies of a recipe's source.
+
+Metrics are computed in `imagenet_training.training.meters`.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +27,7 @@ def best_record(records: Records) -> Mapping[str, Any] | None:
     return max(evaluated, key=lambda record: record["val/acc1"], default=None)
 
 
-def pace(values: Mapping[str, float], expected_accuracy: ExpectedAccuracy, num_epochs: int) -> str:
+def compare_with_expected(values: Mapping[str, float], expected_accuracy: ExpectedAccuracy, num_epochs: int) -> str:
     """Return how far accuracies are from the expected ones, in percent points, as text; "" if nothing is expected.
 
     Between two stated epochs, the expected accuracy lies on the straight line that joins them. Before the first stated

@@ -47,8 +47,8 @@ class EpochMeters:
 
     def watch(self, batches: Iterable[Any], loader: Any) -> Iterator[Any]:
         """Yield the batches that are left of the epoch's full steps, and measure the waits for them."""
-        num_left = self.plan.steps_left(self.state.samples) * self.plan.accumulation
-        return self.clock.watch(islice(batches, num_left), loader)
+        batches_left = self.plan.steps_left(self.state.samples) * self.plan.accumulation
+        return self.clock.watch(islice(batches, batches_left), loader)
 
     def add_batch(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """Count a batch: its loss (scalar), logits (N, K) and targets (N, K)."""
@@ -99,7 +99,7 @@ def train_epoch(
     save : callable
         Called with the state every ``plan.save_every_steps`` steps, on all ranks.
     begin_next : callable, optional
-        Called when the last batch of this epoch has come.
+        Called when the last batch of this epoch has come. It can start the next loader while the device still works.
 
     Returns
     -------
@@ -121,8 +121,8 @@ def train_epoch(
     batches = meters.watch(loader.epoch(state.epoch, skip_samples=state.samples // plan.world_size), loader)
     done = (plan.steps_per_epoch - plan.steps_left(state.samples)) * plan.accumulation
     bar = log.track(batches, f"epoch {state.epoch}", total=plan.batches_per_epoch, done=done)
-    num_left = plan.batches_per_epoch - done
-    for count, (images, targets) in enumerate(calling_at_last(bar, num_left, begin_next)):
+    batches_left = plan.batches_per_epoch - done
+    for count, (images, targets) in enumerate(calling_at_last(bar, batches_left, begin_next)):
         number = count % plan.accumulation
         loss, logits = trainer.backward(images, targets, number=number, place=batch_place(state, plan, number))
         meters.add_batch(loss, logits, targets)
@@ -140,7 +140,7 @@ def train_epoch(
         if plan.saves_after(state.step, state.samples):
             meters.store()
             save(state)
-            state.totals, state.pace = [], []
+            state.totals, state.pace = [], []  # they were for the checkpoint; the meters go on counting
     meters.store()
     log.eta.start_pause()
     size = {"global_batch_size": plan.global_batch_size}

@@ -3,7 +3,7 @@
     git worktree add --detach ../frozen f539592
     python tests/frozen/make.py ../frozen
 
-The data in this folder are of commit f5395926, the last one before the code moved into rooms. Make them again only
+The data in this folder are of commit f5395926, the last one before the code moved into packages. Make them again only
 where a format is meant to change, from the commit before that change.
 The digests of ``jpg`` and ``proportion`` are newer. They are of version 3 of the encoder, whose JPEGs share tables.
 """
