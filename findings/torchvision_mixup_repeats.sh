@@ -8,9 +8,9 @@
 # message, and the training loss is lower.
 #
 # torchvision's recipe for its newest ResNet-50 (--ra-sampler --ra-reps 4 --mixup-alpha 0.2 --cutmix-alpha 1) is for
-# 8 GPUs, where this does not happen. On one rank, it loses three quarters of the mixing, on two, half of it. timm's Mixup
-# takes the partner from the other end of the batch, and loses at most two images of a batch. No report of this was
-# found. If you use both, shuffle the batch before you mix it.
+# 8 GPUs, where this does not happen. On one rank, it loses three quarters of the mixing, on two, half of it. timm's
+# Mixup takes the partner from the other end of the batch, and loses at most two images of a batch. No report of this
+# was found. If you use both, shuffle the batch before you mix it.
 #
 # Expected: hardly a target with one class, because each of the 1,024 images has a class of its own.
 # Seen (share of the images whose target has one class, batches of 64; timm 1.0.31 has the sampler):
