@@ -104,7 +104,9 @@ FOREIGN_FLAGS = {
     "dask": {"host", "interface", "no-dashboard", "nworkers"},
     "docker": {"device", "ipc", "network", "shm-size", "ulimit"},
     "pip": {"no-deps", "no-build-isolation", "upgrade"},
-    "timm": {"mixup", "cutmix", "aa", "remode", "sched-on-updates", "warmup-prefix"},
+    "timm": {"mixup", "cutmix", "aa", "remode", "sched-on-updates", "warmup-prefix"}
+    | {"warmup-lr", "min-lr", "opt", "no-prefetcher", "train-interpolation"},
+    "torchvision": {"ra-sampler"},
     "anybody": {"section.key"},
     "wandb": {"append"},
 }

@@ -1,6 +1,9 @@
 """Parameter groups and the moving average."""
 
+import pytest
+import timm
 import torch
+from timm.optim import param_groups_weight_decay
 
 from imagenet_training.models.architectures import build_model
 from imagenet_training.training.optim import build_ema, build_optimizer, parameter_groups
@@ -13,6 +16,21 @@ def test_one_dimensional_parameters_get_their_own_decay():
     assert len(norms) == 53
     assert len(groups[0.0]) == 2 * 53 + 1 and all(p.ndim == 1 for p in groups[0.0])
     assert len(groups[1e-4]) == 54 and all(p.ndim > 1 for p in groups[1e-4])
+
+
+@pytest.mark.parametrize("arch", ["test_vit", "swin_tiny_patch4_window7_224", "beit_base_patch16_224", "test_resnet"])
+def test_the_parameters_without_decay_are_timm_s(arch):
+    with torch.device("meta"):
+        model = timm.create_model(arch)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    theirs = param_groups_weight_decay(model, 0.05, no_weight_decay_list=getattr(model, "no_weight_decay", set)())
+    ours = parameter_groups(model, 0.05, 0.0)
+    spared = [
+        {names[parameter] for group in groups if group["weight_decay"] == 0 for parameter in group["params"]}
+        for groups in (ours, theirs)
+    ]
+    assert spared[0] == spared[1]
+    assert any(model.get_parameter(name).ndim > 1 for name in spared[0]) == (arch != "test_resnet")
 
 
 def test_without_a_decay_of_their_own_all_share_one_group():

@@ -205,7 +205,8 @@ class Training:
     weight_decay: float = setting(Number(min=0), default=4e-5)
     """Weight decay."""
     bn_wd: float | None = setting(Number(min=0))
-    """Weight decay of one-dimensional parameters: those of normalisation layers, and biases. None: as weight_decay."""
+    """Weight decay of one-dimensional parameters (normalisation layers, biases), and of those that a model of timm
+    spares, such as position embeddings. None: as weight_decay."""
     epochs: int = setting(Integer(min=1), default=30)
     """Passes over the training split."""
     label_smoothing: float = setting(Number(min=0, below=1), default=0.1)

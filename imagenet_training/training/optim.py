@@ -1,6 +1,7 @@
 """The optimizer of a run, its parameter groups, and the moving average of the weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 
 import torch
 from torch.optim.swa_utils import AveragedModel
@@ -21,15 +22,19 @@ def parameter_groups(
     weight_decay : float
         For parameters with two dimensions and more: the weights of convolutions and linear layers.
     bn_wd : float, optional
-        For one-dimensional parameters: scales and shifts of normalisation layers, biases. None: as ``weight_decay``.
+        For one-dimensional parameters: scales and shifts of normalisation layers, biases. It is also for those that a
+        model of timm names in ``no_weight_decay()``, as in timm's own optimizers. None: as ``weight_decay``.
         ffcv-imagenet recognises normalisation layers by "bn" in their names, and so misses those of ResNet's shortcuts.
     scales : mapping of str to float, optional
         The factor of the learning rate of each parameter, by its name; see `imagenet_training.models.layers.lr_scales`.
     """
     groups: dict[tuple[float, float | None], list[torch.nn.Parameter]] = {}
+    named: Callable[[], Iterable[str]] = getattr(model, "no_weight_decay", tuple)
+    patterns = tuple(named())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = bn_wd if bn_wd is not None and parameter.ndim <= 1 else weight_decay
+            is_spared = parameter.ndim <= 1 or any(fnmatchcase(name, pattern) for pattern in patterns)
+            decay = bn_wd if bn_wd is not None and is_spared else weight_decay
             groups.setdefault((decay, None if scales is None else scales[name]), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, **({} if scale is None else {"lr_scale": scale})}
