@@ -110,7 +110,14 @@ def children(process):
 
 def worker_processes(nanny):
     """The processes that run tasks."""
-    return [child for child in children(nanny) if "--multiprocessing-fork" in " ".join(child.cmdline())]
+
+    def runs_tasks(child):
+        try:
+            return "--multiprocessing-fork" in " ".join(child.cmdline())
+        except psutil.NoSuchProcess:  # it has just been killed
+            return False
+
+    return [child for child in children(nanny) if runs_tasks(child)]
 
 
 @contextlib.contextmanager
