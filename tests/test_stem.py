@@ -125,7 +125,7 @@ def test_kernels_and_compiled_models_give_what_pytorch_gives():
 @pytest.mark.parametrize("name", ["max_pool", "batch_norm"])
 def test_operations_that_the_compiler_takes_apart_have_names_of_their_version(name):
     """Its caches on disk know them by name alone; see findings/torch_compile_cache_gradient.sh."""
-    module = importlib.import_module(f"imagenet_training.{name}")
+    module = importlib.import_module(f"imagenet_training.models.{name}")
     digest = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
     assert module.OPERATION.name().endswith(f"_{digest[:12]}")
 
