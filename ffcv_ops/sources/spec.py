@@ -1,4 +1,4 @@
-"""What a user says about a source."""
+"""The description of a source, as a user gives it."""
 
 from dataclasses import dataclass
 from pathlib import Path
