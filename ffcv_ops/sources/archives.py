@@ -55,7 +55,7 @@ class Listing:
     # If the archives tell classes: their texts, and the number of each image's text.
     found: dict[str, int] = field(default_factory=dict)
     texts: array = field(default_factory=lambda: array("i"))
-    # What was left out.
+    # Everything that was left out.
     tally: Tally = field(default_factory=Tally)
     extensions: Tally = field(default_factory=Tally)
     hidden: set[bytes] = field(default_factory=set)

@@ -81,7 +81,7 @@ class PageContent:
     def __init__(self, read: Read, page: Page, codec: str):
         self._read, self._page = read, page
         self._codec = CODECS.index(codec) if page.is_compressed else _PLAIN
-        # Where each block begins in the page. A page that cannot be split is one block.
+        # The place of each block in the page. A page that cannot be split is one block.
         self._blocks, self._block_bytes = array("I", [0]), max(1, page.plain_bytes)
         self._literals: list[tuple[int, int, int]] = []
         self._held: tuple[Place | None, bytes] = None, b""

@@ -129,8 +129,8 @@ class Source:
     places: np.ndarray  # int64 (len(keys), P): what the reader needs to find an image, and to know that it is the same
     sizes_bytes: np.ndarray  # int64 (len(keys),): the size of each image
     reader: Reader
-    # What `places` rest on, in JSON's types, such as name, size and time of change of archives. The journal of a file
-    # holds a hash of this identity and of all keys, labels and places.
+    # Facts that `places` rest on, in JSON's types, such as name, size and time of change of archives. The journal of
+    # a file holds a hash of this identity and of all keys, labels and places.
     identity: list[Any] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)  # what the manifest tells about the source, in JSON's types
     remarks: list[Remark] = field(default_factory=list)  # what the listing left out, and what the user should know

@@ -17,8 +17,8 @@ class SourceSpec:
     split: str | None = None  # the split to write, for sources that hold several
     labels: str | None = None  # a file with the class of each image, for images without class folders
     class_names: str | None = None  # a file with the names of the classes, for sources that number classes
-    # Of samples with several parts, those with the image and with the class: columns of tables, extensions of shards,
-    # or a key of their JSON.
+    # The parts with the image and with the class, of samples with several parts: columns of tables, extensions of
+    # shards, or a key of their JSON.
     image_column: str | None = None
     label_column: str | None = None
     hold_out: float | None = None  # the share of each class that is for validation, if all images are for training

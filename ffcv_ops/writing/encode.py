@@ -45,13 +45,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """What all tasks of a file have in common."""
+    """The facts that all tasks of a file have in common."""
 
     settings: WriteSettings
     reader: bytes  # the pickled `Reader` of the source, which each process opens once
     tables: np.ndarray | None = None  # the Huffman tables of the file, for `jpeg.encode`
     is_sample: bool = False  # count the symbols of the images instead of keeping their bytes
-    # What `encoder_versions` returns on the machine that leads. If another machine works on the task, it compares.
+    # The result of `encoder_versions` on the machine that leads. If another machine works on the task, it compares.
     versions: Mapping[str, str] | None = None
 
 
