@@ -42,7 +42,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/gpu/wheels" "$work/gpu/data"
 
-wheel=$(find dist -maxdepth 1 -name 'ffcv-*-cp310-abi3-manylinux_*_x86_64.whl' 2>/dev/null | head -1)
+mkdir -p dist
+wheel=$(find dist -maxdepth 1 -name 'ffcv-*-cp310-abi3-manylinux_*_x86_64.whl' | head -1)
 if [ -n "$wheel" ]; then
     cp "$wheel" "$work/gpu/wheels/"
 else
