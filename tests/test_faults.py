@@ -4,6 +4,7 @@ Run as a script, ``python -m tests.test_faults stock|ours FOLDER``, this prints 
 """
 
 import json
+import logging
 import multiprocessing
 import os
 import subprocess
@@ -481,4 +482,5 @@ class Probes:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
+    logging.getLogger("ffcv_ops").setLevel(logging.ERROR)  # no word of kernels that are compiled
     print(json.dumps(Probes(sys.argv[1], Path(sys.argv[2])).answers()))
