@@ -105,7 +105,8 @@ def quasi_random_order(
         raise UserError(f"buffer_pages is {buffer_pages}; it must be at least 1")
     generator = rng.generator(seed, epoch, rng.ORDER)
     page_numbers, page_index = np.unique(pages, return_inverse=True)
-    position_of_page = generator.permutation(len(page_numbers))
+    # NumPy sorts integers of 16 bits and fewer in linear time.
+    position_of_page = generator.permutation(len(page_numbers)).astype(np.min_scalar_type(len(page_numbers)))
     # The samples are permuted first. So chance decides which samples of a shared page go to which rank.
     shuffled = generator.permutation(len(ids))
     positions = position_of_page[page_index[shuffled]]
