@@ -23,6 +23,24 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 MODES = ("eager", "compiled", "compiled-graph", "graph")
+# What the bundle does not bring, because it is compiled for one Python or is large.
+NEEDED_MODULES = (
+    "cv2",
+    "huggingface_hub",
+    "jinja2",
+    "matplotlib",
+    "numba",
+    "packaging",
+    "PIL",
+    "psutil",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    "torch",
+    "torchvision",
+    "tqdm",
+    "yaml",
+)
 # Options of torch.compile for the library's own layers, as others run them.
 PEERS: dict[str, dict[str, Any]] = {
     "torch.compile": {},
@@ -99,6 +117,9 @@ def setting_of(mode: str) -> str:
 
 def setup(check: Check) -> None:
     """Install what lacks of the bundle's wheels, lay out the file of images, and record the machine."""
+    absent = [module for module in NEEDED_MODULES if importlib.util.find_spec(module) is None]
+    if absent:
+        raise SystemExit(f"the machine must have these modules, and {sys.executable} lacks them: {', '.join(absent)}")
     lacking = []
     for wheel in sorted((check.bundle / "wheels").glob("*.whl")):
         name = wheel.name.split("-")[0]

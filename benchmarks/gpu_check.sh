@@ -4,8 +4,9 @@
 #   bash benchmarks/gpu_check.sh BUNDLE OUT [--cpu] [--steps "1 2 3"]
 #
 # BUNDLE is the folder that `make gpu-bundle` made. OUT gets check.jsonl, with a line of JSON for each figure and each
-# step as soon as there is one, and check.log. A step that fails or takes too long does not stop the next. --cpu runs
-# the steps at a small size without a GPU, to see that they work. PYTHON=python3.12 selects the interpreter.
+# step as soon as there is one, and check.log. A step that fails or takes too long does not stop the next; only the
+# setup must succeed. --cpu runs the steps at a small size without a GPU, to see that they work. PYTHON=python3.12
+# selects the interpreter.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -80,10 +81,15 @@ if status == "failed":
     line["error"] = lines[-1][:300] if lines else "it ended without a word"
 print(json.dumps(line))
 END
+    [ "$status" = ok ]
 }
 
 "$python" -m pip --version >/dev/null 2>&1 || stop "$python has no pip"
-for step in 0 $steps; do
+if ! run_step 0; then
+    printf 'gpu-check: without its setup, no step can run\n' >&2
+    exit 1
+fi
+for step in $steps; do
     run_step "$step"
 done
 printf 'gpu-check: %s s, %s\n' "$SECONDS" "$record"
