@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError
-
 from imagenet_training.state import TrainState
 
 # The transaction log consists of blocks, as LevelDB's log does, behind a header of 7 bytes.
@@ -58,7 +56,7 @@ def read_parts(folder: Path, wandb_id: str) -> list[Part]:
 def _read_part(path: Path) -> Part:
     """Read a part up to its end, or to the first record that is damaged."""
     has_run, step, epoch = False, -1, -1
-    with suppress(DecodeError, ValueError, OSError):
+    with suppress(ValueError, OSError):
         for record, _ in _read_log(path):
             has_run |= record.HasField("run")
             if record.HasField("history"):
@@ -69,7 +67,14 @@ def _read_part(path: Path) -> Part:
 
 
 def _read_log(path: Path) -> Iterator[tuple[Any, int]]:
-    """Yield the whole records of a transaction log, and the offset behind each."""
+    """Yield the whole records of a transaction log, and the offset behind each.
+
+    Raises
+    ------
+    ValueError
+        If a record is damaged.
+    """
+    from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     content, payload, at = path.read_bytes(), b"", _HEADER_BYTES
@@ -84,7 +89,11 @@ def _read_log(path: Path) -> Iterator[tuple[Any, int]]:
             return
         payload += content[at - size : at]
         if kind in (_WHOLE, _LAST):
-            yield Record.FromString(payload), at
+            try:
+                record = Record.FromString(payload)
+            except DecodeError as error:
+                raise ValueError(f"{path}: a damaged record before byte {at:,}") from error
+            yield record, at
             payload = b""
 
 
@@ -93,7 +102,7 @@ def cut_torn_end(path: Path) -> None:
 
     If a record is damaged, rows may follow, and nothing is cut.
     """
-    with suppress(DecodeError, ValueError, OSError):
+    with suppress(ValueError, OSError):
         end = max((end for _, end in _read_log(path)), default=_HEADER_BYTES)
         if end < path.stat().st_size:
             os.truncate(path, end)
