@@ -232,6 +232,15 @@ def decided_by_main(decide: Callable[[], Value]) -> Value:
     return value
 
 
+def of_all_ranks(value: Value) -> list[Value]:
+    """Return on every rank the values of all ranks, in their order. The values must be picklable."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def wait_for_all(world: World) -> None:
     """Wait until every rank has called this function."""
     sum_over_ranks(torch.zeros((), device=world.device)).item()  # barrier() warns unless it is given the device

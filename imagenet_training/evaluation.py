@@ -24,7 +24,7 @@ from imagenet_training.models.weight_file import read_weight_file
 from imagenet_training.planning.plan import RunPlan, plan_run
 from imagenet_training.planning.recipe import Recipe
 from imagenet_training.reports.logs import RunLog
-from imagenet_training.run.provenance import describe_run, differences
+from imagenet_training.run.provenance import check_ranks_agree, describe_run, differences
 from imagenet_training.run.resume import ResumePoint, choose_checkpoint, load_whole
 from imagenet_training.run.run_folder import report_evaluation, run_notices
 from imagenet_training.run.summary import evaluation_summary, resolved_recipe
@@ -237,6 +237,7 @@ def evaluate_only(recipe: Recipe) -> None:
     candidate = choose_candidate(recipe, world)
     recipe = candidate.recipe
     data = open_evaluation_data(recipe, candidate.classes, candidate.val_digest)
+    check_ranks_agree(recipe, data)
     plan = plan_run(
         recipe,
         world_size=world.world_size,
