@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torchvision
 
-from ffcv_ops import UserError
+from ffcv_ops import UserError, machine
 from ffcv_ops.settings.collect import DEFAULT
 from ffcv_ops.settings.command_line import COMMAND_LINE
 from ffcv_ops.settings.fields import show
@@ -278,6 +278,8 @@ def evaluate_only(recipe: Recipe) -> None:
 
 def show_evaluation(recipe: Recipe) -> None:
     """Print what an evaluation would do, and the resolved recipe. Check the data if they exist, and create nothing."""
+    if machine.rank():
+        return  # torchrun starts this on every rank
     candidate = choose_candidate(recipe, World(0, 0, 1, 1, torch.device("cpu")))
     recipe = candidate.recipe
     size = model_size(recipe_meta_model(recipe), recipe.validation.resolution)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ffcv_ops import Label, Loader, OrderOption, UserError
 from ffcv_ops.lock import OwnerLock
+from imagenet_training import dry_run
 from imagenet_training.data.loaders import open_training_data
 from imagenet_training.distributed import World
 from imagenet_training.models.architectures import recipe_meta_model
@@ -358,6 +359,18 @@ def test_a_run_that_is_resumed_as_it_was_says_nothing_of_its_position():
     assert notices() == notices(COSINE, before=COSINE, samples=40) == []
     average = ["--training.ema_decay=0.9", "--training.ema_rescale=1"]
     assert notices(average, before=average) == []
+
+
+def test_a_dry_run_has_the_global_batch_of_its_checkpoint(monkeypatch, capsys):
+    no_data = ["--data.train_dataset=none.beton", "--data.val_dataset=none.beton"]
+    recipe = recipe_of("--data.mean=0.5,0.5,0.5", "--data.std=0.2,0.2,0.2", "--model.arch=resnet18", *no_data)
+    content = content_of(recipe, plan_of(recipe, world_size=2), TrainState(epoch=2, step=10))
+    point = ResumePoint("runs/last.ckpt", content, {}, ())
+    monkeypatch.setattr(dry_run, "choose_checkpoint", lambda recipe, world: point)
+    dry_run.show_plan(recipe)
+    out = capsys.readouterr().out
+    assert ", resumed from runs/last.ckpt\n" in out and "10 (batch size) x 1 (processes) x 2 (accumulation) = 20" in out
+    assert "an epoch now has 64,058 steps of 20 images, and had 5 of 20" in out
 
 
 def test_other_epochs_are_said_with_what_they_do_to_the_rate():
