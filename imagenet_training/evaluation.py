@@ -22,7 +22,7 @@ from imagenet_training.models.card import ModelCard
 from imagenet_training.models.precision import DTYPES
 from imagenet_training.models.weight_file import read_weight_file
 from imagenet_training.planning.plan import RunPlan, plan_run
-from imagenet_training.planning.recipe import Recipe
+from imagenet_training.planning.recipe import Recipe, unused_notices
 from imagenet_training.reports.logs import RunLog
 from imagenet_training.run.provenance import check_ranks_agree, describe_run, differences
 from imagenet_training.run.resume import ResumePoint, choose_checkpoint, load_whole
@@ -304,6 +304,7 @@ def evaluation_notices(
     if unused:
         raw = "; --model.ema=0 evaluates the raw weights" if "training.ema_decay" in unused else ""
         yield f"an evaluation does not use {', '.join(unused)} of the command line{raw}"
+    yield from unused_notices(recipe, "validation.")
     if candidate.content is not None:
         yield from differences(candidate.content, provenance, evaluates=True)
         for key in ("model.weights", "model.pretrained"):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch.distributed as dist
+from betons import photographs, write_images
 
 from ffcv_ops import UserError, read_beton
 from imagenet_training.data.classes import ClassMatch
@@ -10,7 +11,6 @@ from imagenet_training.distributed import of_all_ranks
 from imagenet_training.planning.recipe import read_recipe
 from imagenet_training.run import provenance
 from imagenet_training.run.provenance import check_ranks_agree
-from tests.betons import photographs, write_images
 
 
 @pytest.fixture(scope="module")
