@@ -1,7 +1,5 @@
 """Print the plan of a run without starting it."""
 
-import torch
-
 from ffcv_ops import machine
 from imagenet_training.data.augmentation import build_augmentations
 from imagenet_training.data.loaders import planned_data
@@ -23,7 +21,7 @@ def show_plan(recipe: Recipe) -> None:
         return  # torchrun starts this on every rank
     build_augmentations(recipe)  # an operation that does not exist is an error
     data = planned_data(recipe)
-    point = choose_checkpoint(recipe, World(0, 0, 1, 1, torch.device("cpu")))
+    point = choose_checkpoint(recipe, World())
     recipe = settle_normalization(recipe, point.content)
     plan = plan_run(
         recipe,

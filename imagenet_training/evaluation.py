@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torchvision
 
 from ffcv_ops import UserError, machine
@@ -280,7 +279,7 @@ def show_evaluation(recipe: Recipe) -> None:
     """Print what an evaluation would do, and the resolved recipe. Check the data if they exist, and create nothing."""
     if machine.rank():
         return  # torchrun starts this on every rank
-    candidate = choose_candidate(recipe, World(0, 0, 1, 1, torch.device("cpu")))
+    candidate = choose_candidate(recipe, World())
     recipe = candidate.recipe
     size = model_size(recipe_meta_model(recipe), recipe.validation.resolution)
     print(f"{evaluation_summary(recipe, candidate.describe(), size)}\n\n{resolved_recipe(recipe)}")

@@ -37,7 +37,7 @@ from imagenet_training.training.loss import soft_target_cross_entropy
 from imagenet_training.training.optim import build_ema, build_optimizer
 from imagenet_training.training.trainer import Trainer
 
-WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
+WORLD = World()
 
 
 class Run:

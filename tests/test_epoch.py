@@ -35,7 +35,7 @@ from imagenet_training.training.preemption import StopRequest
 from imagenet_training.training.step_mode import COMPILED, EAGER
 from imagenet_training.training.trainer import Trainer, build_trainer, infinite_buffers, make_deterministic
 
-WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
+WORLD = World()
 
 
 class Batches:

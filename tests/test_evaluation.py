@@ -130,7 +130,7 @@ def test_the_printed_line_builds_the_model_that_the_run_has_logged(trained, data
     (log,) = folder.glob("logs/*.log")
     monkeypatch.chdir(folder)
     exec(re.search(r"use weights +(.*)", log.read_text())[1], names)
-    card, world = names["card"], World(0, 0, 1, 1, torch.device("cpu"))
+    card, world = names["card"], World()
     file, recipe = read_beton(data / "val.beton"), read_recipe(["--config-file", str(data / "recipe.yaml")])
     settings = {"precision": card.precision, "flip": card.flip, "channels_last": card.channels_last}
     with build_val_loader(recipe, file, world, torch.float32) as loader:

@@ -76,7 +76,7 @@ class Part:
         self.plan, self.state, self.folder = plan, state, folder
         self.steps, self.places, self.saves, self.updates = [], [], [], []
         # The part of rank 0: no other rank is needed to count positions.
-        world = World(rank=0, local_rank=0, world_size=plan.world_size, local_world_size=1, device=CPU)
+        world = World(world_size=plan.world_size)
         self.trainer = Trainer(
             model=self.model,
             ema=build_ema(self.model, 0.9),
@@ -114,7 +114,7 @@ class Part:
             self.updates.append(int(trainer.ema.n_averaged) > before)
 
         trainer.backward, trainer.optimizer_step = noted_backward, noted_step
-        stop = StopRequest(World(0, 0, 1, 1, CPU))
+        stop = StopRequest(World())
         stop.agreed = lambda: len(self.steps) >= num_steps
         stop.exit_status = 75
         try:
@@ -408,7 +408,7 @@ def test_another_pace_of_the_moving_average_is_said_with_the_decay_that_keeps_it
 def test_after_a_stop_in_validation_the_line_of_the_epoch_has_the_pace_of_its_training(tmp_path):
     plan = plan_of(recipe_of())
     first = Part(plan, TrainState(), tmp_path)
-    stop = StopRequest(World(0, 0, 1, 1, CPU))
+    stop = StopRequest(World())
     log = RunLog(tmp_path, True, eta=EtaEstimator([8] * 6, plan.steps_per_epoch))
     whole = train_epoch(first.trainer, first, first.state, plan, log, stop=stop, save=lambda state: None)
     content = content_of(recipe_of(), plan, first.state)
