@@ -61,7 +61,6 @@ class Run:
             scaler=torch.amp.GradScaler("cpu", enabled=scaled),
             world=WORLD,
             loss=soft_target_cross_entropy,
-            lr=lambda step: 0.1,
             precision="32",
         )
         self.parts = {"model": model, "ema": self.trainer.ema, "optimizer": self.trainer.optimizer}

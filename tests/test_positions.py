@@ -84,7 +84,6 @@ class Part:
             scaler=torch.amp.GradScaler("cpu", enabled=False),
             world=world,
             loss=soft_target_cross_entropy,
-            lr=plan.lr_at,
             precision="32",
             accumulation=plan.accumulation,
             **options,

@@ -70,7 +70,6 @@ def make_trainer(optimizer="sgd", *, init_scale=0.0, ema_decay=0.9, model=None, 
         scaler=scaler,
         world=WORLD,
         loss=soft_target_cross_entropy,
-        lr=lambda step: 0.1 / (step + 1),
         num_classes=NUM_CLASSES,
         **{"precision": "32", **options},
     )
@@ -92,7 +91,7 @@ def take_steps(trainer, steps, size_px=8):
             images = images.to(trainer.image_dtype)
             results = trainer.backward(images, targets, number=number, place=(0, step, number))
             seen += [value.clone() for value in results]
-        trainer.optimizer_step(trainer.lr(step), step=step)
+        trainer.optimizer_step(0.1 / (step + 1), step=step)
     return seen
 
 
