@@ -21,7 +21,7 @@ from imagenet_training.models.card import ModelCard
 from imagenet_training.models.precision import DTYPES
 from imagenet_training.models.weight_file import read_weight_file
 from imagenet_training.planning.plan import RunPlan, plan_run
-from imagenet_training.planning.recipe import Recipe, unused_notices
+from imagenet_training.planning.recipe import Recipe, check_recipe, unused_notices
 from imagenet_training.reports.logs import RunLog
 from imagenet_training.run.provenance import check_ranks_agree, describe_run, differences
 from imagenet_training.run.resume import ResumePoint, choose_checkpoint, load_whole
@@ -152,6 +152,7 @@ def choose_candidate(recipe: Recipe, world: World) -> Candidate:
     source, notices = point.path or weights, list(point.notices)
     classes = names_of_weights(recipe, own, str(source))
     settled, lost, kept = with_settings_of(recipe, saved)
+    check_recipe(settled)  # settings of the run and of the command line may not fit
     settled = settle_normalization(settle_num_classes(_with_number_of(settled, classes)), content)
     if lost:
         notices.append(f"settings of the run that saved {source} replace those of files: {', '.join(lost)}")

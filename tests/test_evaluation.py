@@ -257,6 +257,15 @@ def test_what_does_not_fit_the_checkpoint_is_refused(trained, evaluate, tmp_path
     assert status == 2 and re.search(told, output) and len(output.strip().splitlines()) == 1
 
 
+def test_settings_of_the_run_and_of_the_command_line_fit_together(trained, evaluate, tmp_path):
+    path = changed(trained[0], tmp_path, lambda content: content["recipe"]["validation"].update(resize=40))
+    status, output = evaluate("--resume", path, "--validation.resolution=48")
+    assert status == 2
+    assert "validation.resize=40 (the run that is evaluated) is smaller than validation.resolution=48" in output
+    status, output = evaluate("--resume", path, "--validation.crop_ratio=0.5")
+    assert status == 0 and "crop_ratio=0.5 (command line) has no effect without validation.resize=None" in output
+
+
 def test_weights_of_a_file_s_recipe_give_way_to_the_checkpoint(trained, evaluate, tmp_path):
     best, record, _ = trained
     (tmp_path / "finetune.yaml").write_text(f"model: {{weights: {best}}}\n")
