@@ -748,6 +748,14 @@ def test_a_setting_without_effect_is_noticed_if_it_is_on_the_command_line(write,
     assert not any("has no effect" in line for line in in_file.notices)
 
 
+def test_an_evaluation_is_told_nothing_of_training():
+    argv = ["-C", str(ROOT / "rn50_configs/rsb_a1.yaml"), "--epochs=1", "--lr.warmup_epochs=0", "--training.momentum=0"]
+    for others, count in (([], 3), (["--eval_only", "--model.pretrained=1"], 0)):
+        recipe = read_recipe([*argv, *others])
+        plan = plan_run(recipe, world_size=8, **IMAGENET)
+        assert len([*recipe.notices, *plan.notices]) == count
+
+
 def test_settings_with_their_conditions_are_not_noticed():
     argv = ["--training.momentum=0.5", "--lr.base_lr=1", "--lr.lr_peak_epoch=3", "--validation.crop_ratio=0.9"]
     argv += ["--augmentation.mixup_alpha=1", "--augmentation.mix_prob=0.5", "--training.ema_decay=0.9"]

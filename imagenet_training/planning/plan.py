@@ -321,7 +321,7 @@ def _precision_notices(recipe: Recipe, precision: str, device_type: str) -> Iter
     training = recipe.training
     if device_type == "cuda" and precision == "32" and training.tf32:
         yield "32-bit products are made in TF32 where this GPU can: --training.tf32=0 makes them in full"
-    if precision == "16-mixed" and training.optimizer == "lamb":
+    if precision == "16-mixed" and training.optimizer == "lamb" and not training.eval_only:
         yield (
             "LAMB under 16-mixed has the host wait for the GPU in every step, to learn whether the gradient "
             "overflowed; --precision bf16-mixed has no such check"

@@ -249,21 +249,22 @@ def _check_file(shown: str, path: Path) -> None:
 
 def _find_notices(recipe: Recipe) -> Iterable[str]:
     lr, training = recipe.lr, recipe.training
+    if recipe.data.gpu is not None:
+        yield f"{recipe.shown('data.gpu')} has no effect"
+    if training.eval_only:
+        return
     stated = _stated_accuracy(recipe)
     if stated and not expected_accuracy(recipe):
         yield (
             f"the expected accuracies are those of {max(map(max, stated.values()))} epochs; this run has "
             f"{training.epochs} and is not compared with them"
         )
-    if recipe.data.gpu is not None:
-        yield f"{recipe.shown('data.gpu')} has no effect"
     if lr.lr_schedule_type == "cyclic" and lr.lr_peak_epoch >= training.epochs:
         yield (
             f"the learning rate will not reach its peak: lr.lr_peak_epoch={lr.lr_peak_epoch} is not before "
             f"training.epochs={training.epochs}"
         )
-    if not training.eval_only:
-        yield from unused_notices(recipe)
+    yield from unused_notices(recipe)
 
 
 def unused_notices(recipe: Recipe, section: str = "") -> Iterable[str]:
