@@ -73,11 +73,13 @@ def build(recipe: Recipe, world: "World", meta_model: "Module") -> Run:
     from imagenet_training.data.normalization import settle_normalization
     from imagenet_training.planning.plan import plan_run
     from imagenet_training.run.changes import check_classes, check_rest_of_epoch, keeps_best
+    from imagenet_training.run.provenance import check_ranks_agree
     from imagenet_training.run.resume import choose_checkpoint, restore
     from imagenet_training.training.trainer import build_trainer, unwrapped
     from imagenet_training.training.trial import try_model
 
     data = open_training_data(recipe)
+    check_ranks_agree(recipe, data)
     point = choose_checkpoint(recipe, world)
     recipe = settle_normalization(recipe, point.content)
     plan = plan_run(

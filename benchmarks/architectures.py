@@ -48,7 +48,7 @@ from imagenet_training.training.trainer import build_trainer  # noqa: E402
 from imagenet_training.training.trial import Need, Trial, candidates, check_drop_path, try_model  # noqa: E402
 
 NUM_CLASSES, OTHER_NUM_CLASSES, BATCH_SIZE = 10, 7, 2
-WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
+WORLD = World()
 ACTIONS = ("plan", "build", "step", "export", "load", "head")
 # Parts of names, from the smallest model of a family to the largest; names without one are in the middle.
 SIZE_WORDS = [

@@ -13,22 +13,27 @@ def is_launched() -> bool:
 
 def rank() -> int:
     """Return the number of this process in the run; 0 without a launcher."""
-    return int(os.environ.get("RANK", 0))
+    return _launched("RANK", 0)
 
 
 def world_size() -> int:
     """Return the number of processes in the run; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _launched("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """Return the number of this process on its node; 0 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return _launched("LOCAL_RANK", 0)
 
 
 def local_world_size() -> int:
     """Return the number of processes of the run on this node; 1 without a launcher."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return _launched("LOCAL_WORLD_SIZE", 1)
+
+
+def _launched(name: str, otherwise: int) -> int:
+    # A shell or a container may have one of these variables for another program.
+    return int(os.environ.get(name, otherwise)) if is_launched() else otherwise
 
 
 def allowed_cpus() -> int:

@@ -68,14 +68,13 @@ class RankStore:
 class World:
     """The place of this process among the processes of the run and of its node, as torchrun counts them.
 
-    The device is the GPU of this process, or the CPU if there is no GPU.
+    The device is the GPU of this process, or the CPU if there is no GPU. By default the process is alone.
     """
 
-    rank: int
-    local_rank: int
-    world_size: int
-    local_world_size: int
-    device: torch.device
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
     store: RankStore = field(default_factory=RankStore, compare=False)
 
     @property
@@ -146,7 +145,7 @@ def start() -> World:
         else:
             dist.init_process_group(backend)
             store = _launcher_store()
-    return World(rank, local_rank, world_size, machine.local_world_size(), device, RankStore(store, start_name))
+    return World(rank, local_rank, world_size, device, RankStore(store, start_name))
 
 
 def _launcher_store() -> dist.TCPStore:
@@ -230,6 +229,15 @@ def decided_by_main(decide: Callable[[], Value]) -> Value:
     if user_error is not None:
         raise user_error
     return value
+
+
+def of_all_ranks(value: Value) -> list[Value]:
+    """Return on every rank the values of all ranks, in their order. The values must be picklable."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def wait_for_all(world: World) -> None:

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torchvision
 
-from ffcv_ops import UserError
+from ffcv_ops import UserError, machine
 from ffcv_ops.settings.collect import DEFAULT
 from ffcv_ops.settings.command_line import COMMAND_LINE
 from ffcv_ops.settings.fields import show
@@ -22,9 +21,9 @@ from imagenet_training.models.card import ModelCard
 from imagenet_training.models.precision import DTYPES
 from imagenet_training.models.weight_file import read_weight_file
 from imagenet_training.planning.plan import RunPlan, plan_run
-from imagenet_training.planning.recipe import Recipe
+from imagenet_training.planning.recipe import Recipe, check_recipe, unused_notices
 from imagenet_training.reports.logs import RunLog
-from imagenet_training.run.provenance import describe_run, differences
+from imagenet_training.run.provenance import check_ranks_agree, describe_run, differences
 from imagenet_training.run.resume import ResumePoint, choose_checkpoint, load_whole
 from imagenet_training.run.run_folder import report_evaluation, run_notices
 from imagenet_training.run.summary import evaluation_summary, resolved_recipe
@@ -153,6 +152,7 @@ def choose_candidate(recipe: Recipe, world: World) -> Candidate:
     source, notices = point.path or weights, list(point.notices)
     classes = names_of_weights(recipe, own, str(source))
     settled, lost, kept = with_settings_of(recipe, saved)
+    check_recipe(settled)  # settings of the run and of the command line may not fit
     settled = settle_normalization(settle_num_classes(_with_number_of(settled, classes)), content)
     if lost:
         notices.append(f"settings of the run that saved {source} replace those of files: {', '.join(lost)}")
@@ -237,6 +237,7 @@ def evaluate_only(recipe: Recipe) -> None:
     candidate = choose_candidate(recipe, world)
     recipe = candidate.recipe
     data = open_evaluation_data(recipe, candidate.classes, candidate.val_digest)
+    check_ranks_agree(recipe, data)
     plan = plan_run(
         recipe,
         world_size=world.world_size,
@@ -277,7 +278,9 @@ def evaluate_only(recipe: Recipe) -> None:
 
 def show_evaluation(recipe: Recipe) -> None:
     """Print what an evaluation would do, and the resolved recipe. Check the data if they exist, and create nothing."""
-    candidate = choose_candidate(recipe, World(0, 0, 1, 1, torch.device("cpu")))
+    if machine.rank():
+        return  # torchrun starts this on every rank
+    candidate = choose_candidate(recipe, World())
     recipe = candidate.recipe
     size = model_size(recipe_meta_model(recipe), recipe.validation.resolution)
     print(f"{evaluation_summary(recipe, candidate.describe(), size)}\n\n{resolved_recipe(recipe)}")
@@ -301,6 +304,7 @@ def evaluation_notices(
     if unused:
         raw = "; --model.ema=0 evaluates the raw weights" if "training.ema_decay" in unused else ""
         yield f"an evaluation does not use {', '.join(unused)} of the command line{raw}"
+    yield from unused_notices(recipe, "validation.")
     if candidate.content is not None:
         yield from differences(candidate.content, provenance, evaluates=True)
         for key in ("model.weights", "model.pretrained"):

@@ -8,6 +8,7 @@ from imagenet_training.data.contact_sheet import caption, class_names, denormali
 from imagenet_training.data.loaders import build_random_crop, build_train_loader, open_train_file
 from imagenet_training.data.normalization import pixel_statistics
 from imagenet_training.models.precision import DTYPES
+from imagenet_training.planning.plan import epoch_samples
 from imagenet_training.planning.recipe import Recipe
 from imagenet_training.planning.schedule import resolution_at
 
@@ -16,7 +17,8 @@ def draw_preview(recipe: Recipe) -> None:
     """Draw the first training images of epoch 0 as the model gets them. This needs data, and trains nothing."""
     path, world = Path(recipe.training.preview or ""), distributed.start()
     data = open_train_file(recipe)
-    batch_size = min(recipe.training.batch_size, data.num_samples // world.world_size)
+    num_samples = epoch_samples(data.num_samples, world.world_size, recipe.augmentation.repeats)
+    batch_size = min(recipe.training.batch_size, num_samples // world.world_size)
     crop = build_random_crop(recipe, resolution_at(recipe.resolution, 0))
     dtype = DTYPES[recipe.training.precision if world.device.type == "cuda" else "32"]
     with build_train_loader(recipe, data, world, dtype, crop, batch_size=batch_size) as loader:

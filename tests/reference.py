@@ -23,7 +23,7 @@ def mixed_images(images: np.ndarray, plan) -> np.ndarray:
         for y in range(top, bottom):
             for x in range(left, right):
                 for channel in range(3):
-                    own, other = int(images[i, y, x, channel]), int(images[plan.partner[i], y, x, channel])
+                    own, other = int(images[i, y, x, channel]), int(images[-1 - i, y, x, channel])
                     mixed[i, y, x, channel] = int(lam * own + (1 - lam) * other + Fraction(1, 2))
     return mixed
 
@@ -33,7 +33,7 @@ def mixed_targets(labels: np.ndarray, plan, num_classes: int, smoothing: float) 
     smooth = np.full((len(labels), num_classes), smoothing / num_classes)
     smooth[np.arange(len(labels)), labels] += 1 - smoothing
     lam = plan.lam.astype(np.float64)[:, None]
-    return lam * smooth + (1 - lam) * smooth[plan.partner]
+    return lam * smooth + (1 - lam) * smooth[::-1]
 
 
 # --- crops

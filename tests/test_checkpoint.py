@@ -37,7 +37,7 @@ from imagenet_training.training.loss import soft_target_cross_entropy
 from imagenet_training.training.optim import build_ema, build_optimizer
 from imagenet_training.training.trainer import Trainer
 
-WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
+WORLD = World()
 
 
 class Run:
@@ -61,7 +61,6 @@ class Run:
             scaler=torch.amp.GradScaler("cpu", enabled=scaled),
             world=WORLD,
             loss=soft_target_cross_entropy,
-            lr=lambda step: 0.1,
             precision="32",
         )
         self.parts = {"model": model, "ema": self.trainer.ema, "optimizer": self.trainer.optimizer}

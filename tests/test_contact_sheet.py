@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from betons import photographs
+from betons import photographs, write_images
 from reference import PIXEL_MEAN, PIXEL_STD
 
 from imagenet_training.data.contact_sheet import (
@@ -15,6 +15,8 @@ from imagenet_training.data.contact_sheet import (
     draw_contact_sheet,
     take_images,
 )
+from imagenet_training.planning.recipe import read_recipe
+from imagenet_training.preview import draw_preview
 
 
 def test_denormalizing_gives_the_bytes_back():
@@ -67,3 +69,12 @@ def test_any_name_can_be_drawn(tmp_path):
     for text in ("$a_{b$ <b>&", "caf\udce9", "\u72ac"):
         draw_contact_sheet(images, [text] * 3, tmp_path / "sheet.png", title=text)
         assert cv2.imread(str(tmp_path / "sheet.png")).std() > 0
+
+
+def test_a_preview_of_fewer_images_than_a_batch_shows_those_of_an_epoch(tmp_path, capsys):
+    file, sheet = tmp_path / "train.beton", tmp_path / "sheet.png"
+    write_images(file, photographs(300, side=16), labels=np.arange(300) % 10)
+    argv = [f"--data.train_dataset={file}", "--model.num_classes=10", "--augmentation.repeats=3", "--batch_size=280"]
+    argv += ["--resolution.min_res=16", "--resolution.max_res=16", f"--preview={sheet}"]
+    draw_preview(read_recipe(argv))  # an epoch has 256 images
+    assert sheet.exists() and f"{NUM_IMAGES} training images" in capsys.readouterr().out

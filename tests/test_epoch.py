@@ -35,7 +35,7 @@ from imagenet_training.training.preemption import StopRequest
 from imagenet_training.training.step_mode import COMPILED, EAGER
 from imagenet_training.training.trainer import Trainer, build_trainer, infinite_buffers, make_deterministic
 
-WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
+WORLD = World()
 
 
 class Batches:
@@ -64,7 +64,6 @@ def make_trainer(model, **options):
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         world=WORLD,
         loss=soft_target_cross_entropy,
-        lr=lambda step: 0.1 / (step + 1),
         precision="32",
         **options,
     )
@@ -75,7 +74,7 @@ def run_epoch(trainer, batches, state, tmp_path, steps, *, save=lambda state: No
     sizes = {"batch_size": batches.batch_size, "accumulation": trainer.accumulation}
     global_batch_size = batches.batch_size * trainer.accumulation
     sizes |= {"global_batch_size": global_batch_size, "samples_per_epoch": steps * global_batch_size}
-    plan = make_plan(steps, **sizes, lr_at=trainer.lr, **options)
+    plan = make_plan(steps, **{"lr_at": lambda step: 0.1 / (step + 1), **sizes, **options})
     return train_epoch(trainer, batches, state, plan, log, stop=stop or StopRequest(WORLD), save=save)
 
 
@@ -196,8 +195,8 @@ def test_a_loss_that_is_not_finite_stops_within_a_few_steps(data, tmp_path):
 def test_weights_that_are_lost_are_not_saved(data, tmp_path, monkeypatch, moment):
     images, targets, _ = data
     trainer, saved = make_trainer(small_model()), []
-    trainer.lr = lambda step: 0.1 if step < 2 else float("nan")  # the losses of three steps are finite
     options = {"save": lambda state: saved.append(1), "save_every_steps": 3 * (moment == "save")}
+    options["lr_at"] = lambda step: 0.1 if step < 2 else float("nan")  # the losses of three steps are finite
     state, stop = TrainState(), StopRequest(WORLD)
     monkeypatch.setattr(stop, "agreed", lambda: moment == "stop" and state.step == 3)
     with pytest.raises(RunError, match=r"step 3 .*--resume the last checkpoint, which is from before"):

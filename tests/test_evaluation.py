@@ -130,7 +130,7 @@ def test_the_printed_line_builds_the_model_that_the_run_has_logged(trained, data
     (log,) = folder.glob("logs/*.log")
     monkeypatch.chdir(folder)
     exec(re.search(r"use weights +(.*)", log.read_text())[1], names)
-    card, world = names["card"], World(0, 0, 1, 1, torch.device("cpu"))
+    card, world = names["card"], World()
     file, recipe = read_beton(data / "val.beton"), read_recipe(["--config-file", str(data / "recipe.yaml")])
     settings = {"precision": card.precision, "flip": card.flip, "channels_last": card.channels_last}
     with build_val_loader(recipe, file, world, torch.float32) as loader:
@@ -255,6 +255,15 @@ def test_what_does_not_fit_the_checkpoint_is_refused(trained, evaluate, tmp_path
     resume = [] if "-C" in options else ["--resume", best]
     status, output = evaluate(*resume, *(option.format(best=best) for option in options))
     assert status == 2 and re.search(told, output) and len(output.strip().splitlines()) == 1
+
+
+def test_settings_of_the_run_and_of_the_command_line_fit_together(trained, evaluate, tmp_path):
+    path = changed(trained[0], tmp_path, lambda content: content["recipe"]["validation"].update(resize=40))
+    status, output = evaluate("--resume", path, "--validation.resolution=48")
+    assert status == 2
+    assert "validation.resize=40 (the run that is evaluated) is smaller than validation.resolution=48" in output
+    status, output = evaluate("--resume", path, "--validation.crop_ratio=0.5")
+    assert status == 0 and "crop_ratio=0.5 (command line) has no effect without validation.resize=None" in output
 
 
 def test_weights_of_a_file_s_recipe_give_way_to_the_checkpoint(trained, evaluate, tmp_path):

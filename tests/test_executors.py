@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_images
 import write_beton
 from ffcv_ops.beton.verify import verify
 from ffcv_ops.errors import UserError
-from ffcv_ops.machine import cpus_per_rank
+from ffcv_ops.machine import cpus_per_rank, local_world_size, world_size
 from ffcv_ops.workers.processes import ProcessExecutor, WorkerTraceback
 from ffcv_ops.workers.tasks import NoWorkers, WorkerKilled, count_workers, run_in_order
 from ffcv_ops.workers.versions import OtherMachine
@@ -387,8 +387,11 @@ def test_a_cluster_needs_its_package_an_address_and_no_number_of_processes(folde
 def test_the_cpus_of_a_machine_are_shared_out(monkeypatch):
     allowed = len(os.sched_getaffinity(0))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert world_size() == local_world_size() == 1 and cpus_per_rank() == allowed  # no launcher
     shares = []
     for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         shares.append(cpus_per_rank())
     assert min(shares) >= 1 and sum(shares) == max(allowed, 3)

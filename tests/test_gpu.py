@@ -200,7 +200,7 @@ def test_out_of_memory_names_the_batch_size_to_try(beton, tmp_path):
 def test_ranks_with_gpus_agree_to_stop_without_the_host_waiting():
     """Over NCCL with one rank that takes itself for one of two, so that it asks."""
     device = torch.device("cuda", 0)
-    world = World(rank=0, local_rank=0, world_size=2, local_world_size=2, device=device)
+    world = World(world_size=2, device=device)
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with StopRequest(world) as stop:

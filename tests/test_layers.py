@@ -28,7 +28,7 @@ def model_and_head(arch, library, num_classes=4):
 def trainer_of(*settings):
     recipe = read_recipe(["--model.arch=test_resnet", "--model.num_classes=4", "--batch_size=4", *settings])
     plan = plan_run(recipe, world_size=1, num_train=8, num_val=8, device_type="cpu")
-    return build_trainer(recipe, plan, World(0, 0, 1, 1, torch.device("cpu")))
+    return build_trainer(recipe, plan, World())
 
 
 def layers_of(scales):

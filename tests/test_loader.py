@@ -442,6 +442,19 @@ def test_a_file_cut_during_an_epoch_is_an_error(tmp_path):
             iter(loader)
 
 
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_a_file_that_replaces_the_one_in_use_is_not_read_with_its_tables(tmp_path, os_cache):
+    path, other = tmp_path / "a.beton", tmp_path / "b.beton"
+    for file, shift in ((path, 0), (other, 100)):
+        write_images(file, [np.full((16, 16, 3), i + shift, np.uint8) for i in range(40)], raw=True)
+    with Loader(path, 10, 1, os_cache, pipelines={"image": [CenterCrop(16, 1.0)], "label": [Label()]}) as loader:
+        for _ in range(2):
+            for images, labels in loader:
+                assert images[:, 8, 8, 0].tolist() == labels.tolist()
+            if other.exists():
+                os.replace(other, path)  # of the same size
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system ends the process")
 def test_a_mapped_file_cut_during_an_epoch_is_an_error_too(tmp_path):
     """With our decoder and with FFCV's; in a process of its own, which would be lost."""

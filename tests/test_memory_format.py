@@ -17,7 +17,7 @@ from imagenet_training.planning.recipe import read_recipe
 from imagenet_training.training.trainer import build_trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=CPU)
+WORLD = World()
 
 
 def trainer_of(arch, *arguments):

@@ -16,7 +16,7 @@ import pytest
 from ffcv_ops.beton.allocations import AllocationTable
 from ffcv_ops.beton.reading import read_beton
 from ffcv_ops.errors import UserError
-from ffcv_ops.loading.storage import MappedFile, PagedFile, paged_reader, schedule_pages
+from ffcv_ops.loading.storage import MappedFile, PagedFile, open_for, paged_reader, schedule_pages
 from ffcv_ops.operations.base import Batch, SampleError
 from ffcv_ops.operations.threads import WorkerPool, take
 from tests.betons import PAGE_SIZE, jpeg_bytes, photographs, write_images
@@ -194,9 +194,9 @@ def test_an_unknown_pointer_is_refused(small):
 
 
 def open_paged(beton, batches):
-    table = beton.allocations
+    table, file = beton.allocations, open_for(beton, beton.path)
     schedule = schedule_pages(table, PAGE_SIZE, batches)
-    return PagedFile(beton.path, table, PAGE_SIZE, schedule, np.empty((schedule.num_slots, PAGE_SIZE), np.uint8))
+    return PagedFile(beton.path, file, table, PAGE_SIZE, schedule, np.empty((schedule.num_slots, PAGE_SIZE), np.uint8))
 
 
 def test_a_paged_file_locates_scheduled_and_other_samples(small):

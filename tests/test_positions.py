@@ -13,6 +13,7 @@ from torch import nn
 
 from ffcv_ops import Label, Loader, OrderOption, UserError
 from ffcv_ops.lock import OwnerLock
+from imagenet_training import dry_run
 from imagenet_training.data.loaders import open_training_data
 from imagenet_training.distributed import World
 from imagenet_training.models.architectures import recipe_meta_model
@@ -75,7 +76,7 @@ class Part:
         self.plan, self.state, self.folder = plan, state, folder
         self.steps, self.places, self.saves, self.updates = [], [], [], []
         # The part of rank 0: no other rank is needed to count positions.
-        world = World(rank=0, local_rank=0, world_size=plan.world_size, local_world_size=1, device=CPU)
+        world = World(world_size=plan.world_size)
         self.trainer = Trainer(
             model=self.model,
             ema=build_ema(self.model, 0.9),
@@ -83,7 +84,6 @@ class Part:
             scaler=torch.amp.GradScaler("cpu", enabled=False),
             world=world,
             loss=soft_target_cross_entropy,
-            lr=plan.lr_at,
             precision="32",
             accumulation=plan.accumulation,
             **options,
@@ -113,7 +113,7 @@ class Part:
             self.updates.append(int(trainer.ema.n_averaged) > before)
 
         trainer.backward, trainer.optimizer_step = noted_backward, noted_step
-        stop = StopRequest(World(0, 0, 1, 1, CPU))
+        stop = StopRequest(World())
         stop.agreed = lambda: len(self.steps) >= num_steps
         stop.exit_status = 75
         try:
@@ -360,6 +360,18 @@ def test_a_run_that_is_resumed_as_it_was_says_nothing_of_its_position():
     assert notices(average, before=average) == []
 
 
+def test_a_dry_run_has_the_global_batch_of_its_checkpoint(monkeypatch, capsys):
+    no_data = ["--data.train_dataset=none.beton", "--data.val_dataset=none.beton"]
+    recipe = recipe_of("--data.mean=0.5,0.5,0.5", "--data.std=0.2,0.2,0.2", "--model.arch=resnet18", *no_data)
+    content = content_of(recipe, plan_of(recipe, world_size=2), TrainState(epoch=2, step=10))
+    point = ResumePoint("runs/last.ckpt", content, {}, ())
+    monkeypatch.setattr(dry_run, "choose_checkpoint", lambda recipe, world: point)
+    dry_run.show_plan(recipe)
+    out = capsys.readouterr().out
+    assert ", resumed from runs/last.ckpt\n" in out and "10 (batch size) x 1 (processes) x 2 (accumulation) = 20" in out
+    assert "an epoch now has 64,058 steps of 20 images, and had 5 of 20" in out
+
+
 def test_other_epochs_are_said_with_what_they_do_to_the_rate():
     common = ["--lr.lr_schedule_type=cosine", "--lr=1"]
     assert notices([*common, "--epochs=8"], before=common) == [
@@ -395,7 +407,7 @@ def test_another_pace_of_the_moving_average_is_said_with_the_decay_that_keeps_it
 def test_after_a_stop_in_validation_the_line_of_the_epoch_has_the_pace_of_its_training(tmp_path):
     plan = plan_of(recipe_of())
     first = Part(plan, TrainState(), tmp_path)
-    stop = StopRequest(World(0, 0, 1, 1, CPU))
+    stop = StopRequest(World())
     log = RunLog(tmp_path, True, eta=EtaEstimator([8] * 6, plan.steps_per_epoch))
     whole = train_epoch(first.trainer, first, first.state, plan, log, stop=stop, save=lambda state: None)
     content = content_of(recipe_of(), plan, first.state)

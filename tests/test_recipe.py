@@ -583,6 +583,12 @@ def test_files_that_are_no_text_are_refused(tmp_path, refusal):
         (["--model.class_names=names.txt"], "names the classes of weights: set --model.weights=FILE"),
         (["--training.ema_rescale=1"], "needs a moving average: set training.ema_decay"),
         (["--augmentation.repeats=3", "--data.order=quasi_random"], "needs --data.order=random"),
+        (
+            ["--resolution.max_res=192", "--resolution.start_ramp=11"],
+            "resolution.start_ramp=11 (command line) is after resolution.end_ramp=0 (default)",
+        ),
+        (["--preview=a.png", "--eval_only"], "and training.eval_only=1 (command line) are two commands"),
+        (["--preview=a.png", "--dry_run"], "and training.dry_run=1 (command line) are two commands"),
         (["--validation.resize=200"], "is smaller than validation.resolution=224 (default), the side of its crop"),
     ],
 )
@@ -714,7 +720,46 @@ def test_the_asked_for_recipes_have_their_numbers():
 
 def test_a_short_run_of_a_cyclic_recipe_is_noticed_not_refused(write):
     recipe = read_recipe(["-C", write(ffcv_imagenet_yaml("rn50", 16)), "--epochs=1"])
-    assert "will not fall from its peak" in recipe.notices[0]
+    assert "will not reach its peak" in recipe.notices[0]
+
+
+@pytest.mark.parametrize(
+    "key, value, others, condition",
+    [
+        ("training.momentum", 0.5, ["--training.optimizer=adamw"], "training.optimizer=sgd"),
+        ("training.ema_every", 4, [], "training.ema_decay"),
+        ("lr.base_lr", 7, ["--lr=1"], "lr.lr=None"),
+        ("lr.lr_peak_epoch", 3, ["--lr.lr_schedule_type=cosine"], "lr.lr_schedule_type=cyclic"),
+        ("lr.step_length", 3, [], "lr.lr_schedule_type=step"),
+        ("lr.min_lr", 0.1, [], "lr.lr_schedule_type=cosine"),
+        ("lr.warmup_lr", 0.1, [], "lr.warmup_epochs"),
+        ("augmentation.mix_prob", 0.5, [], "Mixup or CutMix"),
+        ("augmentation.switch_prob", 0.1, ["--augmentation.mixup_alpha=1"], "both Mixup and CutMix"),
+        ("resolution.end_ramp", 3, [], "a resolution.min_res below resolution.max_res"),
+        ("validation.crop_ratio", 0.9, ["--validation.resize=256"], "validation.resize=None"),
+        ("dist.world_size", 8, [], "training.distributed=1"),
+    ],
+)
+def test_a_setting_without_effect_is_noticed_if_it_is_on_the_command_line(write, key, value, others, condition):
+    section, name = key.split(".")
+    notice = f"{key}={value} (command line) has no effect without {condition}"
+    assert notice in read_recipe([f"--{key}={value}", *others]).notices
+    in_file = read_recipe(["-C", write(f"{section}: {{{name}: {value}}}"), *others])
+    assert not any("has no effect" in line for line in in_file.notices)
+
+
+def test_an_evaluation_is_told_nothing_of_training():
+    argv = ["-C", str(ROOT / "rn50_configs/rsb_a1.yaml"), "--epochs=1", "--lr.warmup_epochs=0", "--training.momentum=0"]
+    for others, count in (([], 3), (["--eval_only", "--model.pretrained=1"], 0)):
+        recipe = read_recipe([*argv, *others])
+        plan = plan_run(recipe, world_size=8, **IMAGENET)
+        assert len([*recipe.notices, *plan.notices]) == count
+
+
+def test_settings_with_their_conditions_are_not_noticed():
+    argv = ["--training.momentum=0.5", "--lr.base_lr=1", "--lr.lr_peak_epoch=3", "--validation.crop_ratio=0.9"]
+    argv += ["--augmentation.mixup_alpha=1", "--augmentation.mix_prob=0.5", "--training.ema_decay=0.9"]
+    assert read_recipe([*argv, "--training.ema_every=2"]).notices == ()
 
 
 def test_evaluating_untrained_weights_is_refused(tmp_path, capsys):
@@ -929,6 +974,9 @@ def test_plans_that_cannot_be():
         plan_run(recipe, world_size=1, num_train=200, num_val=0)
     with pytest.raises(ValueError, match="lr.min_lr=1 is above the peak learning rate, 0.1"):
         plan_run(read_recipe(["--lr=0.1", "--lr.min_lr=1"]), world_size=1, **IMAGENET)
+    repeated = read_recipe(["--batch_size=280", "--augmentation.repeats=3"])
+    with pytest.raises(ValueError, match=r"an epoch of .* with augmentation.repeats=3 .* has 256 images.* 256 or less"):
+        plan_run(repeated, world_size=1, num_train=300, num_val=10)
     assert (
         plan_run(
             read_recipe(["--eval_only", "--model.pretrained=1"]), world_size=1, num_train=3, num_val=3
@@ -988,8 +1036,6 @@ def test_summary_names_the_checkpoint_that_auto_has_found():
     for resumed, words in ((None, "from scratch"), ("runs/a/last.ckpt", "resumed from runs/a/last.ckpt")):
         text = summary(recipe, plan_run(recipe, world_size=1, resumed_from=resumed, **IMAGENET))
         assert f"resnet50, 1000 classes, {words}\n" in text
-    recipe = read_recipe(["--resume=auto", "--dry_run"])
-    assert "resumed from auto\n" in summary(recipe, plan_run(recipe, world_size=1, **IMAGENET))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from imagenet_training.training.step_mode import (
 from imagenet_training.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-WORLD = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=CPU)
+WORLD = World()
 NUM_CLASSES, BATCH_SIZE = 5, 6
 
 
@@ -70,7 +70,6 @@ def make_trainer(optimizer="sgd", *, init_scale=0.0, ema_decay=0.9, model=None, 
         scaler=scaler,
         world=WORLD,
         loss=soft_target_cross_entropy,
-        lr=lambda step: 0.1 / (step + 1),
         num_classes=NUM_CLASSES,
         **{"precision": "32", **options},
     )
@@ -92,7 +91,7 @@ def take_steps(trainer, steps, size_px=8):
             images = images.to(trainer.image_dtype)
             results = trainer.backward(images, targets, number=number, place=(0, step, number))
             seen += [value.clone() for value in results]
-        trainer.optimizer_step(trainer.lr(step), step=step)
+        trainer.optimizer_step(0.1 / (step + 1), step=step)
     return seen
 
 
@@ -317,8 +316,8 @@ def test_a_resumed_run_keeps_the_mode_that_was_found():
 
 
 def test_which_modes_a_run_may_use(monkeypatch):
-    gpu = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cuda", 0))
-    ranks = World(rank=0, local_rank=0, world_size=2, local_world_size=2, device=torch.device("cuda", 0))
+    gpu = World(device=torch.device("cuda", 0))
+    ranks = World(world_size=2, device=torch.device("cuda", 0))
     monkeypatch.setattr("imagenet_training.training.step_mode.can_compile", lambda device: device.type == "cuda")
     assert candidate_modes("auto", WORLD, 10**6) == ((EAGER,), [])
     assert candidate_modes("auto", gpu, 10) == ((EAGER,), [])

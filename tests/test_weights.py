@@ -654,7 +654,7 @@ def test_the_printed_lines_build_the_models_that_recipes_evaluate(tmp_path):
 
         def measured(model, card=card):
             settings = {"num_samples": 6, "precision": "32", "flip": card.flip, "channels_last": card.channels_last}
-            return measure(model, [(images, labels)], World(0, 0, 1, 1, torch.device("cpu")), **settings)
+            return measure(model, [(images, labels)], World(), **settings)
 
         model = build_model(**card.model).to(memory_format=torch.channels_last)
         with torch.no_grad():

@@ -37,7 +37,15 @@ from ffcv_ops.loading.epoch_length import batches_per_rank
 from ffcv_ops.loading.graph import Buffers, PipelineSteps
 from ffcv_ops.loading.order import EpochOrder, build_order
 from ffcv_ops.loading.read_ahead import ReadAhead, values_of
-from ffcv_ops.loading.storage import MappedEpoch, MappedFile, PagedFile, PageSchedule, paged_reader, schedule_pages
+from ffcv_ops.loading.storage import (
+    MappedEpoch,
+    MappedFile,
+    PagedFile,
+    PageSchedule,
+    open_for,
+    paged_reader,
+    schedule_pages,
+)
 
 _MIB = 1 << 20
 
@@ -169,6 +177,7 @@ class Loader(StockLoader):
         self._stock_memory_manager: Any = None
 
         self._mapped = MappedFile(self.fname, self.beton.allocations) if self.os_cache else None
+        self._file = self._mapped.file if self._mapped else open_for(self, self.fname)
         self._build_pipelines(pipelines)
         self.traversal_order = build_order(self, order, order_kwargs)
         self._num_samples = self._count_samples()
@@ -347,7 +356,7 @@ class Loader(StockLoader):
         if self._mapped is not None:
             size, values = self.batch_size, self._values_of
             read_ahead = ReadAhead(
-                self._mapped.file,
+                self._file,
                 self.fname,
                 lambda number: values(ids[number * size : (number + 1) * size]),
                 self._num_batches(len(ids)),
@@ -359,7 +368,7 @@ class Loader(StockLoader):
             buffers.pages = np.empty((0, 0), dtype=np.uint8)
             self._check_memory(schedule)
             buffers.pages = np.empty((schedule.num_slots, page_size), dtype=np.uint8)
-        return PagedFile(self.fname, self.beton.allocations, page_size, schedule, buffers.pages)
+        return PagedFile(self.fname, self._file, self.beton.allocations, page_size, schedule, buffers.pages)
 
     def _check_memory(self, schedule: PageSchedule) -> None:
         needed, available = schedule.num_slots * self.beton.page_size, available_bytes()

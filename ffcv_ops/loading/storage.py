@@ -10,8 +10,7 @@ import os
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -45,8 +44,7 @@ class MappedFile:
     def __init__(self, path: str | os.PathLike[str], allocations: AllocationTable):
         self.path = os.fspath(path)
         self.allocations = allocations
-        self.file = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.file)
+        self.file = open_for(self, self.path)
         self._map = mmap.mmap(self.file, 0, access=mmap.ACCESS_READ)
         self.data = np.frombuffer(self._map, dtype=np.uint8)
         self._number = _sigbus.watch(self.data.ctypes.data, self.data.size)
@@ -206,7 +204,9 @@ class PagedFile:
     Parameters
     ----------
     path : path-like
-        A .beton file.
+        A .beton file; for messages.
+    file : int
+        Its descriptor. It is not opened again, because another file may have its name by then.
     allocations : AllocationTable
     page_size : int
         Bytes, a power of two.
@@ -221,12 +221,13 @@ class PagedFile:
     def __init__(
         self,
         path: str | os.PathLike[str],
+        file: int,
         allocations: AllocationTable,
         page_size: int,
         schedule: PageSchedule,
         slots: np.ndarray,
     ):
-        self.path = os.fspath(path)
+        self.path, self._file = os.fspath(path), file
         self.allocations = allocations
         self.page_size = page_size
         self.schedule = schedule
@@ -268,8 +269,7 @@ class PagedFile:
                     self._failed.add(arrived)
             if page in self._failed:  # only the batch that needs the page raises its error, if there still is one
                 self._failed.discard(page)
-                with _opened(self.path) as file:
-                    self._fill(file, page)
+                self._fill(page)
 
     def _start(self) -> None:
         for number in range(min(_NUM_READERS, max(1, len(self.schedule.slots)))):
@@ -280,20 +280,19 @@ class PagedFile:
     def _read_pages(self) -> None:
         """Read wanted pages until None is wanted. The thread that waits for pages raises the errors."""
         try:
-            with _opened(self.path) as file:
-                while (page := self._wanted.get()) is not None and not self._stopping:
-                    failure = None
-                    try:
-                        self._fill(file, page)
-                    except ReadError as error:
-                        failure = error
-                    self._read.put((page, failure))
+            while (page := self._wanted.get()) is not None and not self._stopping:
+                failure = None
+                try:
+                    self._fill(page)
+                except ReadError as error:
+                    failure = error
+                self._read.put((page, failure))
         except BaseException as error:  # the thread of the epoch raises it
             self._read.put((None, error))
 
-    def _fill(self, file: int, page: int) -> None:
+    def _fill(self, page: int) -> None:
         """Read a page into its slot."""
-        read_exactly(file, self.path, memoryview(self.slots[self.schedule.slots[page]]), page * self.page_size)
+        read_exactly(self._file, self.path, memoryview(self.slots[self.schedule.slots[page]]), page * self.page_size)
 
     def check(self) -> None:
         """Do nothing: a read of too few bytes has raised an error."""
@@ -309,8 +308,7 @@ class PagedFile:
         addresses = slots * np.uint64(self.page_size) + offsets + np.uint64(self.slots.ctypes.data)
         for i in np.flatnonzero(~present):
             sample = np.empty(int(sizes[i]), dtype=np.uint8)
-            with _opened(self.path) as file:
-                read_exactly(file, self.path, memoryview(sample), int(data_ptrs[i]))  # type: ignore[arg-type]
+            read_exactly(self._file, self.path, memoryview(sample), int(data_ptrs[i]))  # type: ignore[arg-type]
             self._unscheduled.append(sample)
             addresses[i] = sample.ctypes.data
         return addresses, sizes
@@ -335,17 +333,14 @@ class PagedFile:
         self._threads = []
 
 
-@contextmanager
-def _opened(path: str) -> Iterator[int]:
-    """Open a file to read it without a buffer. Raise ReadError if it cannot be opened."""
+def open_for(owner: object, path: str) -> int:
+    """Open a file to read it without a buffer, as long as its owner lives. Raise ReadError if it cannot be opened."""
     try:
         file = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise ReadError(error.errno, error.strerror, path) from None
-    try:
-        yield file
-    finally:
-        os.close(file)
+    weakref.finalize(owner, os.close, file).atexit = False
+    return file
 
 
 def paged_reader(page_size: int) -> Callable:

@@ -29,13 +29,13 @@ _HALF = np.float32(0.5)
 
 @dataclass(frozen=True)
 class MixDraw:
-    """The draw of a batch: what is mixed into each image, and how much of it.
+    """The draw of a batch: how much of its partner is mixed into each image, and where.
+
+    The partner of the image i is the image N - 1 - i, as with ``flip(0)`` of timm. In an odd batch, which timm refuses,
+    the middle image is its own partner and does not change.
 
     Attributes
     ----------
-    partner : ndarray of int64, shape (N,)
-        Position of the other image in the batch: N - 1 - i, as ``flip(0)`` of timm. In an odd batch, which timm
-        refuses, the middle image is its own partner and does not change.
     lam : ndarray of float32, shape (N,)
         Share of the image's own target, from 0 to 1; 1 if nothing is mixed in. Under CutMix, lam is the share of pixels
         that are kept. Because lam is a multiple of 2**-24, 1 - lam is exact.
@@ -46,7 +46,6 @@ class MixDraw:
         True if the region is copied from the partner (CutMix), False if it is a mixture (Mixup).
     """
 
-    partner: np.ndarray
     lam: np.ndarray
     box: np.ndarray
     use_cutmix: np.ndarray
@@ -106,7 +105,6 @@ def draw_mix(
     lam = np.where(use_cutmix, kept, np.rint(mixup_lam * 2.0**16) / 2.0**16)
     lam[~applied] = 1.0
     return MixDraw(
-        partner=np.arange(num_samples)[::-1].copy(),
         lam=np.broadcast_to(lam.astype(np.float32), num_samples).copy(),
         box=np.broadcast_to(box, (num_samples, 4)).copy(),
         use_cutmix=np.broadcast_to(use_cutmix & applied, num_samples).copy(),

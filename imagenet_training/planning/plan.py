@@ -153,10 +153,13 @@ def plan_run(
     if num_val < 1:
         raise UserError(f"{recipe.data.val_dataset} has no images")
     if steps_per_epoch < 1 and not training.eval_only:
-        fitting = num_train // (world_size * accumulation)
+        fitting = samples_per_epoch // (world_size * accumulation)
         hint = f"pass --batch_size {fitting} or less" if fitting else "use fewer processes or less accumulation"
+        what, num_images = recipe.data.train_dataset, num_train
+        if recipe.augmentation.repeats > 1:
+            what, num_images = f"an epoch of {what} with {recipe.shown('augmentation.repeats')}", samples_per_epoch
         raise UserError(
-            f"{recipe.data.train_dataset} has {num_train:,} images, fewer than the {global_batch_size:,} of one "
+            f"{what} has {num_images:,} images, fewer than the {global_batch_size:,} of one "
             f"optimizer step ({batch_arithmetic(batch_size, world_size, accumulation)}): {hint}"
         )
     lr, lr_arithmetic = _explained_lr(recipe, global_batch_size)
@@ -318,7 +321,7 @@ def _precision_notices(recipe: Recipe, precision: str, device_type: str) -> Iter
     training = recipe.training
     if device_type == "cuda" and precision == "32" and training.tf32:
         yield "32-bit products are made in TF32 where this GPU can: --training.tf32=0 makes them in full"
-    if precision == "16-mixed" and training.optimizer == "lamb":
+    if precision == "16-mixed" and training.optimizer == "lamb" and not training.eval_only:
         yield (
             "LAMB under 16-mixed has the host wait for the GPU in every step, to learn whether the gradient "
             "overflowed; --precision bf16-mixed has no such check"

@@ -8,7 +8,7 @@ The settings are in `imagenet_training.planning.sections`. `check_recipe` holds 
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,6 +72,43 @@ DESCRIPTION = """Train an image classifier from a recipe.
 
 python train_imagenet.py --config-file rn50_configs/single_gpu_100ep.yaml
 torchrun --nproc_per_node=8 train_imagenet.py --config-file rn50_configs/single_gpu_100ep.yaml"""
+
+
+# Settings that have an effect only under a condition: the condition in words and as a function, and their keys.
+_CONDITIONS: tuple[tuple[str, Callable[[Recipe], object], tuple[str, ...]], ...] = (
+    ("training.optimizer=sgd", lambda recipe: recipe.training.optimizer == "sgd", ("training.momentum",)),
+    ("training.ema_decay", lambda recipe: recipe.training.ema_decay, ("training.ema_every",)),
+    ("lr.lr=None", lambda recipe: recipe.lr.lr is None, ("lr.base_lr",)),
+    (
+        "lr.lr_schedule_type=cyclic",
+        lambda recipe: recipe.lr.lr_schedule_type == "cyclic",
+        ("lr.lr_peak_epoch",),
+    ),
+    (
+        "lr.lr_schedule_type=step",
+        lambda recipe: recipe.lr.lr_schedule_type == "step",
+        ("lr.step_ratio", "lr.step_length"),
+    ),
+    ("lr.lr_schedule_type=cosine", lambda recipe: recipe.lr.lr_schedule_type == "cosine", ("lr.min_lr",)),
+    ("lr.warmup_epochs", lambda recipe: recipe.lr.warmup_epochs, ("lr.warmup_lr",)),
+    (
+        "Mixup or CutMix",
+        lambda recipe: recipe.augmentation.mixup_alpha or recipe.augmentation.cutmix_alpha,
+        ("augmentation.mix_prob", "augmentation.mix_per"),
+    ),
+    (
+        "both Mixup and CutMix",
+        lambda recipe: recipe.augmentation.mixup_alpha and recipe.augmentation.cutmix_alpha,
+        ("augmentation.switch_prob",),
+    ),
+    (
+        "a resolution.min_res below resolution.max_res",
+        lambda recipe: recipe.resolution.min_res < recipe.resolution.max_res,
+        ("resolution.start_ramp", "resolution.end_ramp"),
+    ),
+    ("validation.resize=None", lambda recipe: recipe.validation.resize is None, ("validation.crop_ratio",)),
+    ("training.distributed=1", lambda recipe: recipe.training.distributed, ("dist.world_size",)),
+)
 
 
 def read_recipe(argv: list[str]) -> Recipe:
@@ -165,6 +202,12 @@ def _check_images(recipe: Recipe) -> None:
         raise UserError(f"{shown('resolution.min_res')} is larger than {shown('resolution.max_res')}")
     if recipe.augmentation.repeats > 1 and recipe.data.order != "random":
         raise UserError(f"{shown('augmentation.repeats')} needs --data.order=random, not {shown('data.order')}")
+    ramp = recipe.resolution
+    if ramp.min_res < ramp.max_res and ramp.start_ramp > ramp.end_ramp:
+        raise UserError(
+            f"{shown('resolution.start_ramp')} is after {shown('resolution.end_ramp')}: the side of the crops grows "
+            "from the first to the second"
+        )
     resize = recipe.validation.resize
     if resize is not None and resize < recipe.validation.resolution:
         raise UserError(
@@ -178,6 +221,9 @@ def _check_files(recipe: Recipe) -> None:
         raise UserError(
             f"{shown('training.report')} needs --eval_only; a training run writes report.html into its folder"
         )
+    for key in ("training.eval_only", "training.dry_run"):
+        if training.preview and recipe.flat()[key]:
+            raise UserError(f"{shown('training.preview')} and {shown(key)} are two commands: pass one of them")
     for key, kind in (("training.report", "HTML page"), ("training.preview", "PNG")):
         if name := recipe.flat()[key]:
             try:
@@ -203,19 +249,30 @@ def _check_file(shown: str, path: Path) -> None:
 
 def _find_notices(recipe: Recipe) -> Iterable[str]:
     lr, training = recipe.lr, recipe.training
+    if recipe.data.gpu is not None:
+        yield f"{recipe.shown('data.gpu')} has no effect"
+    if training.eval_only:
+        return
     stated = _stated_accuracy(recipe)
     if stated and not expected_accuracy(recipe):
         yield (
             f"the expected accuracies are those of {max(map(max, stated.values()))} epochs; this run has "
             f"{training.epochs} and is not compared with them"
         )
-    if recipe.data.gpu is not None:
-        yield f"{recipe.shown('data.gpu')} has no effect"
     if lr.lr_schedule_type == "cyclic" and lr.lr_peak_epoch >= training.epochs:
         yield (
-            f"the learning rate will not fall from its peak: lr.lr_peak_epoch={lr.lr_peak_epoch} is not before "
+            f"the learning rate will not reach its peak: lr.lr_peak_epoch={lr.lr_peak_epoch} is not before "
             f"training.epochs={training.epochs}"
         )
+    yield from unused_notices(recipe)
+
+
+def unused_notices(recipe: Recipe, section: str = "") -> Iterable[str]:
+    """Yield a notice for each setting of the command line, perhaps only of one section, that has no effect."""
+    for condition, holds, keys in _CONDITIONS:
+        for key in keys:
+            if key.startswith(section) and recipe.source(key) == COMMAND_LINE and not holds(recipe):
+                yield f"{recipe.shown(key)} has no effect without {condition}"
 
 
 def _stated_accuracy(recipe: Recipe) -> dict[str, dict[int, float]]:

@@ -313,6 +313,7 @@ def data_wait(values: Mapping[str, float]) -> str:
 
 def data_wait_advice(records: Records) -> str:
     """Return what kept training waiting for data in most epochs, with the place of the remedies; "" if little did."""
+    records = records[1:] or records  # the first epoch may have waited for the compilation of kernels
     waits, storage = finite_values(records, "data_wait"), finite_values(records, "data_wait_storage")
     if not waits or not storage or median(waits) < _MUCH_DATA_WAIT:
         return ""

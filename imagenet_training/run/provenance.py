@@ -1,5 +1,6 @@
 """The provenance of a run: everything that makes it repeatable, stored with its logs and every checkpoint."""
 
+import hashlib
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -9,14 +10,20 @@ from typing import Any
 
 import torch
 
+from ffcv_ops import Beton, UserError
+from ffcv_ops.settings.fields import show
 from imagenet_training.data.loaders import TrainingData
-from imagenet_training.distributed import World
+from imagenet_training.distributed import World, of_all_ranks
 from imagenet_training.planning.plan import RunPlan
 from imagenet_training.planning.recipe import Recipe
 
 LIBRARIES = ("torch", "torchvision", "timm", "ffcv", "numba", "numpy")
 # A resumed run differs in these by nature.
 _EXPECTED_TO_DIFFER = {"training.resume", "training.report", "training.eval_only"}
+# Settings that may differ from rank to rank: the places of files, and what only rank 0 uses.
+_OF_ONE_RANK = (
+    "data.train_dataset", "data.val_dataset", "data.num_workers", "data.in_memory", "logging.folder", "wandb.", "dist.",
+)  # fmt: skip
 
 
 def describe_run(recipe: Recipe, plan: RunPlan, data: TrainingData, world: World) -> dict[str, Any]:
@@ -76,6 +83,37 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, evaluates:
         elif was["digest"] != data["digest"]:
             notices.append(f"the {split} data is not the {which} run's: {data['path']} has another digest")
     return notices
+
+
+def check_ranks_agree(recipe: Recipe, data: TrainingData) -> None:
+    """Check that all ranks have the same settings, and files with the same content.
+
+    Each machine may have its own copy of recipe and files. If copies differ, ranks wait for steps that others do not
+    take, or train on other images than the record says.
+
+    Raises
+    ------
+    UserError
+        On every rank, with the first difference.
+    """
+    settings = {key: value for key, value in recipe.flat().items() if not key.startswith(_OF_ONE_RANK)}
+    files = {"data.val_dataset": data.val} | ({"data.train_dataset": data.train} if data.train is not None else {})
+    facts = {key: show(value) for key, value in settings.items()}
+    facts |= {f"the content of {key}": _describe_content(file) for key, file in files.items()}
+    first, *others = of_all_ranks(facts)
+    for rank, theirs in enumerate(others, 1):
+        for name, value in theirs.items():
+            if first.get(name) != value:
+                raise UserError(
+                    f"{name} is {value} on rank {rank}, and {first.get(name)} on rank 0: give all machines the same "
+                    "command, recipe and files"
+                )
+
+
+def _describe_content(file: Beton) -> str:
+    """Return the number of images and the digest of a file; of a file without a manifest, that of its metadata."""
+    digest = file.digest or f"sha256 of the metadata {hashlib.sha256(file.metadata.tobytes()).hexdigest()}"
+    return f"{file.num_samples:,} images, {digest}"
 
 
 def _flat(provenance: Mapping[str, Any]) -> dict[str, Any]:

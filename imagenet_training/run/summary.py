@@ -81,8 +81,7 @@ def _model_line(recipe: Recipe, plan: RunPlan) -> str:
     model, training = recipe.model, recipe.training
     start = "pretrained" if model.pretrained else f"weights of {model.weights}" if model.weights else "from scratch"
     parts = [model.arch, f"{model.num_classes} classes"]
-    resumed = training.resume if training.dry_run else plan.resumed_from
-    parts.append(f"resumed from {resumed}" if resumed else start)
+    parts.append(f"resumed from {plan.resumed_from}" if plan.resumed_from else start)
     if training.use_blurpool:
         parts.append("BlurPool")
     if model.freeze == "body":

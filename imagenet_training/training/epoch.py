@@ -43,7 +43,7 @@ class EpochMeters:
         self.accuracy.restore(state.totals, trainer.world)
         self.clock = StepClock(trainer.world.device, plan.global_batch_size, state.pace)
         state.totals, state.pace = [], []
-        self.lr = trainer.lr(max(plan.step_at(state.epoch, state.samples) - 1, 0))
+        self.lr = plan.lr_at(max(plan.step_at(state.epoch, state.samples) - 1, 0))
 
     def watch(self, batches: Iterable[Any], loader: Any) -> Iterator[Any]:
         """Yield the batches that are left of the epoch's full steps, and measure the waits for them."""
@@ -128,7 +128,7 @@ def train_epoch(
         meters.add_batch(loss, logits, targets)
         if number < plan.accumulation - 1:
             continue
-        lr = trainer.lr(plan.step_at(state.epoch, state.samples))
+        lr = plan.lr_at(plan.step_at(state.epoch, state.samples))
         trainer.optimizer_step(lr, step=state.step)
         state.step += 1
         state.samples += plan.global_batch_size

@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,8 +80,6 @@ class Trainer:
         Disabled unless the precision is ``"16-mixed"``.
     loss : callable
         Scalar loss of the model's outputs and dense targets (N, K); see `loss_of_outputs`.
-    lr : callable
-        Learning rate at a place of the schedule; see `imagenet_training.planning.plan.RunPlan.step_at`.
     accumulation : int
         Batches per optimizer step.
     grad_clip, agc : float
@@ -113,7 +111,6 @@ class Trainer:
     scaler: torch.amp.GradScaler
     world: World
     loss: Loss
-    lr: Callable[[float], float]
     precision: str
     accumulation: int = 1
     grad_clip: float = 0.0
@@ -348,7 +345,6 @@ def build_trainer(recipe: Recipe, plan: RunPlan, world: World, *, from_checkpoin
         scaler=torch.amp.GradScaler(world.device.type, enabled=plan.precision == "16-mixed"),
         world=world,
         loss=recipe_loss(recipe, plan.class_weights, world.device),
-        lr=plan.lr_at,
         precision=plan.precision,
         accumulation=plan.accumulation,
         grad_clip=training.grad_clip,
