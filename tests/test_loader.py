@@ -26,7 +26,7 @@ from ffcv.transforms import Squeeze, ToTensor
 from ffcv.traversal_order.base import TraversalOrder
 from PIL import Image
 
-from ffcv_ops import UserError, rng
+from ffcv_ops import UserError, read_beton, rng
 from ffcv_ops.loading.graph import returned_batch
 from ffcv_ops.loading.loader import Loader, OrderOption
 from ffcv_ops.operations.base import BatchOperation, SampleError
@@ -453,6 +453,16 @@ def test_a_file_that_replaces_the_one_in_use_is_not_read_with_its_tables(tmp_pat
                 assert images[:, 8, 8, 0].tolist() == labels.tolist()
             if other.exists():
                 os.replace(other, path)  # of the same size
+
+
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_a_file_that_is_replaced_before_the_loader_opens_it_is_refused(tmp_path, os_cache):
+    path = tmp_path / "a.beton"
+    write_images(path, photographs(3))
+    beton = read_beton(path)
+    os.utime(path, (0, beton.modified_s + 2))
+    with pytest.raises(UserError, match="a.beton: it was replaced or changed after its tables were read: read it"):
+        Loader(beton, 1, 1, os_cache, pipelines={"label": [Label()]})
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system ends the process")

@@ -44,6 +44,8 @@ class Beton:
     ----------
     path : Path
     size_bytes, num_samples, page_size : int
+    modified_s : int
+        The time of the last change, in whole seconds: a file system may forget their fractions.
     field_names : tuple of str
         In the file's order. ``field_types`` has the type numbers of ``ffcv.types.TYPE_ID_HANDLER``.
     metadata : structured array, shape (num_samples,)
@@ -56,6 +58,7 @@ class Beton:
 
     path: Path
     size_bytes: int
+    modified_s: int
     num_samples: int
     page_size: int
     field_names: tuple[str, ...]
@@ -154,7 +157,8 @@ def read_beton(path: str | os.PathLike[str], *, custom_fields: Mapping[str, Any]
 
 
 def _read(path: Path, file: BinaryIO, custom_fields: Mapping[str, Any]) -> Beton:
-    size_bytes = os.fstat(file.fileno()).st_size
+    status = os.fstat(file.fileno())
+    size_bytes, modified_s = status.st_size, int(status.st_mtime)
     header = _read_header(path, file, size_bytes)
     num_samples, page_size = int(header["num_samples"]), int(header["page_size"])
     alloc_table_ptr = int(header["alloc_table_ptr"])
@@ -182,7 +186,7 @@ def _read(path: Path, file: BinaryIO, custom_fields: Mapping[str, Any]) -> Beton
     _check_overlaps(path, allocations)
     types = tuple(int(type_id) for type_id in descriptors["type_id"])
     _check_pointers(path, names, types, metadata, allocations, custom_fields)
-    beton = Beton(path, size_bytes, num_samples, page_size, names, types, metadata, allocations, manifest)
+    beton = Beton(path, size_bytes, modified_s, num_samples, page_size, names, types, metadata, allocations, manifest)
     if manifest is not None:
         check_labels(path, manifest, beton.labels)
     return beton

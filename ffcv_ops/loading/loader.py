@@ -178,6 +178,9 @@ class Loader(StockLoader):
 
         self._mapped = MappedFile(self.fname, self.beton.allocations) if self.os_cache else None
         self._file = self._mapped.file if self._mapped else open_for(self, self.fname)
+        status = os.fstat(self._file)
+        if (status.st_size, int(status.st_mtime)) != (self.beton.size_bytes, self.beton.modified_s):
+            raise UserError(f"{self.fname}: it was replaced or changed after its tables were read: read it again")
         self._build_pipelines(pipelines)
         self.traversal_order = build_order(self, order, order_kwargs)
         self._num_samples = self._count_samples()
