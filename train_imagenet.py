@@ -101,7 +101,7 @@ def build(recipe: Recipe, world: "World", meta_model: "Module") -> Run:
     state = restore(trainer, point, recipe, plan)
     if point.content is not None and not keeps_best(point.content, recipe, data):
         state.forget_best()
-    return Run(world, data, point, plan, trainer, state, meta_model, recipe)
+    return Run(world, data, point.without_tensors(), plan, trainer, state, meta_model, recipe)
 
 
 def train(recipe: Recipe) -> None:

@@ -66,13 +66,12 @@ class RankStore:
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process among the processes of the run and of its node, as torchrun counts them.
+    """The place of this process among the processes of the run, as torchrun counts them.
 
     The device is the GPU of this process, or the CPU if there is no GPU. By default the process is alone.
     """
 
     rank: int = 0
-    local_rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
     store: RankStore = field(default_factory=RankStore, compare=False)
@@ -145,7 +144,7 @@ def start() -> World:
         else:
             dist.init_process_group(backend)
             store = _launcher_store()
-    return World(rank, local_rank, world_size, device, RankStore(store, start_name))
+    return World(rank, world_size, device, RankStore(store, start_name))
 
 
 def _launcher_store() -> dist.TCPStore:

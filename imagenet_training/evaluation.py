@@ -267,7 +267,7 @@ def evaluate_only(recipe: Recipe) -> None:
         )
         if recipe.training.report and world.is_main:
             assert evaluated.predictions is not None
-            report_evaluation(recipe, data, world, provenance, evaluated.predictions, candidate.describe())
+            report_evaluation(recipe, data, provenance, evaluated.predictions, candidate.describe())
             log.print(f"report: {recipe.training.report}")
     if not math.isfinite(values["val/loss"]):
         raise UserError(

@@ -29,6 +29,7 @@ from imagenet_training.run.checkpoint import (
     copy_to_cpu,
     read_checkpoint,
     save_atomically,
+    size_bytes,
 )
 from imagenet_training.run.resume import ResumePoint, restore
 from imagenet_training.run.run_folder import check_folder, how_it_ended
@@ -261,6 +262,18 @@ def test_the_momentum_comes_back_in_the_memory_format_of_the_weights(tmp_path):
     theirs.restore(content)
     for parameter, state in theirs.parts["optimizer"].state.items():
         assert state["momentum_buffer"].stride() == parameter.stride() and not state["momentum_buffer"].requires_grad
+
+
+def test_what_a_run_keeps_of_its_checkpoint_has_no_tensors(tmp_path):
+    content = Run(tmp_path, scaled=True).content(TrainState(epoch=1, step=3))
+    assert size_bytes(content) > 0
+    point = ResumePoint("last.ckpt", content, {}, ()).without_tensors()
+    assert (
+        size_bytes(point.content) == 0
+        and point.content["state"] == content["state"]
+        and len(content) > len(point.content)
+    )
+    assert ResumePoint(None, None, {}, ()).without_tensors().content is None
 
 
 def test_another_optimizer_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""All ranks must have the same recipe and files with the same content."""
+"""The provenance of a run, and ranks that must have the same recipe and files with the same content."""
 
 import pytest
 import torch.distributed as dist
@@ -7,10 +7,11 @@ from betons import photographs, write_images
 from ffcv_ops import UserError, read_beton
 from imagenet_training.data.classes import ClassMatch
 from imagenet_training.data.loaders import TrainingData
-from imagenet_training.distributed import of_all_ranks
+from imagenet_training.distributed import World, of_all_ranks
+from imagenet_training.planning.plan import plan_run
 from imagenet_training.planning.recipe import read_recipe
 from imagenet_training.run import provenance
-from imagenet_training.run.provenance import check_ranks_agree
+from imagenet_training.run.provenance import check_ranks_agree, describe_run
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,16 @@ def test_ranks_of_other_settings_or_files_are_refused(files, monkeypatch, argv, 
         return
     with pytest.raises(UserError, match=message):
         check_ranks_agree(read_recipe(argv), data)
+
+
+def test_a_run_keeps_the_text_of_its_recipe_as_it_was_read(files, tmp_path):
+    path, text = tmp_path / "recipe.yaml", "training: {batch_size: 2}  # a comment\n"
+    path.write_text(text)
+    recipe = read_recipe(["-C", str(path)])
+    path.unlink()
+    plan = plan_run(recipe, world_size=1, num_train=4, num_val=4)
+    data = TrainingData(files["val"], ClassMatch(None), files["train"])
+    assert describe_run(recipe, plan, data, World())["recipe_files"] == {str(path): text}
 
 
 def test_values_come_from_all_ranks_in_their_order():

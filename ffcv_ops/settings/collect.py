@@ -27,6 +27,8 @@ class Settings:
     ----------
     files : tuple of Path
         The configuration files in the order given.
+    texts : tuple of str
+        The content of each file, as it was read.
     notices : tuple of str
         Facts that the user should know though nothing is wrong.
     given : mapping
@@ -34,6 +36,7 @@ class Settings:
     """
 
     files: tuple[Path, ...] = ()
+    texts: tuple[str, ...] = field(default=(), repr=False)
     notices: tuple[str, ...] = ()
     given: Mapping[str, Sequence[tuple[Any, str]]] = field(default_factory=dict, repr=False)
 
@@ -146,9 +149,11 @@ def _collect(declared: type[S], argv: list[str], flags: Flags, shipped: ShippedF
     parameters = parameters_of(declared)
     named, from_command_line = read_command_line(parameters, argv, flags)
     files = [shipped.find(path) for path in named]
-    entries = [
-        (key, raw, str(file), where) for file in files for key, raw, where in read_file(parameters, file, shipped)
-    ]
+    texts, entries = list[str](), list[tuple[str, Any, str, str]]()
+    for file in files:
+        text, found = read_file(parameters, file, shipped)
+        texts.append(text)
+        entries += [(key, raw, str(file), where) for key, raw, where in found]
     entries += [(key, raw, COMMAND_LINE, where) for key, raw, where in from_command_line]
     given = {key: [(param.default, DEFAULT)] for key, param in parameters.items()}
     for key, raw, source, where in entries:
@@ -160,7 +165,7 @@ def _collect(declared: type[S], argv: list[str], flags: Flags, shipped: ShippedF
         name: section(**{each.name: given[f"{name}.{each.name}"][-1][0] for each in fields(section)})
         for name, section in sections_of(declared).items()
     }
-    return declared(files=tuple(files), given=given, **sections)
+    return declared(files=tuple(files), texts=tuple(texts), given=given, **sections)
 
 
 def _parse(key: str, param: Param, raw: Any, where: str) -> Any:

@@ -37,8 +37,10 @@ class ShippedFiles:
         return f"; there are {', '.join(there)}" if there else ""
 
 
-def read_file(parameters: Mapping[str, Param], path: Path, shipped: ShippedFiles) -> list[tuple[str, Any, str]]:
-    """Read a YAML (or JSON) file of sections into (key, raw value, ``file:line``).
+def read_file(
+    parameters: Mapping[str, Param], path: Path, shipped: ShippedFiles
+) -> tuple[str, list[tuple[str, Any, str]]]:
+    """Read a YAML (or JSON) file of sections. Return its text, and (key, raw value, ``file:line``) of each setting.
 
     Raises
     ------
@@ -46,11 +48,12 @@ def read_file(parameters: Mapping[str, Param], path: Path, shipped: ShippedFiles
         If the file cannot be read, is not YAML, or sets an unknown key or a key twice.
     """
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
             raise UserError(f"{path}: not a mapping of sections to settings, such as\ntraining:\n  epochs: 100")
-        return list(_Sections(parameters, path, loader).walk(root))
+        return text, list(_Sections(parameters, path, loader).walk(root))
     except FileNotFoundError:
         raise UserError(f"--config-file {path}: no such file{shipped.hint(path)}") from None
     except UnicodeDecodeError:

@@ -336,15 +336,13 @@ def build_val_loader(
     )
 
 
-def validation_images(recipe: Recipe, file: Beton, world: World, ids: np.ndarray) -> np.ndarray:
+def validation_images(recipe: Recipe, file: Beton, ids: np.ndarray) -> np.ndarray:
     """Return images of the validation split as the model gets them, but in 8 bits: uint8 (N, H, W, 3).
 
-    The ids of the samples, int64 (N,), may be in any order.
+    The ids of the samples, int64 (N,), may be in any order. No GPU is used, because its memory may be full.
     """
-    only_rank = replace(world, rank=0, world_size=1)
-    with build_val_loader(
-        recipe, file, only_rank, torch.float32, indices=np.sort(ids).tolist(), num_workers=1
-    ) as loader:
+    alone = World()
+    with build_val_loader(recipe, file, alone, torch.float32, indices=np.sort(ids).tolist(), num_workers=1) as loader:
         batches = [denormalized(images, *pixel_statistics(recipe)) for images, _ in loader]
     return np.concatenate(batches)[np.argsort(np.argsort(ids))] if batches else np.zeros((0, 1, 1, 3), np.uint8)
 

@@ -43,7 +43,7 @@ def describe_run(recipe: Recipe, plan: RunPlan, data: TrainingData, world: World
     return {
         "recipe": resolved,
         "recipe_history": recipe.history(),
-        "recipe_files": {str(path): path.read_text(encoding="utf-8") for path in recipe.files},
+        "recipe_files": dict(zip(map(str, recipe.files), recipe.texts, strict=True)),
         "seed": training.seed,
         "world_size": world.world_size,
         "global_batch_size": plan.global_batch_size,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from imagenet_training.training.trainer import Trainer, unwrapped
 
 # The settings that a model is built from.
 _OF_THE_MODEL = ("model", "arch"), ("model", "library"), ("model", "num_classes"), ("training", "use_blurpool")
+
+# The entries of a checkpoint that hold tensors.
+_TENSORS = ("model", "ema", "optimizer", "scaler")
 
 # The note in the ranks' store with the names that the run had before torchrun restarted it.
 RUN_NOTE = "run"
@@ -50,6 +53,13 @@ class ResumePoint:
     content: dict[str, Any] | None
     names: Mapping[str, str]
     notices: tuple[str, ...]
+
+    def without_tensors(self) -> "ResumePoint":
+        """Return the point without the tensors of its checkpoint, which fill memory once they are restored."""
+        if self.content is None:
+            return self
+        kept = {key: value for key, value in self.content.items() if key not in _TENSORS}
+        return replace(self, content=kept)
 
     def has_model_of(self, recipe: Recipe) -> bool:
         """Return True if the run of the checkpoint had a recipe's model and sizes of images."""

@@ -190,7 +190,7 @@ class RunFolder:
                 shown = None
             mistakes = None
             if shown is not None and state.epoch == self.plan.epochs:
-                mistakes = validation_images(self.recipe, self.data.val, self.world, shown.mistakes(NUM_MISTAKES_SHOWN))
+                mistakes = validation_images(self.recipe, self.data.val, shown.mistakes(NUM_MISTAKES_SHOWN))
             files = {
                 "best checkpoint": self.checkpoints.best(state),
                 "last checkpoint": self.checkpoints.last,
@@ -321,7 +321,6 @@ def run_notices(
 def report_evaluation(
     recipe: Recipe,
     data: TrainingData,
-    world: World,
     provenance: dict[str, Any],
     predictions: Predictions,
     evaluated: str,
@@ -336,7 +335,7 @@ def report_evaluation(
         expected_accuracy={},
         predictions=predictions,
         names=names_of(data),
-        mistakes=validation_images(recipe, data.val, world, predictions.mistakes(NUM_MISTAKES_SHOWN)),
+        mistakes=validation_images(recipe, data.val, predictions.mistakes(NUM_MISTAKES_SHOWN)),
     )
 
 

@@ -378,7 +378,7 @@ def _wrapped(model: nn.Module, trainer: Trainer) -> nn.Module:
         model = compiled(model)
     return DistributedDataParallel(
         model,
-        device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         # Incompatible with no_sync(), and with the way dynamo splits a graph at the buckets.
         static_graph=trainer.accumulation == 1 and not compiles,
