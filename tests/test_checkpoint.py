@@ -65,7 +65,7 @@ class Run:
             precision="32",
         )
         self.parts = {"model": model, "ema": self.trainer.ema, "optimizer": self.trainer.optimizer}
-        self.recipe = SimpleNamespace(training=SimpleNamespace(optimizer=optimizer))
+        self.recipe = SimpleNamespace(training=SimpleNamespace(optimizer=optimizer, weight_decay=decay[0]))
         self.plan = make_plan()
         stored = {"training": {"accumulation": 1, "optimizer": optimizer}}
         self.provenance = {"recipe": stored, "global_batch_size": 8}
