@@ -65,7 +65,7 @@ class Run:
             precision="32",
         )
         self.parts = {"model": model, "ema": self.trainer.ema, "optimizer": self.trainer.optimizer}
-        self.recipe = SimpleNamespace(training=SimpleNamespace(optimizer=optimizer))
+        self.recipe = SimpleNamespace(training=SimpleNamespace(optimizer=optimizer, weight_decay=decay[0]))
         self.plan = make_plan()
         stored = {"training": {"accumulation": 1, "optimizer": optimizer}}
         self.provenance = {"recipe": stored, "global_batch_size": 8}
@@ -330,11 +330,18 @@ def test_checkpoints_further_than_the_resumed_one_are_kept_elsewhere(tmp_path):
 def test_a_checkpoint_of_a_newer_version_is_no_damaged_one_and_is_never_replaced(tmp_path):
     run = Run(tmp_path)
     run.save(TrainState(epoch=1, best_acc1=0.5, best_epoch=0), is_best=True)
-    save_atomically({"format": 3, "place": {"epoch": 2}}, run.last)
-    expected = rf"^{run.last} is a checkpoint of format 3, which a newer version has written; .* formats 1 to 2"
-    for read in (lambda: read_checkpoint(run.last), run.checkpoints.newest):
-        with pytest.raises(UserError, match=expected):
-            read()
+    content = run.content(TrainState(epoch=2))
+    for newer, expected in (
+        ({"format": 3, "place": {"epoch": 2}}, "of format 3, which a newer version has written; .* formats 1 to 2"),
+        (
+            {**content, "state": {**content["state"], "warp": 1}},
+            "which a newer version has written: .* know warp in its state",
+        ),
+    ):
+        save_atomically(newer, run.last)
+        for read in (lambda: read_checkpoint(run.last), run.checkpoints.newest):
+            with pytest.raises(UserError, match=f"^{run.last} is a checkpoint {expected}"):
+                read()
 
 
 def test_a_best_checkpoint_that_a_running_run_removes_is_passed_over_in_silence(tmp_path, monkeypatch):

@@ -25,8 +25,12 @@ def model_and_head(arch, library, num_classes=4):
     return model, set(head_of(model, **network, num_classes=num_classes).class_dims)
 
 
+def recipe_of(*settings):
+    return read_recipe(["--model.arch=test_resnet", "--model.num_classes=4", "--batch_size=4", *settings])
+
+
 def trainer_of(*settings):
-    recipe = read_recipe(["--model.arch=test_resnet", "--model.num_classes=4", "--batch_size=4", *settings])
+    recipe = recipe_of(*settings)
     plan = plan_run(recipe, world_size=1, num_train=8, num_val=8, device_type="cpu")
     return build_trainer(recipe, plan, World())
 
@@ -116,10 +120,50 @@ def test_a_resumed_optimizer_has_the_groups_of_its_run_and_the_factors_of_its_re
     }
     assert content["optimizer"]["param_groups"][0]["lr_scale"] < 1
     again = trainer_of("--training.layer_decay=0.8")
-    _restore_optimizer(again.optimizer, content, "sgd")
+    _restore_optimizer(again, content, recipe_of())
     assert again.optimizer.param_groups[0]["lr_scale"] == 0.8**5
     weights = tmp_path / "weights.pt"
     torch.save(first.model.state_dict(), weights)
     for settings in ((), (f"--model.weights={weights}", "--model.freeze=body")):
         with pytest.raises(UserError, match=r"keep training.bn_wd, training.layer_decay and model.freeze"):
-            _restore_optimizer(trainer_of(*settings).optimizer, content, "sgd")
+            _restore_optimizer(trainer_of(*settings), content, recipe_of())
+
+
+def groups_of_an_earlier_version(model, weight_decay, bn_wd, scales):
+    """Group parameters by their number of dimensions only: position embeddings decay too."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        key = weight_decay if parameter.ndim > 1 else bn_wd, scales[name] if scales else None
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, **({"lr_scale": scale} if scale else {})}
+        for (decay, scale), parameters in groups.items()
+    ]
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.8])
+def test_a_run_of_a_version_that_decayed_position_embeddings_goes_on_so(layer_decay):
+    """With a layer decay, the groups of both versions have equal sizes, but other parameters."""
+    settings = ["--model.arch=test_vit", "--training.optimizer=adamw", "--training.weight_decay=0.1"]
+    settings += ["--training.bn_wd=0", *([f"--training.layer_decay={layer_decay}"] if layer_decay else [])]
+
+    def step(trainer):
+        for number, parameter in enumerate(trainer.model.parameters()):
+            parameter.grad = torch.full_like(parameter, 1.0 + number)
+        trainer.optimizer_step(0.1, step=0)
+
+    earlier, again = trainer_of(*settings), trainer_of(*settings)
+    scales = lr_scales(earlier.model, layer_decay, earlier.head) if layer_decay else None
+    earlier.optimizer = torch.optim.AdamW(groups_of_an_earlier_version(earlier.model, 0.1, 0.0, scales), lr=0.1)
+    step(earlier)
+    content = {
+        "optimizer": copy.deepcopy(earlier.optimizer.state_dict()),
+        "recipe": {"training": {"optimizer": "adamw"}},
+    }
+    again.model.load_state_dict(earlier.model.state_dict())
+    _restore_optimizer(again, content, recipe_of(*settings))
+    step(earlier)
+    step(again)
+    for name, value in earlier.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+    assert "gave training.weight_decay to cls_token, pos_embed too" in again.notices[-1]

@@ -519,6 +519,19 @@ def test_another_encoder_starts_over(many, tmp_path, monkeypatch):
     assert manifest["versions"]["encoder"] == str(jpeg.ENCODER)
 
 
+@pytest.mark.parametrize(("key", "number"), [("format", 2), ("encoder", jpeg.ENCODER + 1)])
+def test_a_file_that_a_newer_version_began_is_refused_and_kept(tmp_path, key, number):
+    target = tmp_path / "file.beton"
+    partial, journal = partial_file.partial_paths(target)
+    partial.write_bytes(b"pages")
+    journal.write_bytes(partial_file._line({"format": 1, "encoder": 1, key: number}) + partial_file._line({"leaf": 0}))
+    with pytest.raises(
+        UserError, match=rf"^{partial}: begun by a newer version \({key} {number}; .*delete {partial.name}"
+    ):
+        quiet(tmp_path / "no images", target)
+    assert partial.read_bytes() == b"pages" and journal.exists()
+
+
 def huffman_sets(path):
     """Return the DHT segments of every JPEG in a file."""
     found, data = read_beton(path), path.read_bytes()

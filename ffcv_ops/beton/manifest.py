@@ -26,7 +26,13 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         raise UserError(f"{manifest}: not a readable manifest; restore it, or delete it to go without") from None
     types = {"size_bytes": int, "num_samples": int, "classes": list, "class_counts": list, "tables": str}
     types |= {"digest": str, "checksums": str}
-    if not isinstance(content, dict) or content.get("format") != MANIFEST_VERSION:
+    number = content.get("format") if isinstance(content, dict) else None
+    if isinstance(number, int) and number > MANIFEST_VERSION:
+        raise UserError(
+            f"{manifest}: a manifest of format {number}, which a newer version has written; this version reads format "
+            f"{MANIFEST_VERSION}: use the newer version"
+        )
+    if number != MANIFEST_VERSION:
         raise UserError(f"{manifest}: not a manifest of format {MANIFEST_VERSION}; restore it, or delete it")
     for key, kind in types.items():
         if not isinstance(content.get(key), kind):

@@ -157,7 +157,7 @@ def read_journal(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]
         if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(content):
             break
         entry = json.loads(content)
-        if lines and entry["page"] != len(lines) - 1:
+        if lines and entry.get("page") != len(lines) - 1:
             break
         lines.append(entry)
         valid_bytes += len(line)

@@ -154,6 +154,14 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise UserError(f"{target.parent}: {target.name} cannot be written there; choose another place with --target")
     if target.exists() and not overwrite and not partial_paths(target)[1].exists():
         raise UserError(f"{target}: exists already; use --overwrite to replace it")
+    partial, journal = partial_paths(target)
+    identity = read_journal(journal)[0] or {}
+    for key, own in (("format", beton.MANIFEST_VERSION), ("encoder", jpeg.ENCODER)):
+        if isinstance(found := identity.get(key), int) and found > own:
+            raise UserError(
+                f"{partial}: begun by a newer version ({key} {found}; this version writes {own}); finish it with that "
+                f"version, or delete {partial.name} and {journal.name}"
+            )
 
 
 def _numbered_as(source: Source, classes: Sequence[str], notice: Notice) -> Source:

@@ -5,7 +5,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from ffcv_ops.errors import UserError
 from ffcv_ops.files import replacing
+from ffcv_ops.units import show_names
 from imagenet_training.models.card import ModelCard
 from imagenet_training.models.export import export_weights
 from imagenet_training.state import TrainState
@@ -67,7 +68,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if Path(path).suffix == ".safetensors":
             raise UserError(_no_checkpoint_message(path)) from error
         raise UserError(f"training.resume={path} cannot be read as a checkpoint: {error}") from error
-    _refuse_newer_format(path, content)
+    _refuse_newer_version(path, content)
     if not isinstance(content, dict) or content.get("format") not in READABLE_FORMATS or "state" not in content:
         raise UserError(_no_checkpoint_message(path))
     name = str(content["state"].get("run_name", ""))
@@ -83,13 +84,21 @@ def _no_checkpoint_message(path: str | Path) -> str:
     )
 
 
-def _refuse_newer_format(path: str | Path, content: Any) -> None:
+def _refuse_newer_version(path: str | Path, content: Any) -> None:
     number = content.get("format") if isinstance(content, dict) else None
     if isinstance(number, int) and number > FORMAT:
         raise UserError(
             f"{path} is a checkpoint of format {number}, which a newer version has written; this version reads formats "
             f"{READABLE_FORMATS[0]} to {FORMAT}: use the newer version, or name another checkpoint with --resume"
         )
+    state = content.get("state") if number == FORMAT else None
+    if isinstance(state, dict):
+        known = {field.name for field in fields(TrainState)}
+        if unknown := [str(name) for name in state if name not in known]:
+            raise UserError(
+                f"{path} is a checkpoint which a newer version has written: this version does not know "
+                f"{show_names(unknown)} in its state; use the newer version, or name another checkpoint with --resume"
+            )
 
 
 def checkpoint_content(
@@ -165,7 +174,7 @@ class CheckpointFolder:
         for path in self.paths():
             try:
                 content = load_file(path, mmap=True)
-                _refuse_newer_format(path, content)
+                _refuse_newer_version(path, content)
                 state = TrainState.of(content)
             except (UnreadableFile, TypeError, KeyError) as error:
                 pass_over(path, error)

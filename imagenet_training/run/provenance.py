@@ -122,7 +122,9 @@ def _flat(provenance: Mapping[str, Any]) -> dict[str, Any]:
         f"{section}.{key}": value for section, values in provenance["recipe"].items() for key, value in values.items()
     }
     versions = {f"the version of {name}": number for name, number in provenance["versions"].items()}
-    return settings | {"the commit": provenance["commit"], "the device": provenance["device"]} | versions
+    # The first version stored no device.
+    facts = {f"the {name}": provenance[name] for name in ("commit", "device") if name in provenance}
+    return settings | facts | versions
 
 
 def device_name(device: torch.device) -> str:

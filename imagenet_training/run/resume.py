@@ -18,6 +18,7 @@ from imagenet_training.planning.plan import RunPlan
 from imagenet_training.planning.recipe import AUTO, Recipe
 from imagenet_training.run.checkpoint import CheckpointFolder, read_checkpoint
 from imagenet_training.state import TrainState
+from imagenet_training.training.optim import regroup_as_earlier
 from imagenet_training.training.step_mode import kept_mode
 from imagenet_training.training.trainer import Trainer, unwrapped
 
@@ -131,7 +132,7 @@ def restore(trainer: Trainer, point: ResumePoint, recipe: Recipe, plan: RunPlan)
     if trainer.ema is not None:
         load_whole(trainer.ema.module, content["ema"] or content["model"], str(point.path), content["recipe"])
         trainer.ema.n_averaged.fill_(content["ema_updates"])
-    _restore_optimizer(trainer.optimizer, content, recipe.training.optimizer)
+    _restore_optimizer(trainer, content, recipe)
     if content["scaler"]:  # empty if the losses of the run were not scaled
         trainer.scaler.load_state_dict(content["scaler"])
     trainer.modes = kept_mode(trainer.modes, state.step_mode)
@@ -161,20 +162,28 @@ def load_whole(model: nn.Module, state: Mapping[str, torch.Tensor], path: str, r
     model.load_state_dict(state)
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, content: Mapping[str, Any], name: str) -> None:
+def _restore_optimizer(trainer: Trainer, content: Mapping[str, Any], recipe: Recipe) -> None:
     """Take momenta and step counts from a checkpoint, and everything that a recipe sets from this run."""
-    saved, was = content["optimizer"], content["recipe"]["training"]["optimizer"]
-    if was != name:
+    optimizer, training, saved = trainer.optimizer, recipe.training, content["optimizer"]
+    was = content["recipe"]["training"]["optimizer"]
+    if was != training.optimizer:
         raise UserError(
-            f"the checkpoint is of a run with training.optimizer={was}, this one has {name}: keep {was}, or begin a "
-            "run from its weights with --model.weights"
+            f"the checkpoint is of a run with training.optimizer={was}, this one has {training.optimizer}: keep {was}, "
+            "or begin a run from its weights with --model.weights"
+        )
+    if not _fits(optimizer, saved):
+        # Versions before the one that reads `no_weight_decay()` decayed all parameters of several dimensions.
+        changed = regroup_as_earlier(optimizer, unwrapped(trainer.model), training.weight_decay)
+        if not _fits(optimizer, saved):
+            raise UserError(
+                "the checkpoint's optimizer has other parameters, or has them in other groups: keep training.bn_wd, "
+                "training.layer_decay and model.freeze, or begin a run from its weights with --model.weights"
+            )
+        trainer.notices += (
+            f"an earlier version began the run, and gave training.weight_decay to {show_names(changed)} too; the run "
+            "goes on so, and a new run would give them training.bn_wd",
         )
     own = optimizer.state_dict()
-    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own["param_groups"]]:
-        raise UserError(
-            "the checkpoint's optimizer has other parameters, or has them in other groups: keep training.bn_wd, "
-            "training.layer_decay and model.freeze, or begin a run from its weights with --model.weights"
-        )
     groups = [{**theirs, **ours} for theirs, ours in zip(saved["param_groups"], own["param_groups"], strict=True)]
     optimizer.load_state_dict({"state": {**own["state"], **saved["state"]}, "param_groups": groups})
     for parameter, state in optimizer.state.items():
@@ -182,3 +191,17 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, content: Mapping[str, A
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 # The memory format of the weights may have changed, and fused optimizers insist on the weights' one.
                 state[key] = torch.empty_like(parameter).copy_(value)
+
+
+def _fits(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> bool:
+    """Return True if a saved optimizer has as many parameters in each group, and tensors of their shapes."""
+    own = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own]:
+        return False
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return all(
+        value.shape == parameter.shape
+        for number, parameter in enumerate(parameters)
+        for value in saved["state"].get(number, {}).values()
+        if isinstance(value, torch.Tensor) and value.ndim  # a count of steps has no dimension
+    )

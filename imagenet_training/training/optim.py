@@ -42,6 +42,26 @@ def parameter_groups(
     ]
 
 
+def regroup_as_earlier(optimizer: torch.optim.Optimizer, model: torch.nn.Module, weight_decay: float) -> list[str]:
+    """Group the parameters as versions did that gave `weight_decay` to all with two dimensions and more, in place.
+
+    Return the names of the parameters whose weight decay this changes.
+    """
+    own = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    groups: dict[tuple[float, float | None], dict] = {}
+    changed = []
+    for name, parameter in model.named_parameters():
+        if parameter in own:
+            group = own[parameter]
+            decay = weight_decay if parameter.ndim > 1 else group["weight_decay"]
+            if decay != group["weight_decay"]:
+                changed.append(name)
+            empty = {**group, "params": [], "weight_decay": decay}
+            groups.setdefault((decay, group.get("lr_scale")), empty)["params"].append(parameter)
+    optimizer.param_groups[:] = groups.values()
+    return changed
+
+
 def build_optimizer(
     model: torch.nn.Module,
     name: str = "sgd",
