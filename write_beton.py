@@ -122,6 +122,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(chosen: Write, progress: Progress) -> int:
     """Inspect, verify or write a file, as the settings tell, and return the exit status."""
+    named = [f"--{name}" for name in ("verify", "inspect", "split", "source") if getattr(chosen, name)]
+    if named[1:] and named != ["--split", "--source"]:
+        raise UserError(f"{named[0]} and {named[1]} are two commands: pass one of them")
     if chosen.sheet and not chosen.inspect:
         raise UserError(f"--sheet {chosen.sheet}: --sheet needs --inspect FILE, whose images it draws")
     if chosen.inspect:

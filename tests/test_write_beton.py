@@ -367,6 +367,8 @@ def test_inspect_names_what_it_cannot_do(written, tmp_path):
         (["--inspect", written, "--sheet", written], "this file exists and is no PNG: choose another name"),
         (["--inspect", written, "--sheet", "s.JPG"], "error: --sheet s.JPG: the file is a PNG: name it s.png"),
         (["--sheet", "a.png"], "--sheet needs --inspect"),
+        (["--inspect", written, "--verify", written], "--verify and --inspect are two commands: pass one of them"),
+        (["--inspect", written, "--split=train"], "--inspect and --split are two commands"),
     ):
         assert message in run(*arguments, status=2)
 
