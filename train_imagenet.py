@@ -22,6 +22,7 @@ the output, such as ``| head``. The exit status is then 75, after Ctrl-C 130. St
 anything was created. Status 1: the run failed.
 """
 
+import signal
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -191,6 +192,7 @@ def main() -> None:
 
         record(run)(recipe)  # torchrun learns of an error from it
     except KeyboardInterrupt:  # while the run starts, or during an evaluation; training has a `StopRequest`
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends now, and a traceback would follow the line
         print("stopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None
 

@@ -1,6 +1,7 @@
 """One epoch on tensors: gradients, accumulation, metrics, faults."""
 
 import os
+import signal
 import time
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from imagenet_training.planning.recipe import read_recipe
 from imagenet_training.reports.logs import RunLog
 from imagenet_training.state import TrainState
 from imagenet_training.training.epoch import calling_at_last, evaluate, measure, train_epoch
-from imagenet_training.training.failures import RunError, out_of_memory_message
+from imagenet_training.training.failures import RunError, ending_with_status, out_of_memory_message
 from imagenet_training.training.loss import soft_target_cross_entropy
 from imagenet_training.training.meters import (
     AccuracyMeter,
@@ -31,7 +32,7 @@ from imagenet_training.training.meters import (
     accuracy_metrics,
 )
 from imagenet_training.training.optim import build_optimizer
-from imagenet_training.training.preemption import StopRequest
+from imagenet_training.training.preemption import Stopped, StopRequest
 from imagenet_training.training.step_mode import COMPILED, EAGER
 from imagenet_training.training.trainer import Trainer, build_trainer, infinite_buffers, make_deterministic
 
@@ -276,6 +277,16 @@ class Split(list):
 
     def next_traversal_order(self):
         return np.arange(self.batch_size)
+
+
+def test_a_saved_run_that_ends_ignores_another_ctrl_c(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit, match="75"), ending_with_status(make_plan(), WORLD, RunLog(tmp_path, True)):
+            raise Stopped(75)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_memory_that_runs_out_in_training_names_a_smaller_batch_if_there_is_one():

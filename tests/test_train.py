@@ -454,7 +454,12 @@ def test_ctrl_c_while_a_run_starts_prints_one_line(call, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_imagenet, "run", interrupt)
-    status, _, err, created = call()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        status, _, err, created = call()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN, "a second one would print a traceback"
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert status == 130 and err == "stopped by Ctrl-C\n" and not created
 
 

@@ -1,6 +1,7 @@
 """End a run that fails: with one line for a known cause, with a traceback for a bug, and on several ranks only once."""
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -45,6 +46,7 @@ def ending_with_status(
     try:
         yield
     except Stopped as stopped:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run is saved, and another Ctrl-C would print a traceback
         distributed.stop()
         raise SystemExit(stopped.exit_status) from None
     except Exception as error:
