@@ -583,10 +583,6 @@ def test_files_that_are_no_text_are_refused(tmp_path, refusal):
         (["--model.class_names=names.txt"], "names the classes of weights: set --model.weights=FILE"),
         (["--training.ema_rescale=1"], "needs a moving average: set training.ema_decay"),
         (["--augmentation.repeats=3", "--data.order=quasi_random"], "needs --data.order=random"),
-        (
-            ["--resolution.max_res=192", "--resolution.start_ramp=11"],
-            "resolution.start_ramp=11 (command line) is after resolution.end_ramp=0 (default)",
-        ),
         (["--preview=a.png", "--eval_only"], "and training.eval_only=1 (command line) are two commands"),
         (["--preview=a.png", "--dry_run"], "and training.dry_run=1 (command line) are two commands"),
         (["--validation.resize=200"], "is smaller than validation.resolution=224 (default), the side of its crop"),

@@ -202,12 +202,6 @@ def _check_images(recipe: Recipe) -> None:
         raise UserError(f"{shown('resolution.min_res')} is larger than {shown('resolution.max_res')}")
     if recipe.augmentation.repeats > 1 and recipe.data.order != "random":
         raise UserError(f"{shown('augmentation.repeats')} needs --data.order=random, not {shown('data.order')}")
-    ramp = recipe.resolution
-    if ramp.min_res < ramp.max_res and ramp.start_ramp > ramp.end_ramp:
-        raise UserError(
-            f"{shown('resolution.start_ramp')} is after {shown('resolution.end_ramp')}: the side of the crops grows "
-            "from the first to the second"
-        )
     resize = recipe.validation.resize
     if resize is not None and resize < recipe.validation.resolution:
         raise UserError(
