@@ -202,6 +202,12 @@ def test_classes_with_nearly_the_same_name_are_named(root, pair):
     assert all(repr(name) in line for name in pair)
 
 
+def test_classes_may_have_the_names_of_splits(tmp_path):
+    names = ["bullet_train/test.jpg", "bus/0.jpg", "test/0.jpg", "train/val_0.jpg"]
+    open_source(SourceSpec(str(make(tmp_path, *names))))  # takes no class for a split
+    assert listed(tmp_path) == {name: name.split("/")[0] for name in names}
+
+
 def test_hidden_folders_beside_the_splits_do_not_hide_them(root):
     (root.parent / ".cache").mkdir()
     root.rename(root.parent / "train")
