@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 MODES = ("eager", "compiled", "compiled-graph", "graph")
-# What the bundle does not bring, because it is compiled for one Python or is large.
+# Modules that the bundle does not bring, because they are compiled for one Python or are large.
 NEEDED_MODULES = (
     "cv2",
     "huggingface_hub",
